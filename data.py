@@ -1,0 +1,465 @@
+"""What lies between the stages: options, processes, records, chat templates and manifests.
+
+Every stage is a function from files to files. This file holds what they all need for that and nothing else:
+InputError (one line for the user), options (a dataclass per stage is its command line), processes (torchrun or one),
+records (JSON lines, ids by content), Chat (a tokenizer and its chat template), and stage() (a manifest beside each
+result, so that the same command goes on where it stopped).
+"""
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import typing
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parent
+
+
+class InputError(Exception):
+    """Something the user can mend: one line that names the file, the place in it, and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------- options
+
+@dataclasses.dataclass
+class Common:
+    """Options that every command has."""
+    seed: int = 0  # all randomness follows from it
+    dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; trained weights are fp32 masters
+    chat_template: str = ""  # for a tokenizer that has none: a jinja file, or "default" for User:/Assistant: turns
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def option_help(options: type) -> dict[str, str]:
+    """The comment behind each field, base classes included: the help text of its flag."""
+    texts = {}
+    for cls in reversed(options.__mro__[:-1]):
+        texts.update(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    return texts
+
+
+def add_flags(parser, options: type, values: dict, prefix: str = "") -> None:
+    """A flag for each field, --max-new-tokens for max_new_tokens and --policy.lr for lr in the section policy."""
+    hints, texts = typing.get_type_hints(options), option_help(options)
+    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(options)})
+    if unknown:
+        raise InputError(f"--config: unknown option {prefix}{unknown[0]}; see --help for the names")
+    for field in dataclasses.fields(options):
+        kind, default = hints[field.name], field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if dataclasses.is_dataclass(kind):
+            group = parser.add_argument_group(f"{field.name} ({texts.get(field.name, '')})")
+            add_flags(group, kind, {**dataclasses.asdict(default), **values.get(field.name, {})}, f"{field.name}.")
+            continue
+        default = values.get(field.name, default)
+        flag = f"--{prefix}{field.name}".replace("_", "-")
+        more = dict(default=default, dest=f"{prefix}{field.name}", help=texts.get(field.name, "").replace("%", "%%"))
+        if default is dataclasses.MISSING:
+            more |= dict(required=True, default=None)
+        if kind is bool:
+            more["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            more["choices"] = typing.get_args(kind)
+        else:
+            more["type"] = kind
+        parser.add_argument(flag, **more)
+
+
+def build(options: type, values: dict, prefix: str = ""):
+    """The dataclass, sections and all, from argparse's flat names."""
+    hints = typing.get_type_hints(options)
+    return options(**{field.name: build(hints[field.name], values, f"{field.name}.")
+                      if dataclasses.is_dataclass(hints[field.name]) else values[f"{prefix}{field.name}"]
+                      for field in dataclasses.fields(options)})
+
+
+def parse_options(options: type, argv: list[str], default_config: str = ""):
+    """Options from defaults, then the --config JSON file, then flags. An unknown name is an error in either."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=default_config, help="JSON file of options; flags win over it")
+    config = first.parse_known_args(argv)[0].config
+    values = load_json(in_project(config)) if config else {}
+    parser = argparse.ArgumentParser(description=sys.modules[options.__module__].__doc__, parents=[first],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_flags(parser, options, values)
+    parsed = vars(parser.parse_args(argv))
+    return build(options, parsed)
+
+
+def part(o, options: type) -> dict:
+    """The fields of o that belong to one of its dataclasses, by name."""
+    return {field.name: getattr(o, field.name) for field in dataclasses.fields(options)}
+
+
+def find_model(spec: str) -> str:
+    """A checkpoint directory as given, or a hub id (owner/name) downloaded to the hub's cache."""
+    if Path(spec).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        return spec
+    try:
+        return snapshot_download(spec, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{spec}: neither a directory nor a model of the hub that can be had ({reason}); check the name") \
+            from None
+
+
+def in_project(path: str) -> Path:
+    """A path as given, or if nothing is there, the one in this project's directory."""
+    return Path(path) if Path(path).exists() else ROOT / path
+
+
+def load_function(spec: str):
+    """The function named by "FILE.py:FUNCTION": how a run plugs in its own scorer, evaluation or preparation."""
+    path, _, name = spec.rpartition(":")
+    if not in_project(path).is_file():
+        raise InputError(f"{spec}: no such file; write FILE.py:FUNCTION")
+    module_name = "plugin_" + Path(path).stem
+    module_spec = importlib.util.spec_from_file_location(module_name, in_project(path))
+    module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise InputError(f"{spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0) \
+    if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def processes():
+    """A process group around the body: torchrun's, or a world of one that runs the same code and opens no port."""
+    torch.set_flush_denormal(True)  # on a CPU, Adam's moments of rare embedding rows decay into very slow denormals
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    store = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=timedelta(hours=6), **store)
+    try:
+        yield
+        dist.barrier()  # without it a gloo rank aborts at exit in about every second run
+    finally:
+        dist.destroy_process_group()
+
+
+def on_first(work, *args):
+    """work(*args) on rank 0 only; every rank gets its value, or its InputError."""
+    answer = [None, None]
+    if RANK == 0:
+        try:
+            answer[0] = work(*args)
+        except InputError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def gather(value) -> list:
+    """Every rank's value, by rank, on every rank."""
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
+
+def spread(work, items: list, *args) -> list:
+    """work(some items, *args) -> one result each, with the items dealt out to the ranks; every rank gets all results."""
+    results = [None] * len(items)
+    for rank, some in enumerate(gather(work(items[RANK::WORLD], *args))):
+        results[rank::WORLD] = some
+    return results
+
+
+def say(*words) -> None:
+    """Print once, not once a rank."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def command(main, options: type, default_config: str = "") -> None:
+    """Run a stage file: options in, progress on standard error, one JSON object as the last line of standard output."""
+    try:
+        o = parse_options(options, sys.argv[1:], default_config)
+        with processes():
+            say("options", json.dumps(dataclasses.asdict(o)))
+            if getattr(o, "model", ""):
+                o.model = on_first(find_model, o.model)
+            start = time.perf_counter()
+            result = main(o)
+            say(json.dumps({**result, "seconds": round(time.perf_counter() - start, 2)}))
+    except InputError as error:
+        print(f"error: {error}" if RANK == 0 else f"[rank {RANK}] error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+def load_json(path: str | Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno} is not valid JSON ({error.msg}); mend or remove it") from None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: a reader, or a restart, never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
+    """Records with an id each; every named field must be a non-empty string, a `messages` list may stand for `prompt`.
+
+    A record without id gets the hash of its prompt, so that its random numbers do not depend on where it stands.
+    """
+    rows, seen = [], {}
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; check the path")
+    if not Path(path).stat().st_size:
+        raise InputError(f"{path}: holds no records; give at least one")
+    for number, line in enumerate(Path(path).read_text().removesuffix("\n").split("\n"), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: line {number} is not valid JSON ({error.msg}); mend or remove it") from None
+        for field in fields:
+            if field == "prompt" and isinstance(row, dict) and row.get("messages"):
+                continue
+            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
+                raise InputError(f"{path}: line {number}: field {field!r} is missing, empty or no text; "
+                                 "mend or remove the line")
+        if "id" not in row:
+            content = digest(messages_of(row))
+            seen[content] = seen.get(content, 0) + 1
+            row["id"] = content if seen[content] == 1 else digest(content, seen[content])
+        rows.append(row)
+    return rows
+
+
+def messages_of(row: dict) -> list[dict]:
+    """The conversation up to the answer."""
+    return row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+
+
+def digest(*parts) -> str:
+    """16 hex digits of a hash over the JSON of parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def rng(*parts) -> random.Random:
+    """A random generator that follows from its arguments alone."""
+    return random.Random(digest(*parts))
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer and chat template
+
+DEFAULT_TEMPLATE = """{% for m in messages %}{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[m['role']] }}: \
+{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}\
+{% if add_generation_prompt %}Assistant: {% endif %}"""
+
+
+class Chat:
+    """tokenizer.json and chat template of a checkpoint directory: texts to token ids and back.
+
+    Prompt and response are tokenised apart and their ids concatenated, so that the boundary never moves; no BOS is
+    added to what the template writes. `end` is the token that ends an answer, `stops` all that may end one.
+    """
+
+    def __init__(self, directory: str | Path, fallback: str = ""):
+        """fallback: Common.chat_template. Raises InputError where there is no tokenizer or no template."""
+        directory = Path(directory)
+        if not (directory / "tokenizer.json").is_file():
+            raise InputError(f"{directory}: no tokenizer.json; save the tokenizer into the checkpoint directory")
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        read = lambda name: load_json(directory / name) if (directory / name).is_file() else {}  # noqa: E731
+        config = read("tokenizer_config.json")
+        special = {name: value["content"] if isinstance(value, dict) else value
+                   for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := config.get(name))}
+        self.template = self._find_template(directory, config.get("chat_template"), fallback)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals.update(raise_exception=self._refuse, **special)
+        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+        self.compiled, self.directory = environment.from_string(self.template), directory
+        self.stops = {self.tokenizer.token_to_id(special["eos_token"])} if "eos_token" in special else set()
+        for name in ("config.json", "generation_config.json"):
+            ids = read(name).get("eos_token_id")
+            self.stops |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        # The end of a turn is what the template writes behind an answer: <|eot_id|> or <|im_end|>, often not eos.
+        behind = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], False)
+        ids = self.encode(behind.rpartition("ANSWER")[2].lstrip())
+        added = self.tokenizer.get_added_tokens_decoder()
+        if not self.stops and not (ids and ids[0] in added):
+            raise InputError(f"{directory}: no end-of-sequence token in config.json or tokenizer_config.json; add one")
+        self.end = ids[0] if ids and (ids[0] in added or ids[0] in self.stops) else min(self.stops)
+        self.stops.add(self.end)
+
+    @staticmethod
+    def _refuse(message):
+        raise TemplateError(message)
+
+    @staticmethod
+    def _find_template(directory: Path, inside, fallback: str) -> str:
+        if (directory / "chat_template.jinja").is_file():
+            return (directory / "chat_template.jinja").read_text()
+        if isinstance(inside, list):  # several named ones
+            inside = {entry["name"]: entry["template"] for entry in inside}.get("default")
+        if inside:
+            return inside
+        if not fallback:
+            raise InputError(f"{directory}: the tokenizer has no chat template; give --chat-template FILE.jinja, or "
+                             "--chat-template default for plain User:/Assistant: turns")
+        if fallback != "default" and not Path(fallback).is_file():
+            raise InputError(f"--chat-template {fallback}: no such file")
+        return DEFAULT_TEMPLATE if fallback == "default" else Path(fallback).read_text()
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def render(self, messages: list[dict], open_answer: bool) -> str:
+        try:
+            return self.compiled.render(messages=messages, add_generation_prompt=open_answer)
+        except (TemplateError, KeyError) as error:
+            raise InputError(f"{self.directory}: chat template refuses {messages[0]}: {error}") from None
+
+    def prompt_ids(self, row: dict) -> list[int]:
+        """A record's conversation and the opening of the answer."""
+        return self.encode(self.render(messages_of(row), True))
+
+    def response_ids(self, text: str) -> list[int]:
+        """An answer and its end token."""
+        return [*self.encode(text), self.end]
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------------- manifests
+
+def fingerprint(path: str | Path) -> str:
+    """Hash of what a file or checkpoint directory holds; a finished stage's directory has it in its manifest."""
+    path = Path(path)
+    return load_json(path / "manifest.json")["content"] if (path / "manifest.json").is_file() else content_hash(path)
+
+
+def content_hash(path: Path) -> str:
+    """16 hex digits over a file, or over the files of a checkpoint directory that decide what the model says."""
+    if not path.is_dir():
+        return hash_file(path, path.stat().st_mtime_ns)
+    files = [f for f in sorted(path.iterdir()) if f.suffix in (".safetensors", ".jinja") or f.name in (
+        "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")]
+    return digest([(f.name, hash_file(f, f.stat().st_mtime_ns)) for f in files])
+
+
+@cache
+def hash_file(path: Path, changed: int) -> str:
+    """Cached by the time of the last change: 16 GB of weights are read once a process."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def manifest_path(out: Path) -> Path:
+    """DIR/manifest.json for a directory, NAME.manifest.json beside a file NAME.jsonl or NAME.json."""
+    return out.with_suffix(".manifest.json") if out.suffix in (".jsonl", ".json") else out / "manifest.json"
+
+
+def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
+    """Run work() unless its manifest says that it is done; returns the manifest's counts.
+
+    out: the .jsonl file or the directory that work() writes; inputs: name -> path; options: all else that decides the
+    result; work() returns counts (a dict), with `tokens` where it processes text. A manifest with other inputs or
+    options raises InputError: results are never mixed, nor thrown away unasked.
+    """
+    out = Path(out)
+    options = {name: value for name, value in options.items() if name != "checkpoint_every"}  # changes no result
+    wanted = {"inputs": {name: fingerprint(path) for name, path in inputs.items()}, "options": options}
+
+    def finished():
+        if not manifest_path(out).is_file():
+            begun = out / "begun.json"  # a checkpoint inside belongs to the inputs and options it was begun with
+            if not out.suffix and (not begun.is_file() or load_json(begun) != wanted):
+                shutil.rmtree(out / "checkpoint", ignore_errors=True)
+                write_text(begun, json.dumps(wanted))
+            return None
+        manifest = load_json(manifest_path(out))
+        for part in ("inputs", "options"):
+            for name in sorted(manifest[part].keys() | wanted[part].keys()):
+                old, new = manifest[part].get(name), wanted[part].get(name)
+                if old != new:
+                    later = sum(load_json(m)["time"] > manifest["time"] for m in run_manifests(out))
+                    raise InputError(f"{out}: made with {part[:-1]} {name} = {old!r}, now {new!r}; this would invalidate "
+                                     f"it and {later} stages after it: go back to the old value, or give another --out")
+        return manifest["counts"]
+
+    counts = on_first(finished)
+    if counts is not None:
+        say(f"  {name_of(out):<28} done before")
+        return counts
+    start = time.time()
+    counts = work()
+    seconds = time.time() - start
+
+    def seal():
+        if "tokens" in counts:
+            counts["tokens_per_second"] = round(counts["tokens"] / max(seconds, 1e-9), 1)
+        manifest = {**wanted, "start_from": str(inputs.get("model", "")), "counts": {**counts, "seconds": round(seconds, 2)},
+                    "time": time.time(), "processes": WORLD, "content": content_hash(out)}
+        write_text(manifest_path(out), json.dumps(manifest, indent=1))
+        (out / "begun.json").unlink(missing_ok=True) if out.is_dir() else None
+        return manifest["counts"]
+
+    counts = on_first(seal)
+    shown = "  ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
+    say(f"  {name_of(out):<28} {shown}")
+    return counts
+
+
+def run_manifests(out: Path) -> list[Path]:
+    """All manifests of the run directory that out lies in, and of its neighbours' iterations."""
+    root = out.parent.parent if out.parent.name.startswith("iter") else out.parent
+    return [*root.glob("*manifest.json"), *root.glob("*/*manifest.json"), *root.glob("*/*/manifest.json")]
+
+
+def name_of(out: Path) -> str:
+    return f"{out.parent.name}/{out.name}" if out.parent.name.startswith("iter") else out.name
+
+
+def remove(path: str | Path) -> None:
+    """Delete a file or directory once for all ranks, there or not."""
+    def work():
+        shutil.rmtree(path, ignore_errors=True) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
+    on_first(work)

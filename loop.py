@@ -1,0 +1,350 @@
+"""The self-boosting cycle of SynPO, from a chat model and a few seeds to better models (Algorithm 1).
+
+What differs from the paper: nothing by default but the loss (DPO; the paper's recipes say SimPO). What it left untested are
+options: --rejected, --start, --data, --one-shot, --generator.keywords, --generator.noise, --filter.scorer, --policy.loss.
+Each stage's file lists its own choices.
+
+    G <- SFT(M_0)                                      once: three keywords -> a prompt
+    for t = 1 .. T:
+        x        ~ G(. | fresh keywords)               new prompts
+        R_t     <- SFT(M_0) on (seed, M_{t-1}'s answer) -> gold
+        y_{t-1}  ~ M_{t-1}(. | x);  y^ ~ R_t(. | x, y_{t-1});  y_0 ~ M_0(. | x)
+        D       += {(x, chosen y^, rejected y_0)}      where the filter agrees
+        M_t     <- preference optimisation of M_0 on D
+
+seeds.jsonl, corpus.txt, a checkpoint -> runs/NAME/iterT/policy: a checkpoint; table, manifests and metrics beside it
+
+    python loop.py                                                                  the demo, offline
+    torchrun --nproc-per-node 8 loop.py --config recipes/llama3-8b.json --model DIR --seeds seeds.jsonl --corpus corpus.txt
+"""
+import json
+import shutil
+import typing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import gen_prompts
+import improve
+from data import (Chat, Common, InputError, command, load_function, load_json, manifest_path, messages_of, on_first, part,
+                  read_jsonl, say, stage, write_text)
+from dpo import PolicyOptions, train_policy
+from model import Config, Weights
+from reward import FilterOptions, load_scorer, make_pairs
+from sample import SampleOptions, make_request, sample
+from train import TrainOptions, sft
+
+
+@dataclass(kw_only=True)
+class Options(Common):
+    out: str = "runs/demo"  # run directory; the same command again goes on where it stopped
+    prepare: str = ""  # FILE.py:FUNCTION that makes model, seeds, corpus and held-out data first (the demo's)
+    model: str = ""  # M_0: checkpoint directory or hub id of a chat model
+    seeds: str = ""  # JSONL of {"prompt", "response"}
+    seeds_limit: int = 0  # use only the first so many of them; 0 is all
+    corpus: str = ""  # text file for keywords, blank lines between paragraphs
+    heldout: str = ""  # JSONL of {"prompt", "response"} to evaluate on
+    heldout_limit: int = 0  # likewise
+    evaluate: str = ""  # FILE.py:FUNCTION or the name of a file in eval/
+    iters: int = 4  # T
+    rejected: typing.Literal["base", "previous"] = "base"  # whose answer is rejected: M_0's or M_{t-1}'s
+    start: typing.Literal["base", "previous"] = "base"  # what M_t starts from: M_0 or M_{t-1}
+    data: typing.Literal["cumulative", "fresh"] = "cumulative"  # train on the pairs of all iterations or of this one
+    one_shot: bool = False  # one iteration with as many keyword lists, prompts and pairs as --iters would have
+    controls: bool = False  # also train the controls: SFT on the seeds, pairs from the seeds, one shot
+    keep_improvers: bool = False  # do not delete an improver's weights after use
+    show: int = 3  # examples to print at the end
+    generator: gen_prompts.GeneratorOptions = field(default_factory=gen_prompts.GeneratorOptions)  # G
+    answers: SampleOptions = field(default_factory=SampleOptions)  # sampling from M_0 and M_{t-1}
+    improver: improve.ImproverOptions = field(default_factory=improve.ImproverOptions)  # R_t
+    filter: FilterOptions = field(default_factory=FilterOptions)  # pairs
+    policy: PolicyOptions = field(default_factory=PolicyOptions)  # M_t
+    seed_sft: TrainOptions = field(default_factory=TrainOptions)  # the control SFT on the seeds
+
+
+# ---------------------------------------------------------------------------------------------- before the cycle
+
+def check(o: Options) -> None:
+    """Raise InputError for whatever would stop the run later: files, tokenizer, template, weights, options, disk."""
+    for name in ("model", "seeds", "corpus"):
+        if not getattr(o, name):
+            raise InputError(f"--{name} is needed (see --help; without options loop.py runs the demo)")
+    if o.iters < 1:
+        raise InputError(f"--iters {o.iters}: give 1 or more")
+    if bool(o.evaluate) != bool(o.heldout):
+        raise InputError("--evaluate and --heldout go together; give both or neither")
+    chat, config = Chat(o.model, o.chat_template), Config.load(o.model)
+    Weights(o.model)
+    for path in filter(None, (o.seeds, o.heldout)):
+        for number, row in enumerate(read_jsonl(path, "prompt", "response"), 1):
+            make_request(row, number, 0, chat, config.context, o.answers, 0, path)
+    gen_prompts.training_rows(read_jsonl(o.seeds), o.generator, o.seed)
+    gen_prompts.keyword_lists(gen_prompts.read_corpus(o.corpus), o.corpus, o.generator, o.seed, 1)
+    for spec in {o.filter.scorer, o.improver.scorer, o.improver.pick}:
+        load_scorer(spec, o.model, o)
+    size = sum(f.stat().st_size for f in Path(o.model).glob("*.safetensors"))
+    wanted, free = size * (o.iters + 2), shutil.disk_usage(o.out).free
+    if wanted > free:
+        raise InputError(f"{o.out}: about {wanted / 1e9:.0f} GB of checkpoints, {free / 1e9:.0f} GB free; give another --out")
+
+
+def evaluator(o: Options):
+    """The function that --evaluate names."""
+    spec = o.evaluate if ".py:" in o.evaluate else f"eval/{o.evaluate}.py:evaluate"
+    return load_function(spec)
+
+
+def show_plan(o: Options) -> None:
+    """What will start from what, before any of it runs."""
+    seeds, T = len(read_jsonl(o.seeds)), o.iters
+    ours = "M_0" if o.start == "base" else "M_{t-1}"
+    say(f"""
+plan: {T} iteration{'s' * (T > 1)} from M_0 = {o.model}, run directory {o.out}
+  generator  G   <- SFT(M_0) on {seeds} seeds x {o.generator.draws}: {o.generator.keywords - o.generator.noise} own keywords \
++ {o.generator.noise} of noise -> prompt
+  each iteration t
+    prompts  x    ~ G on {o.generator.lists:,} lists of {o.generator.keywords} keywords, at most {o.generator.prompts:,} kept
+    improver R_t <- SFT(M_0) on {seeds} seeds x {o.improver.drafts} answers of M_{{t-1}} -> gold, scorer {o.improver.scorer}
+    answers       ~ M_0 and M_{{t-1}};  rewrites ~ R_t, {o.improver.rewrites} per draft, pick {o.improver.pick}
+    pairs    D   {'+=' if o.data == 'cumulative' else '= '} rewrite > {'M_0' if o.rejected == 'base' else 'M_{t-1}'}'s answer, \
+scorer {o.filter.scorer}, gap > {o.filter.threshold}, at most {o.filter.pairs:,} per iteration
+    policy   M_t <- {o.policy.loss.upper()}({ours}) on D, reference M_0
+""")
+
+
+# ---------------------------------------------------------------------------------------------- the cycle
+
+@dataclass
+class Cycle:
+    """Algorithm 1 with its files; every method is one step of it and may be called again after a stop."""
+    o: Options
+    out: Path
+    generator: Path
+    home: Path  # where iter0 and the reference cache are; a control shares those of the main cycle
+
+    def __post_init__(self):
+        self.common, self.M_0 = part(self.o, Common), Path(self.o.model)
+        self.seeds = read_jsonl(self.o.seeds)[:self.o.seeds_limit or None]
+        self.heldout = read_jsonl(self.o.heldout)[:self.o.heldout_limit or None] if self.o.heldout else []
+
+    def folder(self, t: int) -> Path:
+        return self.out / f"iter{t}"
+
+    def policy(self, t: int) -> Path:
+        """M_t's checkpoint."""
+        return self.folder(t) / "policy" if t else self.M_0
+
+    def run(self) -> None:
+        if self.out == self.home:
+            self.evaluate(0)
+        for t in range(1, self.o.iters + 1):
+            say(f"iteration {t}")
+            self.make_prompts(t)
+            self.make_improver(t)
+            self.make_pairs(t)
+            self.make_policy(t)
+            self.evaluate(t)
+
+    def make_prompts(self, t: int) -> None:
+        """x ~ G(. | keywords)."""
+        o, out = self.o, self.folder(t) / "prompts.jsonl"
+        earlier = {f"iter{s}": self.folder(s) / "prompts.jsonl" for s in range(1, t)}
+
+        def work():
+            texts = lambda rows: [messages_of(row)[-1]["content"] for row in rows]  # noqa: E731
+            known = {"seed": texts(self.seeds), "heldout": texts(self.heldout),
+                     "earlier": [text for path in earlier.values() for text in texts(read_jsonl(path))]}
+            return gen_prompts.sample_prompts(self.generator, o.corpus, known, out, o.generator, o, t)
+
+        inputs = {"model": self.generator, "corpus": o.corpus, "seeds": o.seeds, **earlier}
+        stage(out, inputs, {**asdict(o.generator), **self.common}, work)
+
+    def answer(self, model: Path, rows_from: Path | str, out: Path, purpose: str, samples: int = 1, limit: int = 0) -> Path:
+        """y ~ model(. | x) for the records of a file."""
+        stage(out, {"model": model, "prompts": rows_from}, {**asdict(self.o.answers), **self.common, "samples": samples},
+              lambda: sample(model, read_jsonl(rows_from)[:limit or None], out, self.o.answers, self.o, purpose, samples,
+                             rows_from))
+        return out
+
+    def make_improver(self, t: int) -> None:
+        """R_t <- SFT(M_0) on (x*, y'_{t-1}) -> y*."""
+        o, out = self.o, self.folder(t) / "improver"
+        drafts = self.answer(self.policy(t - 1), o.seeds, self.folder(t) / "seed_answers.jsonl", f"seeds {t}",
+                             o.improver.drafts)
+        stage(out, {"model": self.M_0, "seeds": o.seeds, "answers": drafts}, {**asdict(o.improver), **self.common},
+              lambda: improve.train_improver(self.M_0, self.seeds, read_jsonl(drafts), out, o.improver, o))
+
+    def rewrite(self, t: int, answers: Path, out: Path) -> Path:
+        """y^ ~ R_t(. | x, y)."""
+        o, improver = self.o, self.folder(t) / "improver"
+        stage(out, {"model": improver, "base": self.M_0, "answers": answers}, {**asdict(o.improver), **self.common},
+              lambda: improve.rewrite(self.M_0, improver, read_jsonl(answers), out, o.improver, o, t))
+        return out
+
+    def make_pairs(self, t: int) -> None:
+        """D += (x, chosen y^_{t-1}, rejected y_0) where the filter agrees. For t = 1, y_{t-1} is y_0, sampled once."""
+        o, folder = self.o, self.folder(t)
+        y_0 = self.answer(self.M_0, folder / "prompts.jsonl", folder / "base_answers.jsonl", f"answers {t}")
+        y = y_0 if t == 1 else self.answer(self.policy(t - 1), folder / "prompts.jsonl", folder / "answers.jsonl",
+                                           f"answers {t}")
+        rewrites = self.rewrite(t, y, folder / "rewrites.jsonl")
+        rejected = y_0 if o.rejected == "base" else y
+        stage(folder / "pairs.jsonl", {"model": self.M_0, "chosen": rewrites, "rejected": rejected},
+              {**asdict(o.filter), **self.common, "rejected_from": o.rejected},
+              lambda: make_pairs(read_jsonl(rewrites), read_jsonl(rejected), folder / "pairs.jsonl",
+                                 load_scorer(o.filter.scorer, self.M_0, o), o.filter, t, o.seed))
+
+    def make_policy(self, t: int) -> None:
+        """M_t <- preference optimisation on D, from M_0 with reference M_0."""
+        o, out = self.o, self.policy(t)
+        start = self.M_0 if o.start == "base" else self.policy(t - 1)
+        D = {f"pairs{s}": self.folder(s) / "pairs.jsonl" for s in (range(1, t + 1) if o.data == "cumulative" else [t])}
+        stage(out, {"model": start, "reference": self.M_0, **D}, {**asdict(o.policy), **self.common},
+              lambda: train_policy(start, [row for path in D.values() for row in read_jsonl(path)], out, o.policy, o,
+                                   self.M_0, self.home / "reference"))
+
+    def evaluate(self, t: int) -> None:
+        """Held-out score of M_t, and of R_t's rewrites of M_{t-1}'s held-out answers; then R_t's weights may go."""
+        o, folder, name = self.o, self.folder(t), "heldout_answers.jsonl"
+        if o.evaluate:
+            self.answer(self.policy(t), o.heldout, folder / name, "heldout", limit=o.heldout_limit)
+            if t:
+                drafts = (self.folder(t - 1) if t > 1 else self.home / "iter0") / name
+                self.rewrite(t, drafts, folder / "heldout_rewrites.jsonl")
+                self.judge(None, folder / "heldout_rewrites.jsonl", folder / "eval_improver.json")
+            self.judge(self.policy(t), folder / name, folder / "eval.json")
+        if t and not o.keep_improvers:
+            on_first(lambda: [weights.unlink() for weights in (folder / "improver").glob("*.safetensors")])
+
+    def judge(self, model: Path | None, answers: Path, out: Path) -> None:
+        """Run the evaluation function on answers to the held-out prompts; its numbers go to a JSON file."""
+        base = self.home / "iter0" / "heldout_answers.jsonl"
+
+        def work():
+            result = evaluator(self.o)(read_jsonl(answers), self.heldout, read_jsonl(base), model, self.M_0, self.o)
+            on_first(write_text, out, json.dumps(result, indent=1))
+            return {name: round(value, 4) for name, value in result.items()}
+
+        stage(out, {"answers": answers, "base": base, "heldout": self.o.heldout, **({"model": model} if model else {})},
+              {"evaluate": self.o.evaluate, **self.common}, work)
+
+
+def run_controls(cycle: Cycle) -> dict[str, Path]:
+    """What else the same seeds and pairs could have given; returns names and evaluations."""
+    o, out, M_0 = cycle.o, cycle.out / "controls", cycle.M_0
+    say("controls")
+    total = sum(len(read_jsonl(cycle.folder(t) / "pairs.jsonl")) for t in range(1, o.iters + 1))
+    gold = {row["id"]: row for row in cycle.seeds}
+    drafts = cycle.folder(1) / "seed_answers.jsonl"
+    pairs = [{**gold[row["id"]], "id": f"{row['id']}-{row.get('sample', 0)}", "chosen": gold[row["id"]]["response"],
+              "rejected": row["response"]} for row in read_jsonl(drafts) if row["response"]]
+    equal_work = replace(o.policy, epochs=max(1, round(o.policy.epochs * total / len(pairs))))
+    stage(out / "seed_sft", {"model": M_0, "seeds": o.seeds}, {**asdict(o.seed_sft), **cycle.common},
+          lambda: sft(M_0, cycle.seeds, out / "seed_sft", o.seed_sft, o))
+    stage(out / "seed_pairs", {"model": M_0, "seeds": o.seeds, "answers": drafts}, {**asdict(equal_work), **cycle.common},
+          lambda: train_policy(M_0, pairs, out / "seed_pairs", equal_work, o, M_0, cycle.home / "reference"))
+    for name in ("seed_sft", "seed_pairs") if o.evaluate else ():
+        answers = cycle.answer(out / name, o.heldout, out / f"{name}_answers.jsonl", "heldout", limit=o.heldout_limit)
+        cycle.judge(out / name, answers, out / f"{name}_eval.json")
+    one = at_once(o)
+    Cycle(replace(one, filter=replace(one.filter, pairs=total)), out / "one_shot", cycle.generator, cycle.home).run()
+    return {"SFT on the seeds": out / "seed_sft_eval.json", "pairs from the seeds": out / "seed_pairs_eval.json",
+            "one shot": out / "one_shot" / "iter1" / "eval.json"}
+
+
+def at_once(o: Options) -> Options:
+    """The same budget of keyword lists, prompts and pairs in a single iteration."""
+    generator = replace(o.generator, lists=o.generator.lists * o.iters, prompts=o.generator.prompts * o.iters)
+    return replace(o, iters=1, generator=generator, filter=replace(o.filter, pairs=o.filter.pairs * o.iters))
+
+
+# ---------------------------------------------------------------------------------------------- what came out
+
+def counts_of(path: Path) -> dict:
+    """The counts in a stage's manifest; empty where the stage did not run."""
+    return load_json(manifest_path(path))["counts"] if manifest_path(path).is_file() else {}
+
+
+def iteration_row(cycle: Cycle, t: int, pairs_so_far: int) -> dict:
+    """One line of the final table: yields, gaps, mean words, scores, seconds by stage."""
+    folder = cycle.folder(t)
+    prompts, pairs = counts_of(folder / "prompts.jsonl"), counts_of(folder / "pairs.jsonl")
+    seconds = lambda *names: round(sum(counts_of(folder / n).get("seconds", 0) for n in names))  # noqa: E731
+    return {"t": t, "lists": prompts["lists"], "prompts": prompts["prompts"], "valid": pairs["valid"],
+            "pairs": pairs["pairs"], "D": pairs_so_far + pairs["pairs"] if cycle.o.data == "cumulative" else pairs["pairs"],
+            "gap": pairs["mean_gap"], "words chosen": pairs["chosen_words"], "rejected": pairs["rejected_words"],
+            "words M_t": counts_of(folder / "eval.json").get("words", "-"),
+            "score R_t": counts_of(folder / "eval_improver.json").get("score", "-"),
+            "score M_t": counts_of(folder / "eval.json").get("score", "-"), "s: prompts": seconds("prompts.jsonl"),
+            "answers": seconds("base_answers.jsonl", "answers.jsonl", "seed_answers.jsonl"),
+            "improver": seconds("improver", "rewrites.jsonl"), "policy": seconds("pairs.jsonl", "policy"),
+            "eval": seconds("heldout_answers.jsonl", "heldout_rewrites.jsonl", "eval.json", "eval_improver.json")}
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of equal keys as aligned text."""
+    cells = [[str(name) for name in rows[0]]] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
+                                                 for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def report(cycle: Cycle, controls: dict[str, Path]) -> dict:
+    """Print the tables and some examples; returns the run's summary."""
+    o, T, rows = cycle.o, cycle.o.iters, []
+    for t in range(1, T + 1):
+        rows.append(iteration_row(cycle, t, sum(row["pairs"] for row in rows)))
+    say(f"\niterations of {o.out}\n{table(rows)}")
+    scores = [counts_of(cycle.folder(t) / "eval.json").get("score") for t in range(T + 1)] if o.evaluate else []
+    if o.evaluate:
+        evals = {"M_0": cycle.folder(0) / "eval.json"}
+        for t in range(1, T + 1):
+            evals |= {f"R_{t}": cycle.folder(t) / "eval_improver.json", f"M_{t}": cycle.folder(t) / "eval.json"}
+        results = {name: load_json(path) for name, path in {**evals, **controls}.items()}
+        columns = list(results["M_0"])
+        say(f"\nheld-out prompts ({len(cycle.heldout)}), by {o.evaluate}\n" + table(
+            [{"": name, **{c: r.get(c, "-") for c in columns}} for name, r in results.items()]))
+        show_examples(cycle)
+    stages = [{"stage": str(path.relative_to(cycle.out).with_suffix("")).removesuffix(".manifest").removesuffix("/manifest"),
+               **manifest["counts"], "started_from": manifest["start_from"], "time": manifest["time"]}
+              for path in cycle.out.glob("**/*manifest.json") for manifest in [load_json(path)]]
+    stages.sort(key=lambda line: line["time"])
+    on_first(write_text, cycle.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in stages))
+    tokens = sum(line.get("tokens", 0) for line in stages)
+    return {"scores": scores, "pairs": [row["pairs"] for row in rows], "tokens": tokens,
+            "tokens_per_second": round(tokens / max(1e-9, sum(line["seconds"] for line in stages)), 1), "run_dir": str(cycle.out)}
+
+
+def show_examples(cycle: Cycle) -> None:
+    """Some held-out prompts with what the models made of them."""
+    T = cycle.o.iters
+    files = {"M_0": cycle.folder(0) / "heldout_answers.jsonl", f"M_{T - 1}'s draft": cycle.folder(T - 1) / "heldout_answers.jsonl",
+             f"R_{T}'s rewrite": cycle.folder(T) / "heldout_rewrites.jsonl", f"M_{T}": cycle.folder(T) / "heldout_answers.jsonl"}
+    answers = {name: read_jsonl(path) for name, path in files.items()}
+    step = max(1, len(cycle.heldout) // max(1, cycle.o.show))
+    for i in list(range(0, len(cycle.heldout), step))[:cycle.o.show]:
+        say(f"\nprompt: {messages_of(cycle.heldout[i])[-1]['content']}")
+        for name, rows in answers.items():
+            say(f"  {name + ':':<16} {rows[i]['response']}")
+
+
+def main(o: Options) -> dict:
+    if o.prepare:
+        o = replace(o, **load_function(o.prepare)(o))
+    out = Path(o.out)
+    on_first(out.mkdir, 0o777, True, True)
+    on_first(check, o)
+    on_first(lambda: (out / "config.json").is_file() or write_text(out / "config.json", json.dumps(asdict(o), indent=1)))
+    if o.one_shot:
+        o = at_once(o)
+    show_plan(o)
+    seeds = read_jsonl(o.seeds)
+    stage(out / "generator", {"model": o.model, "seeds": o.seeds},
+          {**{k: v for k, v in asdict(o.generator).items() if k not in ("lists", "prompts")}, **part(o, Common)},
+          lambda: gen_prompts.train_generator(o.model, seeds, out / "generator", o.generator, o))
+    cycle = Cycle(o, out, out / "generator", out)
+    cycle.run()
+    return report(cycle, run_controls(cycle) if o.controls else {})
+
+
+if __name__ == "__main__":
+    command(main, Options, default_config="recipes/demo.json")

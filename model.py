@@ -1,0 +1,451 @@
+"""Llama and Mistral by hand, read from and written to Hugging Face checkpoint directories.
+
+Modules and parameters carry the names of the checkpoint, so a state dict needs no renaming either way. The same
+modules run two shapes of a forward pass, and an attention context decides which; the layers do not know:
+
+    Packed    training, scoring, prefill: (N,) tokens of several sequences laid end to end, no padding
+    Decode    one new token for each of B rows of a key-value cache, rows of unequal length
+
+Attention runs through flash-attn where it is installed and the tensors are on a GPU, else through PyTorch's SDPA.
+RoPE tables and log-softmax are fp32 always: tables rounded to bf16 change answers.
+Not supported, and refused by name: other architectures, RoPE types other than default and llama3, biases, quantised
+weights, attention dropout.
+"""
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+
+from data import InputError, load_json
+
+try:
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+except ImportError:  # a CPU, or a GPU without the package: SDPA
+    flash_attn_varlen_func = flash_attn_with_kvcache = None
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "LlamaForSequenceClassification",
+                 "MistralForSequenceClassification")
+# What a config may say about the computation; any other value would be silently wrong here, so it is refused.
+ONLY = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0, 0.0),
+        "rope_interleaved": (False,), "partial_rotary_factor": (1, 1.0), "quantization_config": (None,)}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                   "generation_config.json")
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+@dataclass
+class Config:
+    """The part of config.json that decides the computation; `raw` is the file, kept to be written back unchanged."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: dict
+    context: int  # max_position_embeddings
+    sliding_window: int | None
+    tied: bool
+    labels: int  # outputs of a sequence-classification head; 0 means a language model
+    raw: dict
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Config":
+        """Read config.json in the layout of transformers 4 or 5. Raises InputError on anything unsupported."""
+        path = Path(directory) / "config.json"
+        if not path.is_file():
+            raise InputError(f"{directory}: no config.json, so this is no checkpoint directory; give the directory "
+                             "that holds config.json, *.safetensors and tokenizer.json")
+        return cls.parse(load_json(path), path)
+
+    @classmethod
+    def parse(cls, raw: dict, path="config.json") -> "Config":
+        """Check and convert a config.json dict; `path` names it in errors."""
+        architecture = (raw.get("architectures") or ["none"])[0]
+        if architecture not in ARCHITECTURES:
+            raise InputError(f"{path}: architecture {architecture} is not supported; use one of "
+                             f"{', '.join(ARCHITECTURES)}")
+        for name, allowed in ONLY.items():
+            if name in raw and raw[name] not in allowed:
+                raise InputError(f"{path}: {name} = {raw[name]!r} is not supported, only {allowed[0]!r} is")
+        # transformers 5 has all of RoPE in rope_parameters; 4 has rope_theta beside an optional rope_scaling
+        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {}),
+                **(raw.get("rope_parameters") or {})}
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+            raise InputError(f"{path}: RoPE {rope} is not supported; rope_type default and llama3 are")
+        heads = raw["num_attention_heads"]
+        return cls(
+            vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope=rope, context=raw.get("max_position_embeddings", 2048),
+            # Llama's configs have no window; Mistral's has one unless it says null
+            sliding_window=raw.get("sliding_window") if architecture.startswith("Mistral") else None,
+            tied=raw.get("tie_word_embeddings", False),
+            labels=len(raw.get("id2label") or (0, 1)) if architecture.endswith("Classification") else 0, raw=raw)
+
+
+def rope_frequencies(config: Config) -> torch.Tensor:
+    """Inverse wavelengths of RoPE, (D/2,) fp32 on the CPU, with Llama 3.1's stretching of the long ones."""
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, dtype=torch.int64, device="cpu").float() / D
+    frequencies = 1.0 / (config.rope["rope_theta"] ** exponents)  # (D/2,)
+    if config.rope["rope_type"] == "llama3":
+        factor, low, high, old_context = (config.rope[k] for k in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        # turns made over the original context: under `low` is divided by factor, over `high` is kept, between is mixed
+        turns = old_context * frequencies / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / factor
+    return frequencies
+
+
+# ---------------------------------------------------------------------------------------------- attention contexts
+
+def use_flash(x: torch.Tensor) -> bool:
+    """Whether attention over x runs through flash-attn: installed, on a GPU and in a half-precision type."""
+    return flash_attn_varlen_func is not None and x.is_cuda and x.dtype != torch.float32
+
+
+def window_size(window: int | None) -> tuple[int, int]:
+    """flash-attn counts a window by its reach to the left and right; Mistral's counts the token itself."""
+    return (-1, -1) if window is None else (window - 1, 0)
+
+
+class Packed:
+    """Causal attention inside each of S sequences that lie end to end in N tokens.
+
+    lengths: S positive ints that sum to N. positions (N,) restart at 0 in every sequence.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
+        self.lengths = lengths
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        self.cu_seqlens = ends.to(torch.int32).to(device)  # (S + 1,)
+        self.last = (ends[1:] - 1).to(device)  # (S,) index of each sequence's last token
+
+    def attend(self, layer: int, q, k, v, window: int | None):
+        """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D)."""
+        if use_flash(q):
+            longest = max(self.lengths)
+            return flash_attn_varlen_func(q, k, v, self.cu_seqlens, self.cu_seqlens, longest, longest, causal=True,
+                                          window_size=window_size(window))
+        # One SDPA call a sequence: a mask over all N x N would cost the square of the micro-batch.
+        outputs = []
+        for q1, k1, v1 in zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True):
+            q1, k1, v1 = (x.transpose(0, 1)[None] for x in (q1, k1, v1))  # (1, H or Hkv, T, D)
+            T, mask = q1.shape[2], None
+            if window is not None and T > window:
+                mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+            out = F.scaled_dot_product_attention(q1, k1, v1, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            outputs.append(out[0].transpose(0, 1))  # (T, H, D)
+        return torch.cat(outputs)
+
+
+class Cache:
+    """Keys and values of B rows of at most T tokens: k, v (L, B, T, Hkv, D). Costs 4 * L * B * T * Hkv * D bytes in bf16."""
+
+    def __init__(self, config: Config, rows: int, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        shape = (config.num_hidden_layers, rows, tokens, config.num_key_value_heads, config.head_dim)
+        # zeros, not empty: SDPA multiplies masked positions by 0, and 0 * NaN of stale memory is NaN
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copy one row over another, so that the rows in use stay a prefix of the cache."""
+        for x in (self.k, self.v):
+            x[:, target] = x[:, source]
+
+
+class Prefill(Packed):
+    """A packed forward that also writes sequence i's keys and values to the start of cache row rows[i]."""
+
+    def __init__(self, cache: Cache, rows: list[int], lengths: list[int], device="cpu"):
+        super().__init__(lengths, device)
+        self.cache = cache
+        self.token_rows = torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(device)  # (N,)
+
+    def attend(self, layer, q, k, v, window):
+        self.cache.k[layer][self.token_rows, self.positions] = k
+        self.cache.v[layer][self.token_rows, self.positions] = v
+        return super().attend(layer, q, k, v, window)
+
+
+class Decode:
+    """One new token for each of the first B rows of the cache, row i holding lengths[i] tokens before it."""
+
+    def __init__(self, cache: Cache, lengths: torch.Tensor, live: int, window: int | None):
+        """lengths (B,) int64 on the cache's device; live: max(lengths) + 1, passed in to avoid a device sync."""
+        self.cache, self.positions, self.live = cache, lengths, live
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        if not use_flash(cache.k):
+            columns = torch.arange(live, device=lengths.device)
+            mask = columns <= lengths[:, None]  # (B, live)
+            if window is not None:
+                mask &= columns > lengths[:, None] - window
+            self.mask = mask[:, None, None, :]  # (B, 1, 1, live)
+
+    def attend(self, layer, q, k, v, window):
+        """q (B, H, D), k and v (B, Hkv, D) -> (B, H, D)."""
+        B, H, D = q.shape
+        keys, values = self.cache.k[layer][:B], self.cache.v[layer][:B]  # (B, T, Hkv, D)
+        if use_flash(q):
+            return flash_attn_with_kvcache(q[:, None], keys, values, k[:, None], v[:, None],
+                                           cache_seqlens=self.positions.int(), causal=True,
+                                           window_size=window_size(window))[:, 0]
+        keys[self.rows, self.positions] = k
+        values[self.rows, self.positions] = v
+        keys, values = (x[:, :self.live].transpose(1, 2) for x in (keys, values))  # (B, Hkv, live, D), views
+        # The heads of a group share keys and values: passed as G queries of one head, nothing is copied for GQA.
+        q = q.view(B, -1, H // k.shape[1], D)  # (B, Hkv, G, D)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).reshape(B, H, D)
+
+
+# ---------------------------------------------------------------------------------------------- modules
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        x32 = x.float()  # squares of bf16 activations lose too much
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE on x (N, H, D) with cos, sin (N, 1, D/2) in fp32; pairs are (i, i + D/2), as in HF checkpoints."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.sliding_window
+        C, H, Hkv, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, Hkv * D, bias=False)
+        self.v_proj = nn.Linear(C, Hkv * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+    def forward(self, x, cos, sin, context):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v, self.window)  # (N, H, D)
+        return self.o_proj(y.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        C, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, hidden, bias=False)
+        self.up_proj = nn.Linear(C, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    recompute = False  # activation checkpointing: about a third more compute for memory of one x a layer
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def block(self, x, cos, sin, context):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, cos, sin, context):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.block, x, cos, sin, context, use_reentrant=False)
+        return self.block(x, cos, sin, context)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens, cos, sin, context):
+        x = self.embed_tokens(tokens)  # (N, C)
+        for layer in self.layers:
+            x = layer(x, cos, sin, context)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """A decoder with a language-model head, or a reward head `score` where config.labels says so."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.frequencies = config, rope_frequencies(config)
+        self.model = Decoder(config)
+        if config.labels:
+            self.score = nn.Linear(config.hidden_size, config.labels, bias=False)
+        elif not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens, context, select, targets=None):
+        """Run the head only where it is wanted.
+
+        tokens (N,) int64; context: Packed, Prefill or Decode; select (M,) int64: indices into the N tokens.
+        Without targets: logits (M, V), or scores (M, labels). With targets (M,): fp32 log-probs (M,) of those tokens;
+        the (M, V) matrix is never held in whole, in the backward pass neither.
+        """
+        if self.frequencies.device != tokens.device:
+            self.frequencies = self.frequencies.to(tokens.device)
+        angles = context.positions[:, None].float() * self.frequencies  # (N, D/2)
+        x = self.model(tokens, angles.cos()[:, None], angles.sin()[:, None], context)[select]  # (M, C)
+        head = self.score if self.config.labels else self.model.embed_tokens if self.config.tied else self.lm_head
+        return F.linear(x, head.weight) if targets is None else token_logps(x, head.weight, targets)
+
+
+def token_logps(x, weight, targets, chunk: int = 1024) -> torch.Tensor:
+    """log softmax(x @ weight.T)[targets] in fp32: x (M, C), weight (V, C), targets (M,) -> (M,).
+
+    In chunks, each computed again in the backward pass: peak memory is (chunk, V) instead of (M, V), for one more
+    head matmul.
+    """
+    def one(x, weight, targets):
+        logits = F.linear(x, weight).float()  # (chunk, V)
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+    if not torch.is_grad_enabled():
+        return torch.cat([one(x1, weight, t1) for x1, t1 in zip(x.split(chunk), targets.split(chunk), strict=True)])
+    return torch.cat([checkpoint(one, x1, weight, t1, use_reentrant=False)
+                      for x1, t1 in zip(x.split(chunk), targets.split(chunk), strict=True)])
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+class Weights:
+    """The tensors of a checkpoint directory, by name; a sharded one is read through its index."""
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            self.file_of = {name: directory / file for name, file in load_json(index)["weight_map"].items()}
+        else:
+            self.file_of = dict.fromkeys(self._open(directory / "model.safetensors").keys(),
+                                         directory / "model.safetensors")
+        self.handles = {path: self._open(path) for path in set(self.file_of.values())}
+
+    @staticmethod
+    def _open(path: Path):
+        if not path.is_file():
+            raise InputError(f"{path}: missing; complete the checkpoint (weights are read from safetensors only)")
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error}); download it again") from None
+
+    def slice(self, name: str):
+        """A lazy view of a tensor: shape by .get_shape(), parts by indexing, nothing else is read."""
+        return self.handles[self.file_of[name]].get_slice(name)
+
+
+def fill(model: Model, directory: str | Path) -> None:
+    """Copy a checkpoint into the model's parameters, whole or sharded; each process reads only its own slices.
+
+    Raises InputError unless names and shapes agree exactly (a tied head and old RoPE buffers may be left over).
+    """
+    weights = Weights(directory)
+    parameters = dict(model.named_parameters())
+    spare = {name for name in weights.file_of if name.endswith("rotary_emb.inv_freq")}
+    if model.config.tied:
+        spare.add("lm_head.weight")
+    wrong = sorted(parameters.keys() ^ (weights.file_of.keys() - spare))
+    if wrong:
+        raise InputError(f"{directory}: its tensors do not match config.json; first of {len(wrong)} missing or "
+                         f"unexpected: {wrong[0]}")
+    for name, parameter in parameters.items():
+        source = weights.slice(name)
+        if list(parameter.shape) != source.get_shape():
+            raise InputError(f"{directory}: {name} has shape {source.get_shape()}, config.json makes it "
+                             f"{list(parameter.shape)}")
+        local, start, rows = parameter.data, 0, parameter.shape[0]
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh,
+                                                                  parameter.placements)
+            start, rows = offset[0], shape[0]
+        if rows:
+            local.copy_(source[start:start + rows])
+
+
+def load(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Model:
+    """A model for inference, every parameter in dtype."""
+    with torch.device("meta"):
+        model = Model(Config.load(directory)).to(dtype)
+    model.to_empty(device=device)
+    fill(model, directory)
+    return model.eval().requires_grad_(False)
+
+
+def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch.dtype, chat_template: str,
+         writer: bool = True, shard_bytes: int = 4 << 30) -> None:
+    """Write an HF directory that transformers opens: config, tokenizer, chat template, safetensors in shards.
+
+    A sharded model is gathered one parameter at a time, so every process must call; only the `writer` writes, and it
+    holds no more than one file's worth. Each file appears whole or not at all.
+    """
+    out = Path(out)
+    files, shard, size = [], {}, 0
+
+    def flush():
+        save_file(shard, out / f"part-{len(files)}.tmp", metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for name, parameter in model.named_parameters():
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if writer:
+            tensor = full.detach().to("cpu", dtype).contiguous()
+            bytes_ = tensor.numel() * tensor.element_size()
+            if shard and size + bytes_ > shard_bytes:
+                flush()
+                size = 0
+            shard[name], size = tensor, size + bytes_
+    if not writer:
+        return
+    flush()
+    names = ["model.safetensors"] if len(files) == 1 else [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for i, name in enumerate(names):
+        os.replace(out / f"part-{i}.tmp", out / name)
+    if len(files) > 1:
+        weight_map = {name: file for file, held in zip(names, files, strict=True) for name in held}
+        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_from) / name).is_file():
+            shutil.copy(Path(tokenizer_from) / name, out / name)
+    (out / "chat_template.jinja").write_text(chat_template)
+    # transformers 4 reads torch_dtype, 5 reads dtype; both are derived, so both are rewritten
+    raw = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
+    key = "dtype" if "rope_parameters" in raw else "torch_dtype"
+    (out / "config.json").write_text(json.dumps({**raw, key: str(dtype).removeprefix("torch.")}, indent=2))

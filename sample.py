@@ -1,0 +1,256 @@
+"""Answer prompts: a KV-cached, ragged, batched sampler with slot refill (SynPO section 3.1, every y ~ M(. | x)).
+
+What differs from the paper
+1. The paper states the temperature (0.7) only; top-p is 1 and the token limit an option here.
+2. Nothing is taken from a checkpoint's generation config but its end tokens: what is sampled is what is scored.
+
+Reproducible: one uniform number per (seed, record id, sample, position) inverts the distribution's CDF, so a record's
+luck depends on nothing else. Consecutive records form a chunk, the unit that is sampled, written, resumed and handed to
+a process: the same chunk with the same threads gives the same bytes, whatever the number of processes.
+
+prompts.jsonl {prompt | messages, [id], [max_new_tokens]} -> out.jsonl {id, prompt, response, finish_reason, tokens}
+
+    python sample.py --model DIR --prompts prompts.jsonl --out answers.jsonl
+    torchrun --nproc-per-node 8 sample.py --model DIR --prompts prompts.jsonl --out answers.jsonl
+"""
+import gc
+import json
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, on_first, part, read_jsonl,
+                  remove, stage, write_jsonl, write_text)
+from model import Cache, Config, Decode, Model, Prefill, load
+
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    temperature: float = 0.7  # 0 is greedy
+    top_p: float = 1.0  # sample from the smallest set of tokens with this much probability; below 1 costs a sort
+    max_new_tokens: int = 512  # limit per answer; a record's own max_new_tokens wins
+    ignore_eos: bool = False  # go on to the limit
+    stop: str = ""  # also end an answer once it contains this text
+    slots: int = 64  # rows of the KV cache, that is answers written at a time
+    chunk: int = 256  # consecutive records per unit of work
+    prefill_tokens: int = 4096  # prompts are read in packed micro-batches of about so many tokens
+
+
+# ---------------------------------------------------------------------------------------------- drawing a token
+
+def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One number in [0, 1) per pair of int64 (B,), (B,) -> (B,) float64, by splitmix64: a counter, so no state to keep."""
+    def right(x, n):  # logical shift; int64's own is arithmetic
+        return (x >> n) & ((1 << (64 - n)) - 1)
+    x = keys + (positions + 1) * -0x61C8864680B583EB  # int64 wraps round, as the algorithm wants
+    x = (x ^ right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ right(x, 27)) * -0x6B2FB644ECCEEE15
+    return right(x ^ right(x, 31), 11).double() * 2.0 ** -53
+
+
+def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Tokens (B,) from logits (B, V) and uniform numbers u (B,): the first token whose cumulated probability exceeds u."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()  # (B, V)
+    if top_p < 1:
+        ordered, order = weights.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered
+        weights = torch.zeros_like(weights).scatter(1, order, ordered * (before < top_p * ordered.sum(-1, keepdim=True)))
+    # Two levels, in float64 where it counts: find the block of 256 tokens first, then the token inside it. A cumulative
+    # sum over the whole vocabulary would cost more, and its fp32 rounding would drown rare tokens.
+    blocks = F.pad(weights, (0, -weights.shape[1] % 256)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
+    sums = blocks.sum(-1).double()
+    block, left = invert(sums, u * sums.sum(-1))
+    inside = blocks[torch.arange(len(block), device=block.device), block].double()  # (B, 256)
+    return block * 256 + invert(inside, left)[0]
+
+
+def invert(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index (B,) of the first of weights (B, n) whose cumulative sum exceeds target (B,), and what is left of target."""
+    ends = weights.cumsum(-1)
+    target = target.minimum(ends[:, -1] * (1 - 1e-12))[:, None]  # rounding must not step past the last positive weight
+    index = torch.searchsorted(ends, target, right=True)
+    return index[:, 0], (target - ends.gather(1, index) + weights.gather(1, index))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------- the engine
+
+@dataclass
+class Request:
+    ids: list[int]  # the prompt
+    limit: int  # most tokens to write
+    key: int = 0  # of its random numbers, int64
+    output: list[int] = field(default_factory=list)
+    finish_reason: str = ""  # "stop", or "length" where the limit cut it off
+
+
+class Engine:
+    """Writes the answers of a list of requests, `slots` at a time; a finished row takes the next request at once."""
+
+    def __init__(self, model: Model, chat: Chat, o: SampleOptions, progress=None):
+        self.model, self.chat, self.o, self.progress = model, chat, o, progress
+        self.stops = set() if o.ignore_eos else chat.stops
+        # a stop text can only be complete when a token comes that holds its last character
+        vocabulary = range(chat.tokenizer.get_vocab_size()) if o.stop else ()
+        self.stop_ends = {i for i in vocabulary if o.stop[-1] in chat.text([i])}
+
+    @torch.inference_mode()
+    def run(self, requests: list[Request]) -> None:
+        """Fill output and finish_reason of every request. Longest first, so that no long answer starts last."""
+        o, device = self.o, next(self.model.parameters()).device
+        queue = deque(sorted(requests, key=lambda r: -r.limit))
+        rows: list[Request | None] = [None] * min(o.slots, len(requests))
+        longest = max(len(r.ids) + r.limit for r in requests)
+        cache = Cache(self.model.config, len(rows), longest, next(self.model.parameters()).dtype, device)
+        while True:
+            while queue and None in rows:
+                self.prefill(cache, rows, queue)
+            while None in rows:  # the queue is empty: keep the live rows a prefix, so that no dead row costs anything
+                last = rows.pop()
+                if last is not None:
+                    hole = rows.index(None)
+                    rows[hole] = last
+                    cache.move_row(len(rows), hole)
+            if not rows:
+                return
+            self.decode(cache, rows)
+
+    def prefill(self, cache, rows, queue) -> None:
+        """Give free rows the next requests, as many as one micro-batch holds, and draw their first tokens."""
+        device, free, tokens = cache.k.device, [i for i, r in enumerate(rows) if r is None], 0
+        taken = []
+        while queue and free and (not taken or tokens + len(queue[0].ids) <= self.o.prefill_tokens):
+            row = free.pop(0)
+            rows[row] = queue.popleft()
+            taken.append(row)
+            tokens += len(rows[row].ids)
+        context = Prefill(cache, taken, [len(rows[i].ids) for i in taken], device)
+        ids = torch.tensor([t for i in taken for t in rows[i].ids], device=device)  # (N,)
+        self.accept(rows, taken, self.model(ids, context, context.last))
+
+    def decode(self, cache, rows) -> None:
+        """One more token for every row."""
+        device = cache.k.device
+        ids, lengths = torch.tensor([[r.output[-1] for r in rows], [len(r.ids) + len(r.output) - 1 for r in rows]]).to(device)
+        live = max(len(r.ids) + len(r.output) for r in rows)
+        context = Decode(cache, lengths, live, self.model.config.sliding_window)
+        everything = torch.arange(len(rows), device=device)
+        self.accept(rows, range(len(rows)), self.model(ids, context, everything))
+
+    def accept(self, rows, which, logits) -> None:
+        """Draw a token for each of the rows `which` from logits (len(which), V); free the rows that are finished."""
+        state = torch.tensor([[rows[i].key for i in which], [len(rows[i].output) for i in which]]).to(logits.device)
+        for i, token in zip(which, draw(logits, uniform(*state), self.o.temperature, self.o.top_p).tolist(), strict=True):
+            r = rows[i]
+            r.output.append(token)
+            if token in self.stops or (token in self.stop_ends
+                                       and self.o.stop in self.chat.text(r.output[-len(self.o.stop):])):
+                r.finish_reason = "stop"
+            elif len(r.output) == r.limit:
+                r.finish_reason = "length"
+            if r.finish_reason:
+                rows[i] = None
+        if self.progress is not None:
+            self.progress.update(len(which))
+
+
+# ---------------------------------------------------------------------------------------------- files to files
+
+def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOptions, common: Common, purpose: str = "",
+           samples: int = 1, source: str | Path = "prompts") -> dict:
+    """Answer every record of rows into the file out; returns counts. Goes on with the chunks that an earlier call left.
+
+    purpose: sets the random numbers of one use of a prompt apart from those of another; source: names rows in errors.
+    Every rank calls it. Raises InputError before the weights are read if a prompt does not fit the model's context.
+    """
+    out = Path(out)
+    chat, config = Chat(model, common.chat_template), Config.load(model)
+    requests = [make_request(row, number, i, chat, config.context, o, digest_key(common.seed, purpose, row["id"], i), source)
+                for number, row in enumerate(rows, 1) for i in range(samples)]
+    starts = range(0, len(requests), o.chunk)
+    parts = out.with_suffix(".parts")
+    file_of = lambda start: parts / f"{start}.jsonl"  # noqa: E731
+    key = digest(fingerprint(model), part(o, SampleOptions), part(common, Common), purpose, samples, rows)
+
+    def unfinished():
+        if not (parts / "key").is_file() or (parts / "key").read_text() != key:
+            remove_parts()
+            write_text(parts / "key", key)
+        return [start for start in starts if not file_of(start).is_file()]
+
+    def remove_parts():
+        for file in [*parts.glob("*"), parts] if parts.is_dir() else []:
+            file.rmdir() if file.is_dir() else file.unlink()
+
+    def merge():
+        lines = [json.loads(line) for start in starts for line in file_of(start).read_text().splitlines()]
+        wanted = [(row["id"], i) for row in rows for i in range(samples)]
+        assert [(line["id"], line.get("sample", 0)) for line in lines] == wanted, "every record exactly once"
+        write_jsonl(out, lines)
+        return {"records": len(rows), "answers": len(lines), "tokens": sum(line["tokens"] for line in lines),
+                "cut_off": sum(line["finish_reason"] == "length" for line in lines)}
+
+    todo = on_first(unfinished)[RANK::WORLD]
+    if todo:
+        engine = Engine(load(model, common.torch_dtype, DEVICE), chat, o,
+                        tqdm(desc=out.stem, unit=" tok", leave=False, disable=RANK > 0))
+        for start in todo:
+            chunk = requests[start:start + o.chunk]
+            engine.run(chunk)
+            write_jsonl(file_of(start), [answer(rows[(start + i) // samples], (start + i) % samples, samples, r, chat, o)
+                                      for i, r in enumerate(chunk)])
+        engine.progress.close()
+        del engine
+        gc.collect()
+    on_first(lambda: None)  # wait for all
+    counts = on_first(merge)
+    remove(parts)
+    return counts
+
+
+def digest_key(*parts) -> int:
+    """64 bits of a hash, as the int64 that uniform() takes."""
+    return int.from_bytes(bytes.fromhex(digest(*parts)), "big", signed=True)
+
+
+def make_request(row, number, i, chat, context, o, key, source) -> Request:
+    """Check and tokenise one record; the limit shrinks to what the context has room for."""
+    ids, limit = chat.prompt_ids(row), row.get("max_new_tokens", o.max_new_tokens)
+    if not isinstance(limit, int) or limit < 1:
+        raise InputError(f"{source}: line {number}: field 'max_new_tokens' is {limit!r}; make it a positive whole number")
+    if not 0 < len(ids) < context:
+        raise InputError(f"{source}: line {number}: field 'prompt' has {len(ids)} tokens with its template, the model's "
+                         f"context is {context}; shorten or remove it")
+    return Request(ids, min(limit, context - len(ids)), key)
+
+
+def answer(row, i, samples, request, chat, o) -> dict:
+    """The output record; an end token is counted but is no text."""
+    kept = {name: row[name] for name in ("id", "prompt", "messages") if name in row}
+    numbered = {"sample": i} if samples > 1 else {}
+    return {**kept, **numbered, "response": chat.text(request.output).strip(), "finish_reason": request.finish_reason,
+            "tokens": len(request.output)}
+
+
+@dataclass(kw_only=True)
+class Options(SampleOptions, Common):
+    model: str  # checkpoint directory
+    prompts: str  # JSONL of {"prompt"} or {"messages"}
+    out: str  # JSONL to write
+    samples: int = 1  # answers per prompt
+
+
+def main(o: Options) -> dict:
+    rows = read_jsonl(o.prompts, "prompt")
+    return stage(o.out, {"model": o.model, "prompts": o.prompts}, {**part(o, SampleOptions), **part(o, Common), "samples": o.samples},
+                 lambda: sample(o.model, rows, o.out, o, o, samples=o.samples, source=o.prompts))
+
+
+if __name__ == "__main__":
+    command(main, Options)
