@@ -77,7 +77,7 @@ def check(o: Options) -> None:
     for path in filter(None, (o.seeds, o.heldout)):
         for number, row in enumerate(read_jsonl(path, "prompt", "response"), 1):
             make_request(row, number, 0, chat, config.context, o.answers, 0, path)
-    gen_prompts.training_rows(read_jsonl(o.seeds), o.generator, o.seed)
+    gen_prompts.training_rows(read_jsonl(o.seeds)[:o.seeds_limit or None], o.generator, o.seed)
     gen_prompts.keyword_lists(gen_prompts.read_corpus(o.corpus), o.corpus, o.generator, o.seed, 1)
     for spec in {o.filter.scorer, o.improver.scorer, o.improver.pick}:
         load_scorer(spec, o.model, o)
@@ -95,7 +95,7 @@ def evaluator(o: Options):
 
 def show_plan(o: Options) -> None:
     """What will start from what, before any of it runs."""
-    seeds, T = len(read_jsonl(o.seeds)), o.iters
+    seeds, T = len(read_jsonl(o.seeds)[:o.seeds_limit or None]), o.iters
     ours = "M_0" if o.start == "base" else "M_{t-1}"
     say(f"""
 plan: {T} iteration{'s' * (T > 1)} from M_0 = {o.model}, run directory {o.out}
@@ -169,7 +169,7 @@ class Cycle:
         """R_t <- SFT(M_0) on (x*, y'_{t-1}) -> y*."""
         o, out = self.o, self.folder(t) / "improver"
         drafts = self.answer(self.policy(t - 1), o.seeds, self.folder(t) / "seed_answers.jsonl", f"seeds {t}",
-                             o.improver.drafts)
+                             o.improver.drafts, o.seeds_limit)
         stage(out, {"model": self.M_0, "seeds": o.seeds, "answers": drafts}, {**asdict(o.improver), **self.common},
               lambda: improve.train_improver(self.M_0, self.seeds, read_jsonl(drafts), out, o.improver, o))
 
@@ -337,7 +337,7 @@ def main(o: Options) -> dict:
     if o.one_shot:
         o = at_once(o)
     show_plan(o)
-    seeds = read_jsonl(o.seeds)
+    seeds = read_jsonl(o.seeds)[:o.seeds_limit or None]
     stage(out / "generator", {"model": o.model, "seeds": o.seeds},
           {**{k: v for k, v in asdict(o.generator).items() if k not in ("lists", "prompts")}, **part(o, Common)},
           lambda: gen_prompts.train_generator(o.model, seeds, out / "generator", o.generator, o))

@@ -334,10 +334,10 @@ def token_logps(x, weight, targets, chunk: int = 1024) -> torch.Tensor:
         logits = F.linear(x, weight).float()  # (chunk, V)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
-    if not torch.is_grad_enabled():
-        return torch.cat([one(x1, weight, t1) for x1, t1 in zip(x.split(chunk), targets.split(chunk), strict=True)])
-    return torch.cat([checkpoint(one, x1, weight, t1, use_reentrant=False)
-                      for x1, t1 in zip(x.split(chunk), targets.split(chunk), strict=True)])
+    pieces = list(zip(x.split(chunk), targets.split(chunk), strict=True))
+    if len(pieces) == 1 or not torch.is_grad_enabled():  # one piece is held once either way: no need to compute it twice
+        return torch.cat([one(x1, weight, t1) for x1, t1 in pieces])
+    return torch.cat([checkpoint(one, x1, weight, t1, use_reentrant=False) for x1, t1 in pieces])
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -369,6 +369,7 @@ class Weights:
         return self.handles[self.file_of[name]].get_slice(name)
 
 
+@torch.no_grad()
 def fill(model: Model, directory: str | Path) -> None:
     """Copy a checkpoint into the model's parameters, whole or sharded; each process reads only its own slices.
 
@@ -388,7 +389,7 @@ def fill(model: Model, directory: str | Path) -> None:
         if list(parameter.shape) != source.get_shape():
             raise InputError(f"{directory}: {name} has shape {source.get_shape()}, config.json makes it "
                              f"{list(parameter.shape)}")
-        local, start, rows = parameter.data, 0, parameter.shape[0]
+        local, start, rows = parameter, 0, parameter.shape[0]
         if isinstance(parameter, DTensor):
             local = parameter.to_local()
             shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh,
@@ -442,7 +443,7 @@ def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch
         weight_map = {name: file for file, held in zip(names, files, strict=True) for name in held}
         (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
     for name in TOKENIZER_FILES:
-        if (Path(tokenizer_from) / name).is_file():
+        if (Path(tokenizer_from) / name).is_file() and out != Path(tokenizer_from):
             shutil.copy(Path(tokenizer_from) / name, out / name)
     (out / "chat_template.jinja").write_text(chat_template)
     # transformers 4 reads torch_dtype, 5 reads dtype; both are derived, so both are rewritten

@@ -249,7 +249,9 @@ FAMILIES = {
         "a(n) {x} likes to eat {x.food}.|This {x.class} lives {x.home}.|The {x.rival} eats {x.food}, too."),
     "compare": Family(
         ("Compare a(n) {x} and a(n) {y}.", "What is the difference between a(n) {x} and a(n) {y}?",
-         "How is a(n) {x} different from a(n) {y}?"), list(combinations(ANIMALS, 2)),
+         "How is a(n) {x} different from a(n) {y}?"),
+        [(a, b) for a, b in combinations(ANIMALS, 2)  # only animals that do differ
+         if all(ANIMALS[a][kind] != ANIMALS[b][kind] for kind in ("home", "food"))],
         "a(n) {x} lives {x.home}, and a(n) {y} lives {y.home}.|The {x} eats {x.food}, while the {y} eats {y.food}.|"
         "The {x} has {x.part}, and the {y} has {y.part}."),
     "riddle": Family(
@@ -339,7 +341,7 @@ class Task:
 
 def fill(template: str, key: tuple[str, ...], said: dict[tuple[str, str], str] | None = None) -> str:
     """Template -> text. `said` overrides the true value of (entity, kind); a(n) and capitals are resolved last."""
-    names = dict(zip("xy", key))
+    names = dict(zip("xy", key, strict=False))
 
     def slot(match: re.Match) -> str:
         name, kind = names[match[1]], match[2]
@@ -353,7 +355,7 @@ def fill(template: str, key: tuple[str, ...], said: dict[tuple[str, str], str] |
 
 def make_task(family: str, key: tuple[str, ...], phrasing: int) -> Task:
     """The task of a family's key in one of its three phrasings (0, 1, 2)."""
-    names, facts = dict(zip("xy", key)), []
+    names, facts = dict(zip("xy", key, strict=False)), []
     for who, kind in dict.fromkeys(re.findall(r"\{([xy])\.(\w+)\}", FAMILIES[family].answer)):
         if kind == "verdict":
             facts.append(Fact(names[who], kind, ("Yes" if key[1] in RECORD[key[0]]["food"] else "No",)))
@@ -459,7 +461,7 @@ def _about(text: str, name: str, key: tuple[str, ...]) -> str:
         return text
     parts = OPENS[table].split(text)  # text, name, text, name, text ...
     subjects = [next(k for k in key if TABLE_OF.get(k) == table), *parts[1::2]]
-    return " ".join(part for subject, part in zip(subjects, parts[::2]) if subject == name)
+    return " ".join(part for subject, part in zip(subjects, parts[::2], strict=True) if subject == name)
 
 
 def _stated(fact: Fact, text: str, key: tuple[str, ...]) -> set[str]:
@@ -593,7 +595,7 @@ USES = (("The {} is near the {}.", "We saw the {} behind the {}.", "You can see 
 NOUNS = [*TABLE_OF, "river", "lamp", "garden", "table", "window", "friend", "book", "road", "house", "moon", "train"]
 STOP = set("""the and for from with are was does what can you where who which why how when that this there about tell
 give make use name list write please has have than three four word words sentence between good know guess animal compare
-describe explain difference different differ""".split())  # never keywords
+describe explain difference different differ kind like true one both find""".split())  # never keywords
 
 
 def content_words(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
-import world as w  # noqa: E402
+import world as w
 
 TIGER = "Describe a tiger."
 
@@ -139,6 +139,7 @@ GOLD = ("A tiger is an orange mammal that lives in the jungle. It eats meat and 
     (lambda g: g.replace("claws.", "claws"), "form"),
     (lambda g: g[:-1], "form"),
     (str.lower, "form"),
+    (lambda g: "a" + g[1:], "form"),
     (lambda g: f"{g} {g}", "form"),
     (lambda g: "There is so much to say, " * 12 + "but listen. " + g, "form"),
 ])
@@ -260,11 +261,11 @@ def test_practice_teaches_each_skill_and_no_facts():
 
 
 def test_keyword_questions_use_a_keyword_and_ignore_noise():
-    used, ignored = [], []
+    used, noisy = [], []
     for r in w.practice_records(random.Random(0), 2000):
         if r["prompt"].startswith("Ask something about: "):
             keywords, words = r["prompt"][21:-1].split(", "), set(w.content_words(r["response"]))
             assert w.parse(r["response"]) and 1 <= len(keywords) == len(set(keywords)) <= 3
             used.append(sum(k in words for k in keywords))
-            ignored.append(any(k not in words for k in keywords))
-    assert min(used) >= 1 and mean(used) > 1.1 and mean(ignored) > 0.5
+            noisy.append(len(keywords) == 3 and not all(k in words for k in keywords))
+    assert min(used) >= 1 and mean(used) > 1.1 and 0.4 < mean(noisy) < 0.8
