@@ -54,59 +54,63 @@ class Common:
 
 def option_help(options: type) -> dict[str, str]:
     """The comment behind each field, base classes included: the help text of its flag."""
-    texts = {}
-    for cls in reversed(options.__mro__[:-1]):
-        texts.update(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-    return texts
+    sources = [inspect.getsource(cls) for cls in reversed(options.__mro__[:-1])]
+    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", "\n".join(sources), re.MULTILINE))
 
 
-def add_flags(parser, options: type, values: dict, prefix: str = "") -> None:
-    """A flag for each field, --max-new-tokens for max_new_tokens and --policy.lr for lr in the section policy."""
-    hints, texts = typing.get_type_hints(options), option_help(options)
-    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(options)})
-    if unknown:
-        raise InputError(f"--config: unknown option {prefix}{unknown[0]}; see --help for the names")
-    for field in dataclasses.fields(options):
-        kind, default = hints[field.name], field.default
-        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if dataclasses.is_dataclass(kind):
-            group = parser.add_argument_group(f"{field.name} ({texts.get(field.name, '')})")
-            add_flags(group, kind, {**dataclasses.asdict(default), **values.get(field.name, {})}, f"{field.name}.")
-            continue
-        default = values.get(field.name, default)
-        flag = f"--{prefix}{field.name}".replace("_", "-")
-        more = dict(default=default, dest=f"{prefix}{field.name}", help=texts.get(field.name, "").replace("%", "%%"))
-        if default is dataclasses.MISSING:
-            more |= dict(required=True, default=None)
-        if kind is bool:
-            more["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is typing.Literal:
-            more["choices"] = typing.get_args(kind)
+def leaves(o, prefix: str = ""):
+    """(dotted name, dataclass that holds it, field, type) of every option, those of sections included."""
+    hints = typing.get_type_hints(type(o))
+    for field in dataclasses.fields(o):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from leaves(getattr(o, field.name), f"{prefix}{field.name}.")
         else:
-            more["type"] = kind
-        parser.add_argument(flag, **more)
+            yield prefix + field.name, o, field, hints[field.name]
 
 
-def build(options: type, values: dict, prefix: str = ""):
-    """The dataclass, sections and all, from argparse's flat names."""
-    hints = typing.get_type_hints(options)
-    return options(**{field.name: build(hints[field.name], values, f"{field.name}.")
-                      if dataclasses.is_dataclass(hints[field.name]) else values[f"{prefix}{field.name}"]
-                      for field in dataclasses.fields(options)})
+def as_flags(values: dict, prefix: str = "--") -> list[str]:
+    """A config file's content as the flags that say the same, so that both are checked alike."""
+    flags = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        if isinstance(value, dict) and value:
+            flags += as_flags(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            flags.append((prefix if value else f"--no-{prefix[2:]}") + name)
+        else:
+            flags.append(f"{prefix}{name}={value}")
+    return flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors: its own print the usage of every flag first."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help for the options")
 
 
 def parse_options(options: type, argv: list[str], default_config: str = ""):
-    """Options from defaults, then the --config JSON file, then flags. An unknown name is an error in either."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """Options from defaults, then the --config JSON file, then flags: --max-new-tokens for max_new_tokens, --policy.lr for
+    lr in the section policy. A field without default is required; an unknown name is an error in either place."""
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=default_config, help="JSON file of options; flags win over it")
+    parser = Parser(description=sys.modules[options.__module__].__doc__, allow_abbrev=False, parents=[first],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    missing = dataclasses.MISSING
+    o = options(**{f.name: None for f in dataclasses.fields(options) if f.default is missing and f.default_factory is missing})
+    known = {}
+    for name, owner, field, kind in leaves(o):
+        default, known[name] = getattr(owner, field.name), (owner, field.name)
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if typing.get_origin(kind) is typing.Literal:
+            how = {"choices": typing.get_args(kind)}
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, default=default, required=default is None,
+                            help=option_help(type(owner)).get(field.name, "").replace("%", "%%"), **how)
     config = first.parse_known_args(argv)[0].config
-    values = load_json(in_project(config)) if config else {}
-    parser = argparse.ArgumentParser(description=sys.modules[options.__module__].__doc__, parents=[first],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_flags(parser, options, values)
-    parsed = vars(parser.parse_args(argv))
-    return build(options, parsed)
+    for name, value in vars(parser.parse_args(as_flags(load_json(in_project(config)) if config else {}) + argv)).items():
+        if name in known:
+            setattr(*known[name], value)
+    return o
 
 
 def part(o, options: type) -> dict:
@@ -220,11 +224,19 @@ def command(main, options: type, default_config: str = "") -> None:
 
 # ---------------------------------------------------------------------------------------------- records
 
-def load_json(path: str | Path) -> dict:
+def read_text(path: str | Path) -> str:
     try:
-        return json.loads(Path(path).read_text())
+        return Path(path).read_text("utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line} is not UTF-8; save the file in that encoding") from None
+
+
+def load_json(path: str | Path) -> dict:
+    try:
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno} is not valid JSON ({error.msg}); mend or remove it") from None
 
@@ -234,7 +246,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, "utf-8")
     os.replace(temporary, path)
 
 
@@ -247,28 +259,37 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
 
     A record without id gets the hash of its prompt, so that its random numbers do not depend on where it stands.
     """
-    rows, seen = [], {}
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    if not Path(path).stat().st_size:
+    rows, seen, text = [], set(), read_text(path)
+    if not text.strip():
         raise InputError(f"{path}: holds no records; give at least one")
-    for number, line in enumerate(Path(path).read_text().removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number} is not valid JSON ({error.msg}); mend or remove it") from None
         for field in fields:
             if field == "prompt" and isinstance(row, dict) and row.get("messages"):
+                if not is_talk(row["messages"]):
+                    raise InputError(f"{path}: line {number}: field 'messages' is no list of {{role, content}} texts; "
+                                     "mend or remove the line")
                 continue
             if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
                 raise InputError(f"{path}: line {number}: field {field!r} is missing, empty or no text; "
                                  "mend or remove the line")
         if "id" not in row:
             content = digest(messages_of(row))
-            seen[content] = seen.get(content, 0) + 1
-            row["id"] = content if seen[content] == 1 else digest(content, seen[content])
+            row["id"] = content if (content, 0) not in seen else digest(content, number)
+        key = (row["id"], row.get("sample", 0))
+        if key in seen:
+            raise InputError(f"{path}: line {number}: field 'id' is {row['id']!r} as in an earlier line; make ids unique")
+        seen.add(key)
         rows.append(row)
     return rows
+
+
+def is_talk(messages) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
 
 
 def messages_of(row: dict) -> list[dict]:
@@ -289,7 +310,7 @@ def rng(*parts) -> random.Random:
 # ---------------------------------------------------------------------------------------------- tokenizer and chat template
 
 DEFAULT_TEMPLATE = """{% for m in messages %}{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[m['role']] }}: \
-{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}\
+{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}\
 {% if add_generation_prompt %}Assistant: {% endif %}"""
 
 
@@ -305,7 +326,10 @@ class Chat:
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
             raise InputError(f"{directory}: no tokenizer.json; save the tokenizer into the checkpoint directory")
-        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise InputError(f"{directory}/tokenizer.json: not readable ({error}); save it again") from None
         read = lambda name: load_json(directory / name) if (directory / name).is_file() else {}  # noqa: E731
         config = read("tokenizer_config.json")
         special = {name: value["content"] if isinstance(value, dict) else value
@@ -314,7 +338,10 @@ class Chat:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals.update(raise_exception=self._refuse, **special)
         environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-        self.compiled, self.directory = environment.from_string(self.template), directory
+        try:
+            self.compiled, self.directory = environment.from_string(self.template), directory
+        except TemplateError as error:
+            raise InputError(f"{directory}: its chat template is no valid jinja: {error.message}") from None
         self.stops = {self.tokenizer.token_to_id(special["eos_token"])} if "eos_token" in special else set()
         for name in ("config.json", "generation_config.json"):
             ids = read(name).get("eos_token_id")
@@ -353,7 +380,7 @@ class Chat:
     def render(self, messages: list[dict], open_answer: bool) -> str:
         try:
             return self.compiled.render(messages=messages, add_generation_prompt=open_answer)
-        except (TemplateError, KeyError) as error:
+        except (TemplateError, KeyError, TypeError) as error:
             raise InputError(f"{self.directory}: chat template refuses {messages[0]}: {error}") from None
 
     def prompt_ids(self, row: dict) -> list[int]:
@@ -373,6 +400,8 @@ class Chat:
 def fingerprint(path: str | Path) -> str:
     """Hash of what a file or checkpoint directory holds; a finished stage's directory has it in its manifest."""
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory; check the path")
     return load_json(path / "manifest.json")["content"] if (path / "manifest.json").is_file() else content_hash(path)
 
 
@@ -409,14 +438,14 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
     wanted = {"inputs": {name: fingerprint(path) for name, path in inputs.items()}, "options": options}
 
     def finished():
-        if not manifest_path(out).is_file():
+        if not (manifest_path(out).is_file() and out.exists()):
             begun = out / "begun.json"  # a checkpoint inside belongs to the inputs and options it was begun with
             if not out.suffix and (not begun.is_file() or load_json(begun) != wanted):
                 shutil.rmtree(out / "checkpoint", ignore_errors=True)
                 write_text(begun, json.dumps(wanted))
             return None
         manifest = load_json(manifest_path(out))
-        for part in ("inputs", "options"):
+        for part in ("options", "inputs"):  # an option first: it is often the reason why an input is another
             for name in sorted(manifest[part].keys() | wanted[part].keys()):
                 old, new = manifest[part].get(name), wanted[part].get(name)
                 if old != new:

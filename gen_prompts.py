@@ -22,7 +22,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import (Common, InputError, command, digest, messages_of, on_first, part, read_jsonl, rng, stage, write_jsonl)
+from data import (ROOT, Common, InputError, command, digest, messages_of, on_first, part, read_jsonl, read_text, rng, stage,
+                  write_jsonl)
 from sample import SampleOptions, sample
 from train import TrainOptions, sft
 
@@ -35,18 +36,7 @@ Keywords: {keywords}
 
 Write the question between <question> and </question>, then the solution between <solution> and </solution>."""
 
-STOP_WORDS = frozenset("""a about above across after again against all almost alone along already also although always am
-among an and another any anybody anyone anything are around as ask at away back be became because become been before began
-behind being below between both but by came can cannot come could did do does doing done down during each either else enough
-even ever every everyone everything far few for from further gave get give given goes going gone got had has have having he
-her here hers herself him himself his how however i if in indeed instead into is it its itself just keep kept know knew known
-last least less let like made make makes making many may maybe me might mine more most much must my myself near neither never
-next no nobody none nor not nothing now of off often on once one only onto or other others our ours out over own part per
-perhaps please put quite rather really said same say says see seem seemed seems seen several shall she should show since so
-some somebody someone something still such take taken than that the their theirs them themselves then there therefore these
-they thing things this those though three through thus to together too took toward two under until up upon us use used using
-very want was way we well went were what whatever when where whether which while who whole whom whose why will with within
-without would write yes yet you your yours yourself following answer question sentence describe explain list tell""".split())
+STOP_WORDS = frozenset((ROOT / "stop_words.txt").read_text().split())
 
 
 @dataclass(kw_only=True)
@@ -103,9 +93,7 @@ def training_rows(seeds: list[dict], o: GeneratorOptions, seed: int) -> list[dic
 
 def read_corpus(path: str | Path) -> list[str]:
     """Paragraphs of a text file, blank lines between."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a text file with a blank line between paragraphs")
-    return [p for p in re.split(r"\n\s*\n", Path(path).read_text()) if p.strip()]
+    return [p for p in re.split(r"\n\s*\n", read_text(path)) if p.strip()]
 
 
 def keyword_lists(corpus: list[str], source: str | Path, o: GeneratorOptions, seed: int, iteration: int) -> list[list[str]]:

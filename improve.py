@@ -92,7 +92,7 @@ def rewrite(model: str | Path, improver: str | Path, answers: list[dict], out: s
         texts[row["id"]].append({"response": row["response"], "finish_reason": row["finish_reason"]})
     asked = {row["id"]: {name: row[name] for name in ("id", "prompt", "messages") if name in row} for row in answers}
     flat = [{**asked[name], **candidate} for name, some in texts.items() for candidate in some]
-    scorer = load_scorer(o.pick, improver, common)
+    scorer = load_scorer(o.pick, model, common)
     scores = iter(scorer(flat) if scorer else [0.0] * len(flat))
     rows = []
     for row in answers:

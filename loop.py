@@ -21,17 +21,18 @@ import json
 import shutil
 import typing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import gen_prompts
 import improve
-from data import (Chat, Common, InputError, command, load_function, load_json, manifest_path, messages_of, on_first, part,
-                  read_jsonl, say, stage, write_text)
+from data import (Chat, Common, InputError, command, load_function, messages_of, on_first, part, read_jsonl, say, stage,
+                  write_text)
 from dpo import PolicyOptions, train_policy
 from model import Config, Weights
 from reward import FilterOptions, load_scorer, make_pairs
 from sample import SampleOptions, make_request, sample
-from train import TrainOptions, sft
+from train import TrainOptions
 
 
 @dataclass(kw_only=True)
@@ -60,6 +61,12 @@ class Options(Common):
     policy: PolicyOptions = field(default_factory=PolicyOptions)  # M_t
     seed_sft: TrainOptions = field(default_factory=TrainOptions)  # the control SFT on the seeds
 
+    def at_once(self) -> "Options":
+        """The same budget of keyword lists, prompts and pairs in a single iteration."""
+        T, g = self.iters, self.generator
+        return replace(self, iters=1, generator=replace(g, lists=T * g.lists, prompts=T * g.prompts),
+                       filter=replace(self.filter, pairs=T * self.filter.pairs))
+
 
 # ---------------------------------------------------------------------------------------------- before the cycle
 
@@ -81,10 +88,19 @@ def check(o: Options) -> None:
     gen_prompts.keyword_lists(gen_prompts.read_corpus(o.corpus), o.corpus, o.generator, o.seed, 1)
     for spec in {o.filter.scorer, o.improver.scorer, o.improver.pick}:
         load_scorer(spec, o.model, o)
+    if o.evaluate:
+        evaluator(o)
     size = sum(f.stat().st_size for f in Path(o.model).glob("*.safetensors"))
     wanted, free = size * (o.iters + 2), shutil.disk_usage(o.out).free
     if wanted > free:
         raise InputError(f"{o.out}: about {wanted / 1e9:.0f} GB of checkpoints, {free / 1e9:.0f} GB free; give another --out")
+
+
+def make_directory(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror}; give another --out") from None
 
 
 def evaluator(o: Options):
@@ -122,7 +138,8 @@ class Cycle:
     home: Path  # where iter0 and the reference cache are; a control shares those of the main cycle
 
     def __post_init__(self):
-        self.common, self.M_0 = part(self.o, Common), Path(self.o.model)
+        limits = {"seeds_limit": self.o.seeds_limit, "heldout_limit": self.o.heldout_limit}
+        self.common, self.M_0 = {**part(self.o, Common), **limits}, Path(self.o.model)
         self.seeds = read_jsonl(self.o.seeds)[:self.o.seeds_limit or None]
         self.heldout = read_jsonl(self.o.heldout)[:self.o.heldout_limit or None] if self.o.heldout else []
 
@@ -144,6 +161,13 @@ class Cycle:
             self.make_policy(t)
             self.evaluate(t)
 
+    def make_generator(self) -> None:
+        """G <- SFT(M_0), once."""
+        o, out = self.o, self.generator
+        training = {name: v for name, v in asdict(o.generator).items() if name not in ("lists", "prompts")}
+        stage(out, {"model": self.M_0, "seeds": o.seeds}, {**training, **self.common},
+              lambda: gen_prompts.train_generator(self.M_0, self.seeds, out, o.generator, o))
+
     def make_prompts(self, t: int) -> None:
         """x ~ G(. | keywords)."""
         o, out = self.o, self.folder(t) / "prompts.jsonl"
@@ -155,7 +179,8 @@ class Cycle:
                      "earlier": [text for path in earlier.values() for text in texts(read_jsonl(path))]}
             return gen_prompts.sample_prompts(self.generator, o.corpus, known, out, o.generator, o, t)
 
-        inputs = {"model": self.generator, "corpus": o.corpus, "seeds": o.seeds, **earlier}
+        heldout = {"heldout": o.heldout} if o.heldout else {}
+        inputs = {"model": self.generator, "corpus": o.corpus, "seeds": o.seeds, **heldout, **earlier}
         stage(out, inputs, {**asdict(o.generator), **self.common}, work)
 
     def answer(self, model: Path, rows_from: Path | str, out: Path, purpose: str, samples: int = 1, limit: int = 0) -> Path:
@@ -198,7 +223,8 @@ class Cycle:
         o, out = self.o, self.policy(t)
         start = self.M_0 if o.start == "base" else self.policy(t - 1)
         D = {f"pairs{s}": self.folder(s) / "pairs.jsonl" for s in (range(1, t + 1) if o.data == "cumulative" else [t])}
-        stage(out, {"model": start, "reference": self.M_0, **D}, {**asdict(o.policy), **self.common},
+        stage(out, {"model": start, "reference": self.M_0, **D},
+              {**asdict(o.policy), **self.common, "start": o.start, "data": o.data},
               lambda: train_policy(start, [row for path in D.values() for row in read_jsonl(path)], out, o.policy, o,
                                    self.M_0, self.home / "reference"))
 
@@ -207,10 +233,11 @@ class Cycle:
         o, folder, name = self.o, self.folder(t), "heldout_answers.jsonl"
         if o.evaluate:
             self.answer(self.policy(t), o.heldout, folder / name, "heldout", limit=o.heldout_limit)
-            if t:
+            made, rewrites = folder / "improver", folder / "heldout_rewrites.jsonl"
+            if t and (rewrites.is_file() or [*made.glob("*.safetensors")]):  # gone if the run was made without --evaluate
                 drafts = (self.folder(t - 1) if t > 1 else self.home / "iter0") / name
-                self.rewrite(t, drafts, folder / "heldout_rewrites.jsonl")
-                self.judge(None, folder / "heldout_rewrites.jsonl", folder / "eval_improver.json")
+                self.rewrite(t, drafts, rewrites)
+                self.judge(None, rewrites, folder / "eval_improver.json")
             self.judge(self.policy(t), folder / name, folder / "eval.json")
         if t and not o.keep_improvers:
             on_first(lambda: [weights.unlink() for weights in (folder / "improver").glob("*.safetensors")])
@@ -228,122 +255,24 @@ class Cycle:
               {"evaluate": self.o.evaluate, **self.common}, work)
 
 
-def run_controls(cycle: Cycle) -> dict[str, Path]:
-    """What else the same seeds and pairs could have given; returns names and evaluations."""
-    o, out, M_0 = cycle.o, cycle.out / "controls", cycle.M_0
-    say("controls")
-    total = sum(len(read_jsonl(cycle.folder(t) / "pairs.jsonl")) for t in range(1, o.iters + 1))
-    gold = {row["id"]: row for row in cycle.seeds}
-    drafts = cycle.folder(1) / "seed_answers.jsonl"
-    pairs = [{**gold[row["id"]], "id": f"{row['id']}-{row.get('sample', 0)}", "chosen": gold[row["id"]]["response"],
-              "rejected": row["response"]} for row in read_jsonl(drafts) if row["response"]]
-    equal_work = replace(o.policy, epochs=max(1, round(o.policy.epochs * total / len(pairs))))
-    stage(out / "seed_sft", {"model": M_0, "seeds": o.seeds}, {**asdict(o.seed_sft), **cycle.common},
-          lambda: sft(M_0, cycle.seeds, out / "seed_sft", o.seed_sft, o))
-    stage(out / "seed_pairs", {"model": M_0, "seeds": o.seeds, "answers": drafts}, {**asdict(equal_work), **cycle.common},
-          lambda: train_policy(M_0, pairs, out / "seed_pairs", equal_work, o, M_0, cycle.home / "reference"))
-    for name in ("seed_sft", "seed_pairs") if o.evaluate else ():
-        answers = cycle.answer(out / name, o.heldout, out / f"{name}_answers.jsonl", "heldout", limit=o.heldout_limit)
-        cycle.judge(out / name, answers, out / f"{name}_eval.json")
-    one = at_once(o)
-    Cycle(replace(one, filter=replace(one.filter, pairs=total)), out / "one_shot", cycle.generator, cycle.home).run()
-    return {"SFT on the seeds": out / "seed_sft_eval.json", "pairs from the seeds": out / "seed_pairs_eval.json",
-            "one shot": out / "one_shot" / "iter1" / "eval.json"}
-
-
-def at_once(o: Options) -> Options:
-    """The same budget of keyword lists, prompts and pairs in a single iteration."""
-    generator = replace(o.generator, lists=o.generator.lists * o.iters, prompts=o.generator.prompts * o.iters)
-    return replace(o, iters=1, generator=generator, filter=replace(o.filter, pairs=o.filter.pairs * o.iters))
-
-
-# ---------------------------------------------------------------------------------------------- what came out
-
-def counts_of(path: Path) -> dict:
-    """The counts in a stage's manifest; empty where the stage did not run."""
-    return load_json(manifest_path(path))["counts"] if manifest_path(path).is_file() else {}
-
-
-def iteration_row(cycle: Cycle, t: int, pairs_so_far: int) -> dict:
-    """One line of the final table: yields, gaps, mean words, scores, seconds by stage."""
-    folder = cycle.folder(t)
-    prompts, pairs = counts_of(folder / "prompts.jsonl"), counts_of(folder / "pairs.jsonl")
-    seconds = lambda *names: round(sum(counts_of(folder / n).get("seconds", 0) for n in names))  # noqa: E731
-    return {"t": t, "lists": prompts["lists"], "prompts": prompts["prompts"], "valid": pairs["valid"],
-            "pairs": pairs["pairs"], "D": pairs_so_far + pairs["pairs"] if cycle.o.data == "cumulative" else pairs["pairs"],
-            "gap": pairs["mean_gap"], "words chosen": pairs["chosen_words"], "rejected": pairs["rejected_words"],
-            "words M_t": counts_of(folder / "eval.json").get("words", "-"),
-            "score R_t": counts_of(folder / "eval_improver.json").get("score", "-"),
-            "score M_t": counts_of(folder / "eval.json").get("score", "-"), "s: prompts": seconds("prompts.jsonl"),
-            "answers": seconds("base_answers.jsonl", "answers.jsonl", "seed_answers.jsonl"),
-            "improver": seconds("improver", "rewrites.jsonl"), "policy": seconds("pairs.jsonl", "policy"),
-            "eval": seconds("heldout_answers.jsonl", "heldout_rewrites.jsonl", "eval.json", "eval_improver.json")}
-
-
-def table(rows: list[dict]) -> str:
-    """Rows of equal keys as aligned text."""
-    cells = [[str(name) for name in rows[0]]] + [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
-                                                 for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
-
-
-def report(cycle: Cycle, controls: dict[str, Path]) -> dict:
-    """Print the tables and some examples; returns the run's summary."""
-    o, T, rows = cycle.o, cycle.o.iters, []
-    for t in range(1, T + 1):
-        rows.append(iteration_row(cycle, t, sum(row["pairs"] for row in rows)))
-    say(f"\niterations of {o.out}\n{table(rows)}")
-    scores = [counts_of(cycle.folder(t) / "eval.json").get("score") for t in range(T + 1)] if o.evaluate else []
-    if o.evaluate:
-        evals = {"M_0": cycle.folder(0) / "eval.json"}
-        for t in range(1, T + 1):
-            evals |= {f"R_{t}": cycle.folder(t) / "eval_improver.json", f"M_{t}": cycle.folder(t) / "eval.json"}
-        results = {name: load_json(path) for name, path in {**evals, **controls}.items()}
-        columns = list(results["M_0"])
-        say(f"\nheld-out prompts ({len(cycle.heldout)}), by {o.evaluate}\n" + table(
-            [{"": name, **{c: r.get(c, "-") for c in columns}} for name, r in results.items()]))
-        show_examples(cycle)
-    stages = [{"stage": str(path.relative_to(cycle.out).with_suffix("")).removesuffix(".manifest").removesuffix("/manifest"),
-               **manifest["counts"], "started_from": manifest["start_from"], "time": manifest["time"]}
-              for path in cycle.out.glob("**/*manifest.json") for manifest in [load_json(path)]]
-    stages.sort(key=lambda line: line["time"])
-    on_first(write_text, cycle.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in stages))
-    tokens = sum(line.get("tokens", 0) for line in stages)
-    return {"scores": scores, "pairs": [row["pairs"] for row in rows], "tokens": tokens,
-            "tokens_per_second": round(tokens / max(1e-9, sum(line["seconds"] for line in stages)), 1), "run_dir": str(cycle.out)}
-
-
-def show_examples(cycle: Cycle) -> None:
-    """Some held-out prompts with what the models made of them."""
-    T = cycle.o.iters
-    files = {"M_0": cycle.folder(0) / "heldout_answers.jsonl", f"M_{T - 1}'s draft": cycle.folder(T - 1) / "heldout_answers.jsonl",
-             f"R_{T}'s rewrite": cycle.folder(T) / "heldout_rewrites.jsonl", f"M_{T}": cycle.folder(T) / "heldout_answers.jsonl"}
-    answers = {name: read_jsonl(path) for name, path in files.items()}
-    step = max(1, len(cycle.heldout) // max(1, cycle.o.show))
-    for i in list(range(0, len(cycle.heldout), step))[:cycle.o.show]:
-        say(f"\nprompt: {messages_of(cycle.heldout[i])[-1]['content']}")
-        for name, rows in answers.items():
-            say(f"  {name + ':':<16} {rows[i]['response']}")
-
-
 def main(o: Options) -> dict:
     if o.prepare:
         o = replace(o, **load_function(o.prepare)(o))
     out = Path(o.out)
-    on_first(out.mkdir, 0o777, True, True)
+    on_first(make_directory, out)
     on_first(check, o)
-    on_first(lambda: (out / "config.json").is_file() or write_text(out / "config.json", json.dumps(asdict(o), indent=1)))
+    write_config = partial(write_text, out / "config.json", json.dumps(asdict(o), indent=1))
+    on_first(lambda: (out / "config.json").is_file() or write_config())
     if o.one_shot:
-        o = at_once(o)
+        o = o.at_once()
     show_plan(o)
-    seeds = read_jsonl(o.seeds)[:o.seeds_limit or None]
-    stage(out / "generator", {"model": o.model, "seeds": o.seeds},
-          {**{k: v for k, v in asdict(o.generator).items() if k not in ("lists", "prompts")}, **part(o, Common)},
-          lambda: gen_prompts.train_generator(o.model, seeds, out / "generator", o.generator, o))
     cycle = Cycle(o, out, out / "generator", out)
+    cycle.make_generator()
     cycle.run()
-    return report(cycle, run_controls(cycle) if o.controls else {})
+    on_first(write_config)  # again: --iters may have grown
+    if o.controls:
+        load_function("bench/controls.py:run_controls")(cycle)
+    return on_first(load_function("eval/report.py:report"), out)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "LlamaForSequenceClas
 # What a config may say about the computation; any other value would be silently wrong here, so it is refused.
 ONLY = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0, 0.0),
         "rope_interleaved": (False,), "partial_rotary_factor": (1, 1.0), "quantization_config": (None,)}
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+NEEDED_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "generation_config.json")
 
@@ -88,6 +90,10 @@ class Config:
         rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
         if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
             raise InputError(f"{path}: RoPE {rope} is not supported; rope_type default and llama3 are")
+        wanted = {**dict.fromkeys(NEEDED, raw), **dict.fromkeys(NEEDED_LLAMA3 if rope["rope_type"] == "llama3" else (), rope)}
+        missing = [name for name, where in wanted.items() if where.get(name) is None]
+        if missing:
+            raise InputError(f"{path}: {missing[0]} is missing; complete the config")
         heads = raw["num_attention_heads"]
         return cls(
             vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
@@ -96,7 +102,7 @@ class Config:
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope=rope, context=raw.get("max_position_embeddings", 2048),
             # Llama's configs have no window; Mistral's has one unless it says null
-            sliding_window=raw.get("sliding_window") if architecture.startswith("Mistral") else None,
+            sliding_window=raw.get("sliding_window", 4096) if architecture.startswith("Mistral") else None,
             tied=raw.get("tie_word_embeddings", False),
             labels=len(raw.get("id2label") or (0, 1)) if architecture.endswith("Classification") else 0, raw=raw)
 
@@ -107,8 +113,7 @@ def rope_frequencies(config: Config) -> torch.Tensor:
     exponents = torch.arange(0, D, 2, dtype=torch.int64, device="cpu").float() / D
     frequencies = 1.0 / (config.rope["rope_theta"] ** exponents)  # (D/2,)
     if config.rope["rope_type"] == "llama3":
-        factor, low, high, old_context = (config.rope[k] for k in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+        factor, low, high, old_context = (config.rope[k] for k in NEEDED_LLAMA3)
         # turns made over the original context: under `low` is divided by factor, over `high` is kept, between is mixed
         turns = old_context * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -439,6 +444,7 @@ def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch
         f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     for i, name in enumerate(names):
         os.replace(out / f"part-{i}.tmp", out / name)
+    (out / "model.safetensors.index.json").unlink(missing_ok=True)  # of an earlier save in other shards
     if len(files) > 1:
         weight_map = {name: file for file, held in zip(names, files, strict=True) for name in held}
         (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))

@@ -76,7 +76,8 @@ def invert(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, t
     ends = weights.cumsum(-1)
     target = target.minimum(ends[:, -1] * (1 - 1e-12))[:, None]  # rounding must not step past the last positive weight
     index = torch.searchsorted(ends, target, right=True)
-    return index[:, 0], (target - ends.gather(1, index) + weights.gather(1, index))[:, 0]
+    left = target - ends.gather(1, index) + weights.gather(1, index)
+    return index[:, 0], left[:, 0].clamp(min=0)  # rounding must not step before the first positive weight either
 
 
 # ---------------------------------------------------------------------------------------------- the engine
@@ -96,9 +97,9 @@ class Engine:
     def __init__(self, model: Model, chat: Chat, o: SampleOptions, progress=None):
         self.model, self.chat, self.o, self.progress = model, chat, o, progress
         self.stops = set() if o.ignore_eos else chat.stops
-        # a stop text can only be complete when a token comes that holds its last character
+        # a stop text can only be complete when a token comes that holds its last character, or the last of its bytes
         vocabulary = range(chat.tokenizer.get_vocab_size()) if o.stop else ()
-        self.stop_ends = {i for i in vocabulary if o.stop[-1] in chat.text([i])}
+        self.stop_ends = {i for i in vocabulary if {o.stop[-1], "\ufffd"} & set(chat.text([i]))}
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> None:
@@ -150,7 +151,7 @@ class Engine:
             r = rows[i]
             r.output.append(token)
             if token in self.stops or (token in self.stop_ends
-                                       and self.o.stop in self.chat.text(r.output[-len(self.o.stop):])):
+                                       and self.o.stop in self.chat.text(r.output[-len(self.o.stop.encode()):])):
                 r.finish_reason = "stop"
             elif len(r.output) == r.limit:
                 r.finish_reason = "length"
@@ -169,6 +170,10 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
     purpose: sets the random numbers of one use of a prompt apart from those of another; source: names rows in errors.
     Every rank calls it. Raises InputError before the weights are read if a prompt does not fit the model's context.
     """
+    for name, good in (("temperature", o.temperature >= 0), ("top-p", 0 < o.top_p <= 1), ("slots", o.slots > 0),
+                       ("chunk", o.chunk > 0), ("samples", samples > 0)):
+        if not good:
+            raise InputError(f"--{name}: the value makes no sense; see --help")
     out = Path(out)
     chat, config = Chat(model, common.chat_template), Config.load(model)
     requests = [make_request(row, number, i, chat, config.context, o, digest_key(common.seed, purpose, row["id"], i), source)
@@ -189,7 +194,7 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
             file.rmdir() if file.is_dir() else file.unlink()
 
     def merge():
-        lines = [json.loads(line) for start in starts for line in file_of(start).read_text().splitlines()]
+        lines = [json.loads(line) for start in starts for line in open(file_of(start))]
         wanted = [(row["id"], i) for row in rows for i in range(samples)]
         assert [(line["id"], line.get("sample", 0)) for line in lines] == wanted, "every record exactly once"
         write_jsonl(out, lines)
@@ -248,7 +253,8 @@ class Options(SampleOptions, Common):
 
 def main(o: Options) -> dict:
     rows = read_jsonl(o.prompts, "prompt")
-    return stage(o.out, {"model": o.model, "prompts": o.prompts}, {**part(o, SampleOptions), **part(o, Common), "samples": o.samples},
+    options = {**part(o, SampleOptions), **part(o, Common), "samples": o.samples}
+    return stage(o.out, {"model": o.model, "prompts": o.prompts}, options,
                  lambda: sample(o.model, rows, o.out, o, o, samples=o.samples, source=o.prompts))
 
 

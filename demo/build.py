@@ -19,14 +19,14 @@ from model import Config, Model, save
 from train import TrainOptions, sft
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import world  # noqa: E402
+import world
 
-WEB, PARAGRAPHS, PRACTICE, CORPUS = 16_000, 3_000, 8_000, 3_000  # records of M_0's data, paragraphs of the corpus
+WEB, PARAGRAPHS, PRACTICE, ASKING, CORPUS = 12_000, 2_000, 2_400, 3_600, 3_000  # records of M_0's data; of the corpus
 ARCHITECTURE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 256,
     "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
     "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True}
-PRETRAINING = TrainOptions(lr=2e-3, epochs=1, batch=32, max_length=256, loss_on_prompt=True, checkpoint_every=100)
+PRETRAINING = TrainOptions(lr=3e-3, epochs=1, batch=32, max_length=256, loss_on_prompt=True, checkpoint_every=100)
 TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|end|>"
             "{% else %}<|user|>{{ m['content'] }}<|assistant|>{% endif %}{% endfor %}")
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
@@ -48,7 +48,8 @@ def write_data(folder: Path, seed: int) -> None:
     """Seeds and held-out prompts with gold answers, the corpus, and M_0's data, in which no held-out prompt occurs."""
     rng, hidden = random.Random(seed), world.heldout_prompts(seed)
     seeds, heldout = world.split(seed)
-    base = [*world.web_records(rng, WEB, hidden), *world.practice_records(rng, PRACTICE, hidden),
+    asking = [row for row in world.practice_records(rng, 5 * ASKING, hidden) if row["prompt"].startswith("Ask")][:ASKING]
+    base = [*world.web_records(rng, WEB, hidden), *world.practice_records(rng, PRACTICE, hidden), *asking,
             *({"prompt": "Tell me something.", "response": text} for text in world.paragraphs(rng, PARAGRAPHS))]
     for row in base:  # M_0 knows what a tag is, as any chat model does
         if row["prompt"].startswith("Ask something"):
