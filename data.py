@@ -217,6 +217,9 @@ def command(main, options: type, default_config: str = "") -> None:
             start = time.perf_counter()
             result = main(o)
             say(json.dumps({**result, "seconds": round(time.perf_counter() - start, 2)}))
+        if WORLD > 1:  # a thread of gloo's sometimes aborts the interpreter's own exit, after all is done
+            sys.stdout.flush()
+            os._exit(0)
     except InputError as error:
         print(f"error: {error}" if RANK == 0 else f"[rank {RANK}] error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -485,10 +488,3 @@ def run_manifests(out: Path) -> list[Path]:
 
 def name_of(out: Path) -> str:
     return f"{out.parent.name}/{out.name}" if out.parent.name.startswith("iter") else out.name
-
-
-def remove(path: str | Path) -> None:
-    """Delete a file or directory once for all ranks, there or not."""
-    def work():
-        shutil.rmtree(path, ignore_errors=True) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
-    on_first(work)

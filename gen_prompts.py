@@ -86,7 +86,7 @@ def training_rows(seeds: list[dict], o: GeneratorOptions, seed: int) -> list[dic
             other = [w for w in found[random.choice([j for j in usable if j != i])] if w not in found[i]]
             words = random.sample(found[i], own) + random.sample(other, min(o.noise, len(other)))
             random.shuffle(words)
-            rows.append({"id": digest(seeds[i]["id"], draw), "prompt": o.template.format(keywords=", ".join(words)),
+            rows.append({"id": digest(seeds[i]["id"], draw), "prompt": o.template.replace("{keywords}", ", ".join(words)),
                          "response": f"<question>{texts[i]}</question>\n<solution>{seeds[i]['response']}</solution>"})
     return rows
 
@@ -192,7 +192,8 @@ def sample_prompts(generator: str | Path, corpus: str | Path, known: dict[str, l
                    o: GeneratorOptions, common: Common, iteration: int = 1) -> dict:
     """Draw keyword lists, sample G, keep the usable prompts; what G wrote stays beside them in *.raw.jsonl."""
     lists = keyword_lists(read_corpus(corpus), corpus, o, common.seed, iteration)
-    rows = [{"id": digest(i, words), "prompt": o.template.format(keywords=", ".join(words))} for i, words in enumerate(lists)]
+    rows = [{"id": digest(i, words), "prompt": o.template.replace("{keywords}", ", ".join(words))}
+            for i, words in enumerate(lists)]
     raw = Path(out).with_suffix(".raw.jsonl")
     counts = sample(generator, rows, raw, o, common, purpose=f"prompts {iteration}", source="keyword lists")
     generated = [{**row, "keywords": words} for row, words in zip(read_jsonl(raw), lists, strict=True)]

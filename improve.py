@@ -13,6 +13,7 @@ prompts.jsonl, answers.jsonl of M_{t-1} -> rewrites.jsonl {id, prompt, response,
     python improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR
     torchrun --nproc-per-node 8 improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR
 """
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def improver_prompt(row: dict, draft: str, o: ImproverOptions) -> str:
     """The template filled in; earlier turns of a conversation come before its last question."""
     turns = messages_of(row)
     asked = turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
-    # replace, not format: texts may hold braces; draft last, so that nothing inside it is taken for the question
-    return o.template.replace("{prompt}", asked).replace("{draft}", draft)
+    # in one pass, and not by format: the texts themselves may hold braces
+    return re.sub(r"{(prompt|draft)}", lambda name: {"prompt": asked, "draft": draft}[name[1]], o.template)
 
 
 def training_rows(seeds: list[dict], answers: list[dict], o: ImproverOptions, scorer: Scorer | None) -> tuple[list[dict], dict]:

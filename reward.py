@@ -107,7 +107,7 @@ def make_pairs(chosen: list[dict], rejected: list[dict], out: str | Path, scorer
             gaps.append(score_good - score_bad)
         if good["response"].split() == bad["response"].split():
             dropped["identical"] += 1
-        elif not good["response"]:
+        elif not (good["response"] and bad["response"]):
             dropped["empty"] += 1
         elif good["finish_reason"] == "length" and not o.keep_cut_off:
             dropped["cut_off"] += 1

@@ -15,6 +15,7 @@ prompts.jsonl {prompt | messages, [id], [max_new_tokens]} -> out.jsonl {id, prom
 """
 import gc
 import json
+import shutil
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, on_first, part, read_jsonl,
-                  remove, stage, write_jsonl, write_text)
+                  stage, write_jsonl, write_text)
 from model import Cache, Config, Decode, Model, Prefill, load
 
 
@@ -185,13 +186,9 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
 
     def unfinished():
         if not (parts / "key").is_file() or (parts / "key").read_text() != key:
-            remove_parts()
+            shutil.rmtree(parts, ignore_errors=True)
             write_text(parts / "key", key)
         return [start for start in starts if not file_of(start).is_file()]
-
-    def remove_parts():
-        for file in [*parts.glob("*"), parts] if parts.is_dir() else []:
-            file.rmdir() if file.is_dir() else file.unlink()
 
     def merge():
         lines = [json.loads(line) for start in starts for line in open(file_of(start))]
@@ -215,7 +212,7 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
         gc.collect()
     on_first(lambda: None)  # wait for all
     counts = on_first(merge)
-    remove(parts)
+    on_first(shutil.rmtree, parts, True)
     return counts
 
 

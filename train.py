@@ -20,6 +20,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, gather, on_first, part, read_jsonl, remove, rng,
+from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, gather, on_first, part, read_jsonl, rng,
                   stage, write_text)
 from model import Config, Model, Packed, fill, save
 
@@ -113,7 +114,7 @@ def plan(sizes: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
     Largest first, each into the emptiest micro-batch: as few rounds as the budget allows, near equal loads. Every rank
     gets the same number of micro-batches, as sharded training must; some may be empty. An item over budget stands alone.
     """
-    rounds = max(1, math.ceil(sum(sizes) / (ranks * budget)))
+    rounds = max(1, math.ceil(sum(min(size, budget) for size in sizes) / (ranks * budget)))
     while True:
         loads = [(0, i) for i in range(rounds * ranks)]
         bins: list[list[int]] = [[] for _ in loads]
@@ -189,7 +190,7 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
     bar.close()
     chat = Chat(start, common.chat_template)
     save(model, out, start, common.torch_dtype, chat.template, writer=RANK == 0)
-    remove(out / "checkpoint")
+    on_first(shutil.rmtree, out / "checkpoint", True)
     del model, optimizer
     gc.collect()
     return {"examples": len(examples), "steps": len(batches), "tokens": tokens}
@@ -259,9 +260,7 @@ def save_checkpoint(out: Path, model, optimizer, step: int) -> None:
     on_first(lambda: (target / "done").touch())
     for older in (out / "checkpoint").iterdir() if RANK == 0 else ():
         if older != target:
-            for file in older.iterdir():
-                file.unlink()
-            older.rmdir()
+            shutil.rmtree(older)
 
 
 def resume(out: Path, model, optimizer) -> int:

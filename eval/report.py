@@ -73,8 +73,9 @@ def draw(results: dict[str, dict], T: int) -> str:
     for name, r in shown.items():
         if name[:2] in ("M_", "R_"):
             colour, at = ("#1f6feb", x(int(name[2:]))) if name[0] == "M" else ("#d9730d", x(int(name[2:])) - 14)
-            parts.append(f'<line x1="{at}" x2="{at}" y1="{y(r["score"] - r.get("se", 0)):.1f}" y2="{y(r["score"] + r.get("se", 0)):.1f}" '
-                         f'stroke="{colour}"/><circle cx="{at}" cy="{y(r["score"]):.1f}" r="4" fill="{colour}"/>'
+            top, bottom = (y(r["score"] + sign * r.get("se", 0)) for sign in (1, -1))
+            parts.append(f'<line x1="{at}" x2="{at}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{colour}"/>'
+                         f'<circle cx="{at}" cy="{y(r["score"]):.1f}" r="4" fill="{colour}"/>'
                          f'<text x="{at - 10}" y="252">{name}</text>')
         else:
             parts.append(f'<line x1="60" x2="440" y1="{y(r["score"]):.1f}" y2="{y(r["score"]):.1f}" stroke="#888" '

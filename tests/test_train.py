@@ -103,7 +103,7 @@ def test_plan_with_few_or_large_items():
     assert plan([5], 4, 100) == [[[0], [], [], []]]
     assert [1] in [micro for [micro] in plan([3, 9, 4], 1, 7)]  # 9 is over budget and alone
     assert plan([3, 6, 4], 1, 7) == [[[1]], [[2, 0]]]
-    assert plan([10, 10], 2, 5)[0] == [[0], [1]]
+    assert plan([10, 10], 2, 5) == [[[0], [1]]]
 
 
 def test_batches_hold_every_example_once_an_epoch():
