@@ -7,9 +7,10 @@ What differs from the paper
 2. Loss on the target only, --loss-on-prompt for the template too (not stated).
 3. G is trained to write the prompt and its solution. The solution is never used, so sampling stops at the end of the
    question (--generator.stop ""  lets it go on).
-4. Generated prompts that are malformed, too short or too long, or that repeat a seed, a held-out prompt, an earlier
-   iteration's or another new prompt are dropped (the paper states no such filter), and counted by reason. Near-duplicate
-   means a Jaccard similarity of word trigrams of --near-duplicate or more; 0 keeps all but exact repeats.
+4. Generated prompts are dropped, and counted by reason, that are malformed, too short or too long, that speak of a text which
+   they do not hold, or that repeat a seed, a held-out prompt, an earlier iteration's or another new prompt (the paper states
+   no such filter). Near-duplicate means a Jaccard similarity of word trigrams of --near-duplicate or more; 0 keeps all but
+   exact repeats.
 
 seeds.jsonl {prompt, response} -> DIR/generator: a checkpoint
 corpus.txt (paragraphs with a blank line between) -> DIR/prompts.jsonl {id, prompt, keywords}
@@ -37,6 +38,10 @@ Keywords: {keywords}
 Write the question between <question> and </question>, then the solution between <solution> and </solution>."""
 
 STOP_WORDS = frozenset((ROOT / "stop_words.txt").read_text().split())
+
+# A prompt that speaks of a text it does not hold ("Rewrite the following sentence.") cannot be answered.
+MISSING = re.compile(r"\b(the|this|these|that) (following|given|previous|aforementioned|above)\b|"
+                     r"\bthis (sentence|text|paragraph|passage|table|data ?set)\b", re.IGNORECASE)
 
 
 @dataclass(kw_only=True)
@@ -169,6 +174,8 @@ def accept(generated: list[dict], known: dict[str, list[str]], o: GeneratorOptio
             dropped["too_short"] += 1
         elif words > o.max_words:
             dropped["too_long"] += 1
+        elif MISSING.search(prompt) and not re.search(r"[\n:\"“]", prompt):
+            dropped["missing_input"] += 1
         elif repeat := novelty.repeats(prompt):
             label, same = repeat
             dropped[f"repeats_{label}" if label != "new" else "duplicate" if same else "near_duplicate"] += 1

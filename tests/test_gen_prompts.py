@@ -159,6 +159,13 @@ def test_each_reason_to_drop_a_prompt_is_counted():
     assert kept[0]["id"] == accept(generated[:1], {}, options())[0][0]["id"] != kept[1]["id"]
 
 
+def test_a_prompt_without_the_text_it_speaks_of_is_dropped():
+    generated = outputs("Rewrite the following sentence.", "Rewrite the following sentence: I are here.", "Sum up this text.",
+                        "Sum up this text.\n\nIt rained.", "Name the days that follow Monday.")
+    kept, dropped = accept(generated, {}, options(near_duplicate=0))
+    assert dropped == {"missing_input": 2} and len(kept) == 3
+
+
 def test_near_duplicates_of_known_prompts():
     known = {"seed": ["How do planes stay up in the air?"]}  # 8 words, 8 trigrams with the edges
     generated = outputs("So how do planes stay up in the air?")  # 9 trigrams, 7 in common

@@ -32,6 +32,7 @@ def test_prompt_holds_question_and_draft():
 def test_braces_in_texts_stay():
     assert improver_prompt({"prompt": "def f(): {x}"}, "{prompt} {0} {{}} {draft}", options()) == \
         "Q: def f(): {x}\nA: {prompt} {0} {{}} {draft}\nBetter:"
+    assert improver_prompt({"prompt": "a {draft}"}, "D", options()) == "Q: a {draft}\nA: D\nBetter:"
 
 
 def test_earlier_turns_come_before_the_last_question():

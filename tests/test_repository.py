@@ -11,7 +11,7 @@ from conftest import ROOT
 
 CORE = sorted(ROOT.glob("*.py"))
 STAGES = ("sample", "train", "gen_prompts", "improve", "reward", "dpo", "loop")
-CEILING = 1500
+CEILING = 2000
 # A file may import from files of a lower level only.
 LEVEL = {"data": 0, "model": 1, "sample": 2, "train": 2, "gen_prompts": 3, "reward": 3, "dpo": 3, "improve": 4, "loop": 5}
 OUTSIDE = {"eval", "demo", "tests", "world", "build", "heldout", "micro", "conftest"}
