@@ -207,7 +207,7 @@ def say(*words) -> None:
 
 
 def command(main, options: type, default_config: str = "") -> None:
-    """Run a stage file: options in, progress on standard error, one JSON object as the last line of standard output."""
+    """Run a stage file: options in, progress bars on standard error, one JSON object as the last line of standard output."""
     try:
         o = parse_options(options, sys.argv[1:], default_config)
         with processes():
@@ -331,6 +331,8 @@ class Chat:
             raise InputError(f"{directory}: no tokenizer.json; save the tokenizer into the checkpoint directory")
         try:
             self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            self.tokenizer.no_truncation()  # trainers leave such settings in the file
+            self.tokenizer.no_padding()
         except Exception as error:  # tokenizers raises nothing narrower
             raise InputError(f"{directory}/tokenizer.json: not readable ({error}); save it again") from None
         read = lambda name: load_json(directory / name) if (directory / name).is_file() else {}  # noqa: E731
@@ -443,7 +445,7 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
     def finished():
         if not (manifest_path(out).is_file() and out.exists()):
             begun = out / "begun.json"  # a checkpoint inside belongs to the inputs and options it was begun with
-            if not out.suffix and (not begun.is_file() or load_json(begun) != wanted):
+            if out.suffix not in (".jsonl", ".json") and (not begun.is_file() or load_json(begun) != wanted):
                 shutil.rmtree(out / "checkpoint", ignore_errors=True)
                 write_text(begun, json.dumps(wanted))
             return None

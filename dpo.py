@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, on_first, part, read_jsonl,
-                  say, stage, write_jsonl)
+from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, gather, on_first, part,
+                  read_jsonl, say, stage, write_jsonl)
 from model import load
 from train import Example, Objective, Sequence, TrainOptions, fit, make_sequence, score_sequences
 
@@ -116,7 +116,7 @@ def reference_logps(model: str | Path, sequences: list[Sequence], root: str | Pa
                 {"id": key, "logp": one.sum().item()} for (key, _), one in zip(some, logps, strict=True)])
         del net
         gc.collect()
-        on_first(lambda: None)  # wait for all
+        gather(None)  # wait for all; a broadcast would not
         cached = on_first(known)
     wrong = [key for key in keys if not math.isfinite(cached.get(key, math.nan))]
     if wrong:

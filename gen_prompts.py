@@ -6,7 +6,7 @@ What differs from the paper
    are capitalised, without a list of names. The order of a list's words is random.
 2. Loss on the target only, --loss-on-prompt for the template too (not stated).
 3. G is trained to write the prompt and its solution. The solution is never used, so sampling stops at the end of the
-   question (--generator.stop ""  lets it go on).
+   question (--stop "" lets it go on).
 4. Generated prompts are dropped, and counted by reason, that are malformed, too short or too long, that speak of a text which
    they do not hold, or that repeat a seed, a held-out prompt, an earlier iteration's or another new prompt (the paper states
    no such filter). Near-duplicate means a Jaccard similarity of word trigrams of --near-duplicate or more; 0 keeps all but
@@ -153,7 +153,8 @@ class Novelty:
 def parse(text: str) -> str | None:
     """The question of G's output, or None."""
     found = re.search(r"<question>(.*?)</question>", text, re.DOTALL)
-    return found.group(1).strip() if found and "<" not in found.group(1) else None
+    return found.group(1).strip() if found and "<question>" not in found.group(1) and "<solution>" not in found.group(1) \
+        else None
 
 
 def accept(generated: list[dict], known: dict[str, list[str]], o: GeneratorOptions) -> tuple[list[dict], Counter]:

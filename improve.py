@@ -1,10 +1,10 @@
 """The response improver R_t: a prompt and a draft -> a better answer (SynPO section 2.2).
 
 What differs from the paper
-1. --drafts sampled answers per seed may serve as training drafts (the paper: one); --improver.threshold 0 with scorer
-   none keeps all of them.
+1. By default no seed is filtered out; --scorer and --threshold give the paper's rule. --drafts sampled answers per seed may
+   serve as training drafts (the paper: one).
 2. --rewrites of each draft may be sampled, the draft itself may compete (--draft-competes), and --pick names the scorer
-   that chooses (the paper: one rewrite, no competition). Which scorer and why it helps: README.
+   that chooses (the paper: one rewrite, no competition). The README's demo uses it.
 3. The template is not part of the loss (not stated there; --loss-on-prompt is the other reading).
 
 seeds.jsonl, seed_answers.jsonl -> improver/: a checkpoint, always trained from M_0
@@ -65,7 +65,7 @@ def training_rows(seeds: list[dict], answers: list[dict], o: ImproverOptions, sc
         kept = [pair for pair, gap in zip(drafts, gaps, strict=True) if gap > o.threshold]
         if not kept:
             raise InputError(f"improver: no seed's gold answer beats its draft by {o.threshold}; score gaps {quantiles(gaps)}; "
-                             "lower --improver.threshold")
+                             "lower the improver's --threshold")
     else:
         kept = drafts
     rows = [{"id": digest(seed["id"], draft.get("sample", 0)), "prompt": improver_prompt(seed, draft["response"], o),

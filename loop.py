@@ -1,8 +1,9 @@
 """The self-boosting cycle of SynPO, from a chat model and a few seeds to better models (Algorithm 1).
 
-What differs from the paper: nothing by default but the loss (DPO; the paper's recipes say SimPO). What it left untested are
-options: --rejected, --start, --data, --one-shot, --generator.keywords, --generator.noise, --filter.scorer, --policy.loss.
-Each stage's file lists its own choices.
+What differs from the paper by default: the loss is DPO (the paper's recipes say SimPO), the scorer of pairs is likelihood with
+a gap above 0, the improver trains on all seeds, and generated prompts are filtered; each stage's file lists its own. Without
+--config the demo's recipe applies, which also samples several drafts and rewrites. What the paper left untested are options:
+--rejected, --start, --data, --one-shot, --generator.keywords, --generator.noise, --filter.scorer, --policy.loss.
 
     G <- SFT(M_0)                                      once: three keywords -> a prompt
     for t = 1 .. T:
@@ -30,7 +31,7 @@ from data import (Chat, Common, InputError, command, load_function, messages_of,
                   write_text)
 from dpo import PolicyOptions, train_policy
 from model import Config, Weights
-from reward import FilterOptions, load_scorer, make_pairs
+from reward import FilterOptions, load_scorer, make_pairs, scorer_file
 from sample import SampleOptions, make_request, sample
 from train import TrainOptions
 
@@ -44,7 +45,7 @@ class Options(Common):
     seeds_limit: int = 0  # use only the first so many of them; 0 is all
     corpus: str = ""  # text file for keywords, blank lines between paragraphs
     heldout: str = ""  # JSONL of {"prompt", "response"} to evaluate on
-    heldout_limit: int = 0  # likewise
+    heldout_limit: int = 0  # use only the first so many of them; 0 is all
     evaluate: str = ""  # FILE.py:FUNCTION or the name of a file in eval/
     iters: int = 4  # T
     rejected: typing.Literal["base", "previous"] = "base"  # whose answer is rejected: M_0's or M_{t-1}'s
@@ -91,7 +92,9 @@ def check(o: Options) -> None:
     if o.evaluate:
         evaluator(o)
     size = sum(f.stat().st_size for f in Path(o.model).glob("*.safetensors"))
-    wanted, free = size * (o.iters + 2), shutil.disk_usage(o.out).free
+    made = sum(f.stat().st_size for f in Path(o.out).glob("**/*.safetensors"))
+    resume = 12 * size if o.policy.checkpoint_every else 0  # fp32 weights and two moments, twice while one replaces another
+    wanted, free = size * (o.iters + 2 + 4 * o.controls) + resume - made, shutil.disk_usage(o.out).free
     if wanted > free:
         raise InputError(f"{o.out}: about {wanted / 1e9:.0f} GB of checkpoints, {free / 1e9:.0f} GB free; give another --out")
 
@@ -195,13 +198,15 @@ class Cycle:
         o, out = self.o, self.folder(t) / "improver"
         drafts = self.answer(self.policy(t - 1), o.seeds, self.folder(t) / "seed_answers.jsonl", f"seeds {t}",
                              o.improver.drafts, o.seeds_limit)
-        stage(out, {"model": self.M_0, "seeds": o.seeds, "answers": drafts}, {**asdict(o.improver), **self.common},
+        inputs = {"model": self.M_0, "seeds": o.seeds, "answers": drafts, **scorer_file(o.improver.scorer)}
+        stage(out, inputs, {**asdict(o.improver), **self.common},
               lambda: improve.train_improver(self.M_0, self.seeds, read_jsonl(drafts), out, o.improver, o))
 
     def rewrite(self, t: int, answers: Path, out: Path) -> Path:
         """y^ ~ R_t(. | x, y)."""
         o, improver = self.o, self.folder(t) / "improver"
-        stage(out, {"model": improver, "base": self.M_0, "answers": answers}, {**asdict(o.improver), **self.common},
+        inputs = {"model": improver, "base": self.M_0, "answers": answers, **scorer_file(o.improver.pick)}
+        stage(out, inputs, {**asdict(o.improver), **self.common},
               lambda: improve.rewrite(self.M_0, improver, read_jsonl(answers), out, o.improver, o, t))
         return out
 
@@ -213,8 +218,8 @@ class Cycle:
                                            f"answers {t}")
         rewrites = self.rewrite(t, y, folder / "rewrites.jsonl")
         rejected = y_0 if o.rejected == "base" else y
-        stage(folder / "pairs.jsonl", {"model": self.M_0, "chosen": rewrites, "rejected": rejected},
-              {**asdict(o.filter), **self.common, "rejected_from": o.rejected},
+        inputs = {"model": self.M_0, "chosen": rewrites, "rejected": rejected, **scorer_file(o.filter.scorer)}
+        stage(folder / "pairs.jsonl", inputs, {**asdict(o.filter), **self.common, "rejected_from": o.rejected},
               lambda: make_pairs(read_jsonl(rewrites), read_jsonl(rejected), folder / "pairs.jsonl",
                                  load_scorer(o.filter.scorer, self.M_0, o), o.filter, t, o.seed))
 
@@ -257,6 +262,10 @@ class Cycle:
 
 def main(o: Options) -> dict:
     if o.prepare:
+        given = [name for name in ("model", "seeds", "corpus") if getattr(o, name) and not getattr(o, name).startswith(o.out)]
+        if given:
+            raise InputError(f"--{given[0]} {getattr(o, given[0])}: --prepare {o.prepare} makes its own; give a --config "
+                             "of another recipe, or --prepare ''")
         o = replace(o, **load_function(o.prepare)(o))
     out = Path(o.out)
     on_first(make_directory, out)

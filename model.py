@@ -418,7 +418,7 @@ def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch
     """Write an HF directory that transformers opens: config, tokenizer, chat template, safetensors in shards.
 
     A sharded model is gathered one parameter at a time, so every process must call; only the `writer` writes, and it
-    holds no more than one file's worth. Each file appears whole or not at all.
+    holds no more than one file's worth. Each file of weights appears whole or not at all.
     """
     out = Path(out)
     files, shard, size = [], {}, 0

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from data import (DEVICE, Chat, Common, InputError, command, load_function, messages_of, on_first, part, read_jsonl, rng,
-                  spread, stage, write_jsonl)
+from data import (DEVICE, Chat, Common, InputError, command, in_project, load_function, messages_of, on_first, part,
+                  read_jsonl, rng, spread, stage, write_jsonl)
 from model import Config, Packed, load
 from train import TrainOptions, make_sequence, plan, score_sequences
 
@@ -52,6 +52,12 @@ def load_scorer(spec: str, base: str | Path, common: Common) -> Scorer | None:
     if Config.load(spec).labels != 1:
         raise InputError(f"{spec}: a scorer needs a sequence-classification checkpoint with one output (score.weight)")
     return lambda rows: spread(reward, rows, spec, common)
+
+
+def scorer_file(*specs: str) -> dict[str, Path]:
+    """What a stage with these scorers reads beside its data, as inputs of its manifest."""
+    return {f"scorer {spec}": in_project(spec.rpartition(":")[0] if ".py:" in spec else spec)
+            for spec in specs if spec not in ("none", "likelihood")}
 
 
 def likelihood(rows: list[dict], model: str | Path, common: Common) -> list[float]:
@@ -147,6 +153,8 @@ class Options(FilterOptions, Common):
 
 
 def main(o: Options) -> dict:
+    if not o.out.endswith(".jsonl"):
+        raise InputError(f"--out {o.out}: give a name that ends in .jsonl")
     chosen, rejected = read_jsonl(o.chosen, "prompt"), read_jsonl(o.rejected, "prompt")
     if o.scorer == "likelihood" and not o.model:
         raise InputError("--scorer likelihood scores under a model; give --model DIR")

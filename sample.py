@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, on_first, part, read_jsonl,
-                  stage, write_jsonl, write_text)
+from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, gather, on_first, part,
+                  read_jsonl, stage, write_jsonl, write_text)
 from model import Cache, Config, Decode, Model, Prefill, load
 
 
@@ -210,7 +210,7 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
         engine.progress.close()
         del engine
         gc.collect()
-    on_first(lambda: None)  # wait for all
+    gather(None)  # wait for all; a broadcast would not
     counts = on_first(merge)
     on_first(shutil.rmtree, parts, True)
     return counts
@@ -249,6 +249,8 @@ class Options(SampleOptions, Common):
 
 
 def main(o: Options) -> dict:
+    if not o.out.endswith(".jsonl"):
+        raise InputError(f"--out {o.out}: give a name that ends in .jsonl")
     rows = read_jsonl(o.prompts, "prompt")
     options = {**part(o, SampleOptions), **part(o, Common), "samples": o.samples}
     return stage(o.out, {"model": o.model, "prompts": o.prompts}, options,

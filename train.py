@@ -166,7 +166,7 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
     batches = make_batches(len(examples), o, common.seed)
     first = resume(out, model, optimizer)
-    tokens = 0
+    tokens = sum(examples[i].tokens for batch in batches for i in batch)
     bar = tqdm(total=len(batches), initial=first, desc=out.name, unit=" step", leave=False, disable=RANK > 0)
     for step in range(first, len(batches)):
         begin, batch = time.perf_counter(), [examples[i] for i in batches[step]]
@@ -174,12 +174,11 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
             group["lr"] = o.lr * schedule(step, len(batches), o.warmup)
         line = train_step(model, optimizer, batch, objective, count, o)
         seconds = time.perf_counter() - begin
-        tokens += sum(example.tokens for example in batch)
         line = {"step": step + 1, **line, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                 "tokens_per_second": sum(example.tokens for example in batch) / seconds, "memory_gb": peak_memory()}
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
             raise InputError(f"{out}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step + 1} (records "
-                             f"{[e.id for e in batch][:8]}); lower --lr; the last checkpoint is kept")
+                             f"{[e.id for e in batch][:8]}); lower --lr, which starts this stage over")
         log(out, line)
         if step == 0:
             check(line)
@@ -190,6 +189,7 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
     bar.close()
     chat = Chat(start, common.chat_template)
     save(model, out, start, common.torch_dtype, chat.template, writer=RANK == 0)
+    on_first(lambda: [done.unlink() for done in out.glob("checkpoint/*/done")])  # a half-removed one must not count
     on_first(shutil.rmtree, out / "checkpoint", True)
     del model, optimizer
     gc.collect()

@@ -53,7 +53,7 @@ def show_examples(run: Path, T: int, count: int) -> None:
     """Some held-out prompts, evenly spread, with what the models made of them."""
     files = {"M_0": run / "iter0/heldout_answers.jsonl", f"M_{T - 1}, draft": run / f"iter{T - 1}/heldout_answers.jsonl",
              f"R_{T}, rewrite": run / f"iter{T}/heldout_rewrites.jsonl", f"M_{T}": run / f"iter{T}/heldout_answers.jsonl"}
-    answers = {name: read_jsonl(path) for name, path in files.items()}
+    answers = {name: read_jsonl(path) for name, path in files.items() if path.is_file()}
     n = len(answers["M_0"])
     for i in [round((k + 0.5) * n / count) for k in range(min(count, n))]:
         print(f"\nprompt:          {messages_of(answers['M_0'][i])[-1]['content']}")

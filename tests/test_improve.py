@@ -58,7 +58,7 @@ def test_with_scorer_gold_must_beat_the_draft_by_more_than_the_threshold():
     assert kept(0) == kept(1.9) == ["Because it is so."]  # gaps are 2 and -3
     assert kept(-3.5) == ["Because it is so.", "Well."]
     assert training_rows(SEEDS, DRAFTS, options(), words)[1] == {"drafts": 3, "kept": 1}
-    with pytest.raises(InputError, match=r"beats its draft by 2; score gaps -3 -3 -3 2 2; lower --improver.threshold"):
+    with pytest.raises(InputError, match=r"beats its draft by 2; score gaps -3 -3 -3 2 2; lower the improver's --threshold"):
         kept(2)
 
 
