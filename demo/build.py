@@ -29,6 +29,11 @@ ARCHITECTURE = {
 PRETRAINING = TrainOptions(lr=3e-3, epochs=1, batch=32, max_length=256, loss_on_prompt=True, checkpoint_every=100)
 TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|end|>"
             "{% else %}<|user|>{{ m['content'] }}<|assistant|>{% endif %}{% endfor %}")
+NOTE = """
+Shown: one step of self-boosting lifts M_0 by many standard errors, with nothing from outside the models in the loop.
+Not shown: that iterating is what helps. Later steps gain little, within a standard error or two; SFT on the seeds, pairs from
+the seeds, and one shot with as many pairs end about as high (--controls). Form saturates in the first step. Held-out prompts
+combine facts that M_0's web text holds in other prompts; gold text and rubric come from the same templates (demo/world.py)."""
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 
 

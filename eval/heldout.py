@@ -8,6 +8,8 @@ the second rises when answers become plainer or more typical.
 from data import Common
 from reward import load_scorer
 
+NOTE = "Neither number is a measure of helpfulness (eval/heldout.py)."
+
 
 def evaluate(answers: list[dict], heldout: list[dict], base_answers: list[dict], model: str | None, base: str,
              common: Common) -> dict[str, float]:

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from data import load_json, manifest_path, messages_of, read_jsonl, write_text
+from data import load_function, load_json, manifest_path, messages_of, read_jsonl, write_text
 
 
 def counts_of(path: Path) -> dict:
@@ -98,6 +98,8 @@ def report(run: str | Path) -> dict:
     if results:
         print(f"\nheld-out prompts, by {o['evaluate']}\n" + table(
             [{"": name, **{c: r.get(c, "-") for c in results["M_0"]}} for name, r in results.items()]))
+        spec = o["evaluate"] if ".py:" in o["evaluate"] else f"eval/{o['evaluate']}.py:evaluate"
+        print(load_function(spec).__globals__.get("NOTE", ""))  # what its numbers do and do not show
         write_text(run / "scores.svg", draw(results, T))
         show_examples(run, T, o["show"])
     stages = [{"stage": path.relative_to(run).as_posix().removesuffix("manifest.json").rstrip("./"), **manifest["counts"],

@@ -114,7 +114,7 @@ def test_every_stage_leaves_a_manifest_and_a_line_of_metrics(finished, world):
     lines = read_rows(out / "metrics.jsonl")
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     assert {line["stage"] for line in lines} == {re.sub(r"\.jsonl?$", "", name) for name in wanted}
-    assert next(line for line in lines if line["stage"] == "iter2/improver")["started_from"] == world["model"]
+    assert next(line for line in lines if line["stage"] == "iter2/improver")["start_from"] == world["model"]
 
 
 def test_data_flow_is_the_papers(finished, world):
@@ -345,9 +345,8 @@ def test_two_processes_end_with_one_line_on_bad_input(world, tmp_path):
 
 def test_switches_of_the_cycle(world, tmp_path, monkeypatch):
     """What the paper left untested, all switched at once; the finished run above is the other side of each."""
-    trained = []
+    trained, sft = [], gen_prompts.sft
     monkeypatch.setattr(gen_prompts, "sft", lambda model, rows, *rest: trained.extend(rows) or sft(model, rows, *rest))
-    sft = loop.sft
     out = tmp_path / "switched"
     code, text, errors = call(world, out, "--rejected", "previous", "--start", "previous", "--data", "fresh",
                               "--generator.noise", "0", "--policy.loss", "simpo", "--policy.beta", "2", "--filter.scorer",
