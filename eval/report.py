@@ -70,16 +70,18 @@ def draw(results: dict[str, dict], T: int) -> str:
     parts = [f'<text x="8" y="{y(v):.0f}">{v:.2f}</text>' for v in (low, (low + high) / 2, high)]
     line = " ".join(f"{x(t):.1f},{y(shown[f'M_{t}']['score']):.1f}" for t in range(T + 1))
     parts.append(f'<polyline points="{line}" fill="none" stroke="#1f6feb" stroke-width="2"/>')
-    for name, r in shown.items():
+    label = 240.0  # of the lowest control; labels keep apart where scores do not
+    for name, r in sorted(shown.items(), key=lambda item: item[1]["score"]):
         if name[:2] in ("M_", "R_"):
-            colour, at = ("#1f6feb", x(int(name[2:]))) if name[0] == "M" else ("#d9730d", x(int(name[2:])) - 14)
+            colour, at = ("#1f6feb", x(int(name[2:]))) if name[0] == "M" else ("#d9730d", x(int(name[2:])) - 30)
             top, bottom = (y(r["score"] + sign * r.get("se", 0)) for sign in (1, -1))
             parts.append(f'<line x1="{at}" x2="{at}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{colour}"/>'
                          f'<circle cx="{at}" cy="{y(r["score"]):.1f}" r="4" fill="{colour}"/>'
                          f'<text x="{at - 10}" y="252">{name}</text>')
         else:
+            label = min(label - 14, y(r["score"]) + 4)
             parts.append(f'<line x1="60" x2="440" y1="{y(r["score"]):.1f}" y2="{y(r["score"]):.1f}" stroke="#888" '
-                         f'stroke-dasharray="4"/><text x="445" y="{y(r["score"]) + 4:.1f}" fill="#666">{name}</text>')
+                         f'stroke-dasharray="4"/><text x="455" y="{label:.1f}" fill="#666">{name}</text>')
     return ('<svg xmlns="http://www.w3.org/2000/svg" width="600" height="262" font-family="sans-serif" font-size="12">'
             '<rect width="600" height="262" fill="white"/><text x="60" y="16">held-out score, with standard errors</text>'
             + "".join(parts) + "</svg>\n")
