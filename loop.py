@@ -46,7 +46,7 @@ class Options(Common):
     corpus: str = ""  # text file for keywords, blank lines between paragraphs
     heldout: str = ""  # JSONL of {"prompt", "response"} to evaluate on
     heldout_limit: int = 0  # use only the first so many of them; 0 is all
-    evaluate: str = ""  # FILE.py:FUNCTION or the name of a file in eval/
+    evaluate: str = ""  # FILE.py:FUNCTION or the name of a file in eval/; with --heldout alone, eval/heldout.py
     iters: int = 4  # T
     rejected: typing.Literal["base", "previous"] = "base"  # whose answer is rejected: M_0's or M_{t-1}'s
     start: typing.Literal["base", "previous"] = "base"  # what M_t starts from: M_0 or M_{t-1}
@@ -78,8 +78,8 @@ def check(o: Options) -> None:
             raise InputError(f"--{name} is needed (see --help; without options loop.py runs the demo)")
     if o.iters < 1:
         raise InputError(f"--iters {o.iters}: give 1 or more")
-    if bool(o.evaluate) != bool(o.heldout):
-        raise InputError("--evaluate and --heldout go together; give both or neither")
+    if o.evaluate and not o.heldout:
+        raise InputError("--evaluate and --heldout go together; give the prompts too")
     chat, config = Chat(o.model, o.chat_template), Config.load(o.model)
     Weights(o.model)
     for path in filter(None, (o.seeds, o.heldout)):
@@ -267,6 +267,7 @@ def main(o: Options) -> dict:
             raise InputError(f"--{given[0]} {getattr(o, given[0])}: --prepare {o.prepare} makes its own; give a --config "
                              "of another recipe, or --prepare ''")
         o = replace(o, **load_function(o.prepare)(o))
+    o.evaluate = o.evaluate or ("heldout" if o.heldout else "")
     out = Path(o.out)
     on_first(make_directory, out)
     on_first(check, o)
