@@ -198,11 +198,11 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
         return {"records": len(rows), "answers": len(lines), "tokens": sum(line["tokens"] for line in lines),
                 "cut_off": sum(line["finish_reason"] == "length" for line in lines)}
 
-    todo = on_first(unfinished)[RANK::WORLD]
-    if todo:
+    pending = on_first(unfinished)[RANK::WORLD]
+    if pending:
         engine = Engine(load(model, common.torch_dtype, DEVICE), chat, o,
                         tqdm(desc=out.stem, unit=" tok", leave=False, disable=RANK > 0))
-        for start in todo:
+        for start in pending:
             chunk = requests[start:start + o.chunk]
             engine.run(chunk)
             write_jsonl(file_of(start), [answer(rows[(start + i) // samples], (start + i) % samples, samples, r, chat, o)
