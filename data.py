@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+from torch.distributed.distributed_c10d import _get_default_store
 
 ROOT = Path(__file__).resolve().parent
 
@@ -154,6 +156,7 @@ def load_function(spec: str):
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0) \
     if torch.cuda.is_available() else torch.device("cpu")
+calls = itertools.count()  # of share()
 
 
 @contextmanager
@@ -198,6 +201,23 @@ def spread(work, items: list, *args) -> list:
     for rank, some in enumerate(gather(work(items[RANK::WORLD], *args))):
         results[rank::WORLD] = some
     return results
+
+
+def share(items: list):
+    """Yield items, each on one rank: the next one goes to whoever asks first, so that no rank waits long for another.
+
+    Every rank must call it, and as often as every other.
+    """
+    counter = f"share {next(calls)}"
+    while (i := _get_default_store().add(counter, 1) - 1) < len(items):
+        yield items[i]
+
+
+def memory() -> int:
+    """Bytes of memory that the machine, or its GPU, has for each of its processes."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_properties(DEVICE).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def say(*words) -> None:

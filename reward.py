@@ -71,7 +71,7 @@ def likelihood(rows: list[dict], model: str | Path, common: Common) -> list[floa
     return [logps.mean().item() for logps in scores]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reward(rows: list[dict], model: str | Path, common: Common, budget: int = 8192) -> list[float]:
     """Output of a reward model at the last token of the conversation, answer included."""
     chat, config = Chat(model, common.chat_template), Config.load(model)

@@ -5,8 +5,8 @@ What differs from the paper
 2. Nothing is taken from a checkpoint's generation config but its end tokens: what is sampled is what is scored.
 
 Reproducible: one uniform number per (seed, record id, sample, position) inverts the distribution's CDF, so a record's
-luck depends on nothing else. Consecutive records form a chunk, the unit that is sampled, written, resumed and handed to
-a process: the same chunk with the same threads gives the same bytes, whatever the number of processes.
+luck depends on nothing else. Consecutive records form a chunk, the unit that is sampled, written and resumed, and that a
+process takes when it is free: the same chunk with the same threads gives the same bytes, whatever the number of processes.
 
 prompts.jsonl {prompt | messages, [id], [max_new_tokens]} -> out.jsonl {id, prompt, response, finish_reason, tokens}
 
@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, gather, on_first, part,
-                  read_jsonl, stage, write_jsonl, write_text)
-from model import Cache, Config, Decode, Model, Prefill, load
+import cpu_kernels
+from data import (DEVICE, RANK, Chat, Common, InputError, command, digest, fingerprint, gather, memory, on_first, part,
+                  read_jsonl, share, stage, write_jsonl, write_text)
+from model import Cache, Config, Decode, Model, Prefill, load, pack
 
 
 @dataclass(kw_only=True)
@@ -36,9 +37,10 @@ class SampleOptions:
     max_new_tokens: int = 512  # limit per answer; a record's own max_new_tokens wins
     ignore_eos: bool = False  # go on to the limit
     stop: str = ""  # also end an answer once it contains this text
-    slots: int = 64  # rows of the KV cache, that is answers written at a time
+    slots: int = 128  # answers written at a time, at most: fewer where their KV cache takes more than half of the memory
     chunk: int = 256  # consecutive records per unit of work
-    prefill_tokens: int = 4096  # prompts are read in packed micro-batches of about so many tokens
+    prefill_tokens: int = 2048  # prompts are read in packed micro-batches of about so many tokens
+    cuda_graph: bool = False  # GPU: record a decode step once and replay it (written from documentation, not yet measured)
 
 
 # ---------------------------------------------------------------------------------------------- drawing a token
@@ -57,6 +59,8 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
     """Tokens (B,) from logits (B, V) and uniform numbers u (B,): the first token whose cumulated probability exceeds u."""
     if temperature == 0:
         return logits.argmax(-1)
+    if top_p == 1 and cpu_kernels.ready(logits, 1):
+        return cpu_kernels.draw(logits, u, temperature)
     logits = logits.float() / temperature
     weights = (logits - logits.amax(-1, keepdim=True)).exp()  # (B, V)
     if top_p < 1:
@@ -93,10 +97,12 @@ class Request:
 
 
 class Engine:
-    """Writes the answers of a list of requests, `slots` at a time; a finished row takes the next request at once."""
+    """Writes the answers of a list of requests, some rows at a time; a finished row takes another request."""
 
     def __init__(self, model: Model, chat: Chat, o: SampleOptions, progress=None):
         self.model, self.chat, self.o, self.progress = model, chat, o, progress
+        weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
         self.stops = set() if o.ignore_eos else chat.stops
         # a stop text can only be complete when a token comes that holds its last character, or the last of its bytes
         vocabulary = range(chat.tokenizer.get_vocab_size()) if o.stop else ()
@@ -105,61 +111,93 @@ class Engine:
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> None:
         """Fill output and finish_reason of every request. Longest first, so that no long answer starts last."""
-        o, device = self.o, next(self.model.parameters()).device
-        queue = deque(sorted(requests, key=lambda r: -r.limit))
-        rows: list[Request | None] = [None] * min(o.slots, len(requests))
+        config, queue, rows = self.model.config, deque(sorted(requests, key=lambda r: -r.limit)), []
         longest = max(len(r.ids) + r.limit for r in requests)
-        cache = Cache(self.model.config, len(rows), longest, next(self.model.parameters()).dtype, device)
-        while True:
-            while queue and None in rows:
-                self.prefill(cache, rows, queue)
-            while None in rows:  # the queue is empty: keep the live rows a prefix, so that no dead row costs anything
-                last = rows.pop()
-                if last is not None:
-                    hole = rows.index(None)
-                    rows[hole] = last
-                    cache.move_row(len(rows), hole)
-            if not rows:
-                return
-            self.decode(cache, rows)
+        room = memory() // 2 // Cache.row_bytes(config, longest, self.dtype)
+        slots = max(1, min(self.o.slots, len(requests), room))
+        self.cache = self.graph = None  # of the last chunk: freed before there is another
+        self.cache = Cache(config, slots, longest, self.dtype, self.device)
+        while queue or rows:
+            # An eighth of the slots may stay free for a while: reading one prompt costs nearly as much as reading many.
+            if slots - len(rows) > slots // 8:
+                while queue and len(rows) < slots:
+                    self.prefill(rows, queue, slots)
+            if rows:
+                self.decode(rows)
 
-    def prefill(self, cache, rows, queue) -> None:
-        """Give free rows the next requests, as many as one micro-batch holds, and draw their first tokens."""
-        device, free, tokens = cache.k.device, [i for i, r in enumerate(rows) if r is None], 0
-        taken = []
-        while queue and free and (not taken or tokens + len(queue[0].ids) <= self.o.prefill_tokens):
-            row = free.pop(0)
-            rows[row] = queue.popleft()
-            taken.append(row)
-            tokens += len(rows[row].ids)
-        context = Prefill(cache, taken, [len(rows[i].ids) for i in taken], device)
-        ids = torch.tensor([t for i in taken for t in rows[i].ids], device=device)  # (N,)
-        self.accept(rows, taken, self.model(ids, context, context.last))
+    def prefill(self, rows: list[Request], queue: deque[Request], slots: int) -> None:
+        """Read the prompts of the next requests, as many as one micro-batch and the slots hold; draw their first tokens."""
+        first, tokens = len(rows), 0
+        while queue and len(rows) < slots and (not tokens or tokens + len(queue[0].ids) <= self.o.prefill_tokens):
+            rows.append(queue.popleft())
+            tokens += len(rows[-1].ids)
+        new = rows[first:]
+        context = Prefill(self.cache, list(range(first, len(rows))), [len(r.ids) for r in new], self.device)
+        ids = torch.tensor([t for r in new for t in r.ids], device=self.device)  # (N,)
+        logits = self.model(ids, context, context.last)
+        keys = torch.tensor([r.key for r in new], device=self.device)
+        self.accept(rows, first, self.draw(logits, keys, torch.zeros_like(keys)))
 
-    def decode(self, cache, rows) -> None:
+    def decode(self, rows: list[Request]) -> None:
         """One more token for every row."""
-        device = cache.k.device
-        ids, lengths = torch.tensor([[r.output[-1] for r in rows], [len(r.ids) + len(r.output) - 1 for r in rows]]).to(device)
-        live = max(len(r.ids) + len(r.output) for r in rows)
-        context = Decode(cache, lengths, live, self.model.config.sliding_window)
-        everything = torch.arange(len(rows), device=device)
-        self.accept(rows, range(len(rows)), self.model(ids, context, everything))
+        state = torch.tensor([[r.output[-1] for r in rows], [len(r.ids) + len(r.output) - 1 for r in rows],
+                              [r.key for r in rows], [len(r.output) for r in rows]])  # (4, B)
+        if self.o.cuda_graph:
+            slots, tokens = self.cache.k.shape[1:3]
+            state = F.pad(state, (0, slots - len(rows))).to(self.device)  # a graph has one shape; dead rows cost time only
+            self.graph = self.graph or Graph(lambda state: self.step(state, tokens), state)
+            drawn = self.graph(state)[:len(rows)]
+        else:
+            drawn = self.step(state.to(self.device), max(len(r.ids) + len(r.output) for r in rows))
+        self.accept(rows, 0, drawn)
 
-    def accept(self, rows, which, logits) -> None:
-        """Draw a token for each of the rows `which` from logits (len(which), V); free the rows that are finished."""
-        state = torch.tensor([[rows[i].key for i in which], [len(rows[i].output) for i in which]]).to(logits.device)
-        for i, token in zip(which, draw(logits, uniform(*state), self.o.temperature, self.o.top_p).tolist(), strict=True):
-            r = rows[i]
+    def step(self, state: torch.Tensor, live: int) -> torch.Tensor:
+        """Next tokens (B,) from state (4, B): last tokens, how many are cached before them, keys, how many were written."""
+        ids, lengths, keys, counts = state
+        context = Decode(self.cache, lengths, live, self.model.config.sliding_window)
+        return self.draw(self.model(ids, context, torch.arange(len(ids), device=self.device)), keys, counts)
+
+    def draw(self, logits, keys, counts) -> torch.Tensor:
+        return draw(logits, uniform(keys, counts), self.o.temperature, self.o.top_p)
+
+    def accept(self, rows: list[Request], first: int, tokens: torch.Tensor) -> None:
+        """Append tokens to rows[first:]; drop the rows that are finished and fill their places with the last ones."""
+        for r, token in zip(rows[first:], tokens.tolist(), strict=True):
             r.output.append(token)
             if token in self.stops or (token in self.stop_ends
                                        and self.o.stop in self.chat.text(r.output[-len(self.o.stop.encode()):])):
                 r.finish_reason = "stop"
             elif len(r.output) == r.limit:
                 r.finish_reason = "length"
-            if r.finish_reason:
-                rows[i] = None
+        for i in reversed(range(first, len(rows))):
+            if rows[i].finish_reason:
+                last = rows.pop()
+                if i < len(rows):
+                    rows[i] = last
+                    self.cache.move_row(len(rows), i, len(last.ids) + len(last.output))
         if self.progress is not None:
-            self.progress.update(len(which))
+            self.progress.update(len(tokens))
+
+
+class Graph:
+    """A function of one tensor recorded as a CUDA graph: replaying it costs one launch instead of hundreds.
+
+    Its input is copied into the recorded one, its output overwritten by the next call. Same kernels, same results.
+    """
+
+    def __init__(self, function, example: torch.Tensor):
+        self.input, self.graph, stream = example.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once outside of the recording: what libraries set up lazily must not be in it
+            function(self.input)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.output = function(self.input)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.input.copy_(x)
+        self.graph.replay()
+        return self.output
 
 
 # ---------------------------------------------------------------------------------------------- files to files
@@ -171,6 +209,8 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
     purpose: sets the random numbers of one use of a prompt apart from those of another; source: names rows in errors.
     Every rank calls it. Raises InputError before the weights are read if a prompt does not fit the model's context.
     """
+    if o.cuda_graph and DEVICE.type != "cuda":
+        raise InputError("--cuda-graph: there is no GPU; leave it out")
     for name, good in (("temperature", o.temperature >= 0), ("top-p", 0 < o.top_p <= 1), ("slots", o.slots > 0),
                        ("chunk", o.chunk > 0), ("samples", samples > 0)):
         if not good:
@@ -198,11 +238,11 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
         return {"records": len(rows), "answers": len(lines), "tokens": sum(line["tokens"] for line in lines),
                 "cut_off": sum(line["finish_reason"] == "length" for line in lines)}
 
-    pending = on_first(unfinished)[RANK::WORLD]
+    pending = sorted(on_first(unfinished), key=lambda start: -sum(r.limit for r in requests[start:start + o.chunk]))
     if pending:
-        engine = Engine(load(model, common.torch_dtype, DEVICE), chat, o,
+        engine = Engine(pack(load(model, common.torch_dtype, DEVICE)), chat, o,
                         tqdm(desc=out.stem, unit=" tok", leave=False, disable=RANK > 0))
-        for start in pending:
+        for start in share(pending):  # the dearest chunk first
             chunk = requests[start:start + o.chunk]
             engine.run(chunk)
             write_jsonl(file_of(start), [answer(rows[(start + i) // samples], (start + i) % samples, samples, r, chat, o)

@@ -98,7 +98,7 @@ def response_logps(model: torch.nn.Module, sequences: list[Sequence]) -> list[to
     return list(logps.split([len(ids) - start for ids, start in sequences]))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_sequences(model: Model, sequences: list[Sequence], budget: int = 8192) -> list[torch.Tensor]:
     """response_logps of any number of sequences, in micro-batches of about `budget` tokens, on the CPU."""
     results: list[torch.Tensor] = [torch.empty(0)] * len(sequences)

@@ -445,6 +445,7 @@ def test_on_first_hands_back_the_value_or_the_error():
 
 TWO = """
 import sys
+import time
 import data
 
 with data.processes():
@@ -460,6 +461,13 @@ with data.processes():
         assert str(error) == "of rank 0"
     else:
         sys.exit("no error")
+    mine = []
+    for item in data.share(list("abcdefgh")):
+        mine.append(item)
+        time.sleep(0.3 if data.RANK == 0 else 0.01)
+    dealt = data.gather(mine)
+    assert sorted(sum(dealt, [])) == list("abcdefgh") and len(dealt[1]) > len(dealt[0]), dealt
+    assert sorted(sum(data.gather(list(data.share([1, 2]))), [])) == [1, 2]
     data.say("said once")
 """
 

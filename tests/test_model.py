@@ -129,7 +129,7 @@ def test_cached_decoding_equals_packed_with_stale_and_moved_rows():
     cut = [n // 2 for n in (9, 4, 12)]
     heads = torch.cat([s[:c] for s, c in zip(sequences, cut, strict=True)])
     model(heads, Prefill(cache, [3, 1, 2], cut), torch.arange(1))
-    cache.move_row(3, 0)
+    cache.move_row(3, 0, cut[0])
     for step in range(2):
         lengths = torch.tensor(cut) + step
         ids = torch.tensor([s[n] for s, n in zip(sequences, lengths, strict=True)])

@@ -1,7 +1,8 @@
 """The engine against plain forward passes, drawing against softmax, and files that do not depend on how they were made."""
 import json
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import transformers
 from conftest import last_json, llama_config, random_model, read_rows, run, tiny_checkpoint, write_rows
 
 import data
+import cpu_kernels
 import sample as sample_module
 from data import Chat, Common, InputError
-from model import Config, Packed, load
+from model import Cache, Config, Packed, load
 from sample import Engine, Options, Request, SampleOptions, digest_key, draw, invert, main, sample, uniform
 
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
@@ -80,6 +82,76 @@ def test_engine_fills_the_context_to_the_last_token(tiny):
     Engine(model, chat, o).run(requests)
     assert [len(r.output) for r in requests] == [1, 4, 63]
     assert [r.output for r in requests] == [plain(model, r, o, set()) for r in requests]
+
+
+class Replayed:
+    """What a CUDA graph does, without a GPU: the recorded function over its own input, into its own output."""
+
+    def __init__(self, function, example):
+        self.function, self.input, self.output = function, example.clone(), function(example)
+
+    def __call__(self, x):
+        self.input.copy_(x)
+        return self.output.copy_(self.function(self.input))
+
+
+@pytest.mark.parametrize("changes", [{}, {**MISTRAL, "sliding_window": 9}])
+def test_static_shapes_and_recorded_steps_write_the_same(tiny, monkeypatch, changes):
+    """As on a GPU with --cuda-graph: every step has all slots, dead ones too, and reuses its tensors."""
+    model, chat, shapes, texts, step = random_model(llama_config(**changes)), Chat(tiny), set(), {}, Engine.step
+    monkeypatch.setattr(sample_module, "Graph", Replayed)
+    monkeypatch.setattr(Engine, "step", lambda self, state, live: (shapes.add((*state.shape,)), step(self, state, live))[1])
+    for static in (False, True):
+        shapes.clear()
+        engine = Engine(model, chat, SampleOptions(slots=6, cuda_graph=static, ignore_eos=True))
+        runs = [ragged(11, [12, 1, 30, 7]), ragged(9, [40, 5])]  # the second has a cache, and so a graph, of its own
+        for requests in runs:
+            engine.run(requests)
+        texts[static] = [r.output for requests in runs for r in requests]
+        assert (shapes == {(4, 6)}) == static
+    assert texts[True] == texts[False]
+
+
+def test_a_graph_is_recorded_once_and_replayed(monkeypatch):
+    """The order of calls that PyTorch's documentation asks for; what a GPU makes of them is not tested here."""
+    calls, functions = [], []
+
+    class FakeGraph:
+        def replay(self):
+            calls.append("replay")
+            graph.output.copy_(functions[0](graph.input))
+
+    def inside(name):
+        @contextmanager
+        def manager(_):
+            calls.append(name)
+            yield
+            calls.append(f"end of {name}")
+        return manager
+    stream = SimpleNamespace(wait_stream=lambda _: calls.append("wait"))
+    for name, fake in (("CUDAGraph", FakeGraph), ("Stream", lambda: stream), ("current_stream", lambda: stream),
+                       ("stream", inside("side stream")), ("graph", inside("recording"))):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    functions.append(lambda x: (calls.append("run"), 2 * x)[1])
+    example = torch.tensor([1, 2])
+    graph = sample_module.Graph(functions[0], example)
+    assert calls == ["wait", "side stream", "run", "end of side stream", "wait", "recording", "run", "end of recording"]
+    for x in (torch.tensor([3, 4]), torch.tensor([5, 6])):
+        assert graph(x).tolist() == (2 * x).tolist()
+    assert example.tolist() == [1, 2] and calls[-4:] == ["replay", "run"] * 2
+
+
+def test_the_number_of_slots_follows_from_memory(tiny, monkeypatch):
+    """Half of the memory at most; and never none at all."""
+    model, chat, rows = load(tiny, torch.float32), Chat(tiny), []
+    one = Cache.row_bytes(model.config, 20, torch.float32)
+    assert one == sum(x.nbytes for x in vars(Cache(model.config, 1, 20, torch.float32)).values())
+    for bytes_, slots in ((2 * 5 * one, 8), (100 * one, 4), (2 * 5 * one + one, 64), (one, 8)):
+        monkeypatch.setattr(sample_module, "memory", lambda bytes_=bytes_: bytes_)
+        engine = Engine(model, chat, SampleOptions(slots=slots))
+        engine.run([Request([5, 6, 7], 17, i) for i in range(9)])
+        rows.append(engine.cache.k.shape[1])
+    assert rows == [5, 4, 5, 1]
 
 
 def test_greedy_equals_transformers_generate(tmp_path):
@@ -159,14 +231,24 @@ def test_uniform_is_uniform(along):
 N = 50_000
 
 
+@pytest.fixture(params=[False, True], ids=["PyTorch", "compiled"])
+def drawing(request):
+    """By plain PyTorch, and by the kernel that generation uses on a CPU."""
+    if request.param and cpu_kernels.library(torch.float32) is None:
+        pytest.skip("no C compiler")
+    with torch.inference_mode(request.param):
+        yield
+
+
 def drawn(logits: torch.Tensor, temperature: float, top_p: float, n: int = N) -> torch.Tensor:
     """How often each token comes, (V,)."""
     keys = torch.tensor([digest_key(i) for i in range(n // 100)])
     u = uniform(keys.repeat_interleave(100), torch.arange(100).repeat(n // 100))
-    tokens = torch.cat([draw(logits.expand(len(some), -1), some, temperature, top_p) for some in u.split(10_000)])
+    tokens = torch.cat([draw(logits.repeat(len(some), 1), some, temperature, top_p) for some in u.split(10_000)])
     return torch.bincount(tokens, minlength=len(logits))
 
 
+@pytest.mark.usefixtures("drawing")
 @pytest.mark.parametrize(("V", "temperature"), [(3, 1.0), (256, 0.5), (300, 0.7), (300, 1.0), (700, 3.0)])
 def test_frequencies_are_those_of_softmax(V, temperature):
     logits = 2 * torch.randn(V, generator=torch.Generator().manual_seed(V))
@@ -177,6 +259,7 @@ def test_frequencies_are_those_of_softmax(V, temperature):
     assert deviation(counts, N * other) > 4  # so the test can tell
 
 
+@pytest.mark.usefixtures("drawing")
 @pytest.mark.parametrize(("top_p", "temperature"), [(0.9, 1.0), (0.5, 0.7), (0.01, 1.0)])
 def test_top_p_draws_from_the_nucleus_only(top_p, temperature):
     logits = 2 * torch.randn(300, generator=torch.Generator().manual_seed(3))
@@ -192,6 +275,7 @@ def test_top_p_draws_from_the_nucleus_only(top_p, temperature):
         assert counts[order[0]] == N
 
 
+@pytest.mark.usefixtures("drawing")
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 @pytest.mark.parametrize("V", [5, 256, 300, 600])
 def test_no_number_draws_a_token_of_probability_zero(V, top_p):
@@ -205,17 +289,18 @@ def test_no_number_draws_a_token_of_probability_zero(V, top_p):
         edges = p.cumsum(-1)
         u = torch.cat([torch.tensor([0.0, 1 - 2.0 ** -53, 2.0 ** -53]), edges, edges.nextafter(torch.tensor(0.0)),
                        edges.nextafter(torch.tensor(1.0))]).to(torch.float64).clamp(0, 1 - 2.0 ** -53)
-        tokens = draw(logits.expand(len(u), -1), u, 1.0, top_p)
+        tokens = draw(logits.repeat(len(u), 1), u, 1.0, top_p)
         assert tokens.min() >= 0 and tokens.max() < V and (p[tokens] > 0).all()
 
 
+@pytest.mark.usefixtures("drawing")
 def test_numbers_at_the_edge_of_a_block_stay_inside_it():
     """A block's start is a rounded sum: what is left of the number there may be a hair below zero."""
     for last in torch.arange(-21, -10, 0.1):
         logits = torch.full((512,), -math.inf)
         logits[:256], logits[300] = 0.0, last  # 256 ones, then one token behind 44 of probability zero
         edge = 256 / (256 + math.exp(last))
-        tokens = draw(logits.expand(81, -1), edge + torch.arange(-40, 41, dtype=torch.float64) * 2.0 ** -53, 1.0, 1.0)
+        tokens = draw(logits.repeat(81, 1), edge + torch.arange(-40, 41, dtype=torch.float64) * 2.0 ** -53, 1.0, 1.0)
         assert set(tokens.tolist()) <= {255, 300}
 
 
@@ -226,6 +311,7 @@ def test_invert_finds_the_token_and_the_rest():
     assert torch.allclose(left, torch.tensor([0.0, 1.5, 0.0, 2.5, 3.0], dtype=torch.float64))
 
 
+@pytest.mark.usefixtures("drawing")
 def test_temperature_zero_is_greedy():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
     assert draw(logits, torch.tensor([0.999, 0.999], dtype=torch.float64), 0, 1.0).tolist() == [1, 0]
@@ -359,6 +445,15 @@ def test_chunks_of_other_options_are_not_used(tiny, tmp_path, monkeypatch, chang
     assert answers(tiny, rows, out, **options) == answers(tiny, rows, tmp_path / "new.jsonl", **options)
 
 
+def test_the_dearest_chunk_comes_first(tiny, tmp_path, monkeypatch):
+    """So that no rank starts a long chunk when the others are done."""
+    rows = [{**row, "max_new_tokens": 1 + i // 4 % 3} for i, row in enumerate(prompts(12))]
+    order, real_run = [], Engine.run
+    monkeypatch.setattr(Engine, "run", lambda self, requests: (order.append(requests[0].limit), real_run(self, requests))[1])
+    answers(tiny, rows, tmp_path / "a.jsonl", chunk=4)
+    assert order == [3, 2, 1]
+
+
 def test_two_processes_finish_what_one_began_with_the_same_bytes(tiny, tmp_path, monkeypatch):
     """Stopped in the middle, then torchrun with two: byte for byte what one process writes in one go."""
     rows = write_rows(tmp_path / "in.jsonl", [{"prompt": row["prompt"]} for row in prompts(30)])
@@ -411,6 +506,7 @@ def command(monkeypatch, capsys, *argv) -> tuple[int, str, str]:
     ({"prompt": "x"}, ["--top-p", "0"], ["--top-p"]),
     ({"prompt": "x"}, ["--temperature", "-1"], ["--temperature"]),
     ({"prompt": "x"}, ["--max-new-tokens", "0"], ["max_new_tokens"]),
+    ({"prompt": "x"}, ["--cuda-graph"], ["--cuda-graph", "no GPU"]),
 ])
 def test_bad_input_ends_with_one_line_before_the_weights_are_read(tiny, tmp_path, monkeypatch, capsys, row, flags, parts):
     path = write_rows(tmp_path / "in.jsonl", [{"prompt": "fine"}, row])
