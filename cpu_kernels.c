@@ -1,6 +1,6 @@
 /* Generation on a CPU: what PyTorch does in many passes over memory, in one. cpu_kernels.py compiles this file at first use; every
-   function is held against plain PyTorch by tests/test_cpu_kernels.py. GCC's and Clang's vector types: 16 floats are one AVX-512
-   register, two of AVX2 or four of NEON. A row is computed by one thread and in one order, so results do not depend on the
+   function is held against plain PyTorch by tests/test_cpu_kernels.py. GCC's vector types (GCC 12 or newer): 16 floats are one
+   AVX-512 register, two of AVX2 or four of NEON. A row is computed by one thread and in one order, so results do not depend on the
    number of threads. N rows, B rows of a cache, V vocabulary; names as in model.py.
 
    -DFLOAT32: numbers are floats, else bfloat16. -DHEAD_DIM=D -DGROUP=G: attention alone, for D a multiple of 32. */
@@ -137,7 +137,8 @@ void swiglu(number *gate, const number *up, int64_t n)
         vector a, b, u, v;
         load_pair(gate + i, &a, &b);
         load_pair(up + i, &u, &v);
-        a = nearest(a / (exponential(-a) + 1.0f)), b = nearest(b / (exponential(-b) + 1.0f));
+        vector least = (vector){0} - 88.0f;  /* below it silu is 0 in either number format */
+        a = nearest(a / (exponential(-larger(a, least)) + 1.0f)), b = nearest(b / (exponential(-larger(b, least)) + 1.0f));
         store_pair(gate + i, a * u, b * v);
     }
 }
@@ -158,16 +159,16 @@ static inline void load_block(vector *x, const number *logits, int64_t left)
 }
 
 /* Index of the first of weights (n,) whose cumulated sum exceeds *target, or else of the last positive one (rounding must
-   not step past it); *target keeps what remains of it. */
+   not step past it); *target keeps what remains of it, at least that token's weight in the second case. */
 static inline int64_t invert(const double *weights, int64_t n, double *target)
 {
     int64_t chosen = 0;
     for (int64_t j = 0; j < n; j++)
         if (weights[j] > 0) {
-            chosen = j;
-            if (*target < weights[j]) break;
-            *target -= weights[j];
+            if (*target < weights[j]) return j;
+            *target -= weights[chosen = j];
         }
+    *target += weights[chosen];
     return chosen;
 }
 

@@ -217,7 +217,9 @@ def memory() -> int:
     """Bytes of memory that the machine, or its GPU, has for each of its processes."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_properties(DEVICE).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    machine, limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), Path("/sys/fs/cgroup/memory.max")
+    container = limit.read_text().strip() if limit.is_file() else "max"
+    return min(machine, int(container) if container != "max" else machine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def say(*words) -> None:

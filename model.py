@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from mmap import mmap
+from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
 
 import torch
@@ -175,8 +175,8 @@ class Cache:
         # Zeros, not empty: SDPA multiplies masked positions by 0, and 0 * NaN of stale memory is NaN. On a CPU they are fresh
         # pages of the system's, which take no memory before a token is written to them.
         if torch.device(device).type == "cpu":
-            self.k, self.v = (torch.frombuffer(mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-                              for _ in range(2))
+            bytes_ = math.prod(shape) * dtype.itemsize
+            self.k, self.v = (torch.frombuffer(mmap(-1, bytes_, MAP_PRIVATE), dtype=dtype).view(shape) for _ in range(2))
         else:
             self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
@@ -209,7 +209,8 @@ class Decode:
     """One new token for each of the first B rows of the cache, row i holding lengths[i] tokens before it."""
 
     def __init__(self, cache: Cache, lengths: torch.Tensor, live: int, window: int | None):
-        """lengths (B,) int64 on the cache's device; live: max(lengths) + 1, passed in to avoid a device sync."""
+        """lengths (B,) int64 on the cache's device; live: how many columns SDPA looks at, max(lengths) + 1 or more, passed
+        in to avoid a device sync."""
         self.cache, self.positions, self.live = cache, lengths, live
         self.rows = torch.arange(len(lengths), device=lengths.device)
         if not use_flash(cache.k):
@@ -217,7 +218,7 @@ class Decode:
             mask = columns <= lengths[:, None]  # (B, live)
             if window is not None:
                 mask &= columns > lengths[:, None] - window
-            self.mask = mask[:, None, None, :]  # (B, 1, 1, live)
+            self.mask = mask[:, None, None, :]  # (B, 1, 1, live), for SDPA
 
     def attend(self, layer, q, k, v, window):
         """q (B, H, D), k and v (B, Hkv, D) -> (B, H, D)."""
@@ -227,7 +228,7 @@ class Decode:
             return flash_attn_with_kvcache(q[:, None], keys, values, k[:, None], v[:, None],
                                            cache_seqlens=self.positions.int(), causal=True,
                                            window_size=window_size(window))[:, 0]
-        if cpu_kernels.ready(q):
+        if cpu_kernels.ready(q, flags=cpu_kernels.attention_flags(D, H // k.shape[1])):
             return cpu_kernels.attend(q, k, v, keys, values, self.positions, window)
         keys[self.rows, self.positions] = k
         values[self.rows, self.positions] = v
@@ -474,13 +475,13 @@ def pack(model: Model) -> Model:
     model cannot be trained or saved. Elsewhere: nothing is done.
     """
     weight = model.model.embed_tokens.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return model
     if not isinstance(model.head, Linear):  # the embedding is looked up in its own order: the head becomes a copy
         model.lm_head = Linear.of(weight)
-    for module in list(model.modules()):
-        if isinstance(module, Attention):
-            module.fuse()
+    for layer in model.model.layers:
+        layer.self_attn.fuse()
     for module in model.modules():
         if isinstance(module, Linear):
             packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())

@@ -6,7 +6,8 @@ What differs from the paper
 
 Reproducible: one uniform number per (seed, record id, sample, position) inverts the distribution's CDF, so a record's
 luck depends on nothing else. Consecutive records form a chunk, the unit that is sampled, written and resumed, and that a
-process takes when it is free: the same chunk with the same threads gives the same bytes, whatever the number of processes.
+process takes when it is free: the same chunk with the same slots and threads on the same kind of machine gives the same bytes,
+whatever the number of processes.
 
 prompts.jsonl {prompt | messages, [id], [max_new_tokens]} -> out.jsonl {id, prompt, response, finish_reason, tokens}
 
@@ -37,10 +38,10 @@ class SampleOptions:
     max_new_tokens: int = 512  # limit per answer; a record's own max_new_tokens wins
     ignore_eos: bool = False  # go on to the limit
     stop: str = ""  # also end an answer once it contains this text
-    slots: int = 128  # answers written at a time, at most: fewer where their KV cache takes more than half of the memory
+    slots: int = 128  # answers written at a time, at most: fewer where their KV cache takes more than half of the memory left
     chunk: int = 256  # consecutive records per unit of work
     prefill_tokens: int = 2048  # prompts are read in packed micro-batches of about so many tokens
-    cuda_graph: bool = False  # GPU: record a decode step once and replay it (written from documentation, not yet measured)
+    cuda_graph: bool = False  # GPU: record a chunk's decode step once and replay it (written from documentation, not measured)
 
 
 # ---------------------------------------------------------------------------------------------- drawing a token
@@ -97,12 +98,17 @@ class Request:
 
 
 class Engine:
-    """Writes the answers of a list of requests, some rows at a time; a finished row takes another request."""
+    """Writes the answers of a list of requests, some at a time; when some are finished, others take their places.
+
+    `rows` are the requests being written: rows[i] has row i of the cache, without gaps. A row's last token is the one that
+    is not in the cache yet; the next step reads it.
+    """
 
     def __init__(self, model: Model, chat: Chat, o: SampleOptions, progress=None):
         self.model, self.chat, self.o, self.progress = model, chat, o, progress
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
+        self.cache = self.graph = None  # of one run
         self.stops = set() if o.ignore_eos else chat.stops
         # a stop text can only be complete when a token comes that holds its last character, or the last of its bytes
         vocabulary = range(chat.tokenizer.get_vocab_size()) if o.stop else ()
@@ -113,14 +119,14 @@ class Engine:
         """Fill output and finish_reason of every request. Longest first, so that no long answer starts last."""
         config, queue, rows = self.model.config, deque(sorted(requests, key=lambda r: -r.limit)), []
         longest = max(len(r.ids) + r.limit for r in requests)
-        room = memory() // 2 // Cache.row_bytes(config, longest, self.dtype)
-        slots = max(1, min(self.o.slots, len(requests), room))
-        self.cache = self.graph = None  # of the last chunk: freed before there is another
+        left = memory() - sum(p.numel() * p.element_size() for p in self.model.parameters())
+        slots = max(1, min(self.o.slots, len(requests), left // 2 // Cache.row_bytes(config, longest, self.dtype)))
+        self.cache = self.graph = None  # of the last run: freed before there is another
         self.cache = Cache(config, slots, longest, self.dtype, self.device)
         while queue or rows:
-            # An eighth of the slots may stay free for a while: reading one prompt costs nearly as much as reading many.
-            if slots - len(rows) > slots // 8:
-                while queue and len(rows) < slots:
+            free = slots - len(rows)
+            if free > slots // 8:  # some may stay free for a while: reading one prompt costs nearly as much as reading many
+                while queue and len(rows) < slots:  # again where a first token was the last one
                     self.prefill(rows, queue, slots)
             if rows:
                 self.decode(rows)
@@ -144,7 +150,7 @@ class Engine:
                               [r.key for r in rows], [len(r.output) for r in rows]])  # (4, B)
         if self.o.cuda_graph:
             slots, tokens = self.cache.k.shape[1:3]
-            state = F.pad(state, (0, slots - len(rows))).to(self.device)  # a graph has one shape; dead rows cost time only
+            state = F.pad(state, (0, slots - len(rows))).to(self.device)  # a graph has one shape; dead rows write to free slots
             self.graph = self.graph or Graph(lambda state: self.step(state, tokens), state)
             drawn = self.graph(state)[:len(rows)]
         else:
@@ -152,7 +158,10 @@ class Engine:
         self.accept(rows, 0, drawn)
 
     def step(self, state: torch.Tensor, live: int) -> torch.Tensor:
-        """Next tokens (B,) from state (4, B): last tokens, how many are cached before them, keys, how many were written."""
+        """Next tokens (B,) from state (4, B): last tokens, how many are cached before them, keys, how many were written.
+
+        One tensor, so that it is one copy to a GPU and the one input of a graph. live: see Decode.
+        """
         ids, lengths, keys, counts = state
         context = Decode(self.cache, lengths, live, self.model.config.sliding_window)
         return self.draw(self.model(ids, context, torch.arange(len(ids), device=self.device)), keys, counts)
@@ -169,7 +178,7 @@ class Engine:
                 r.finish_reason = "stop"
             elif len(r.output) == r.limit:
                 r.finish_reason = "length"
-        for i in reversed(range(first, len(rows))):
+        for i in reversed(range(first, len(rows))):  # so the last row is never a finished one, unless it is row i
             if rows[i].finish_reason:
                 last = rows.pop()
                 if i < len(rows):
@@ -182,7 +191,7 @@ class Engine:
 class Graph:
     """A function of one tensor recorded as a CUDA graph: replaying it costs one launch instead of hundreds.
 
-    Its input is copied into the recorded one, its output overwritten by the next call. Same kernels, same results.
+    Its input is copied into the recorded one, its output overwritten by the next call.
     """
 
     def __init__(self, function, example: torch.Tensor):
@@ -239,17 +248,16 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
                 "cut_off": sum(line["finish_reason"] == "length" for line in lines)}
 
     pending = sorted(on_first(unfinished), key=lambda start: -sum(r.limit for r in requests[start:start + o.chunk]))
-    if pending:
-        engine = Engine(pack(load(model, common.torch_dtype, DEVICE)), chat, o,
-                        tqdm(desc=out.stem, unit=" tok", leave=False, disable=RANK > 0))
+    engine = None
+    with tqdm(desc=out.stem, unit=" tok", leave=False, disable=RANK > 0 or not pending) as progress:
         for start in share(pending):  # the dearest chunk first
+            engine = engine or Engine(pack(load(model, common.torch_dtype, DEVICE)), chat, o, progress)
             chunk = requests[start:start + o.chunk]
             engine.run(chunk)
             write_jsonl(file_of(start), [answer(rows[(start + i) // samples], (start + i) % samples, samples, r, chat, o)
                                       for i, r in enumerate(chunk)])
-        engine.progress.close()
-        del engine
-        gc.collect()
+    del engine
+    gc.collect()
     gather(None)  # wait for all; a broadcast would not
     counts = on_first(merge)
     on_first(shutil.rmtree, parts, True)

@@ -96,7 +96,7 @@ def run_ours(args) -> dict:
     seconds = timed(lambda: [engine.run(requests[i:i + o.chunk]) for i in range(0, len(requests), o.chunk)])
     assert all(len(r.output) == row["max_new_tokens"] for r, row in zip(requests, rows, strict=True))
     longest = max(len(r.ids) + r.limit for r in requests)
-    slots = min(o.slots, len(rows))
+    slots = engine.cache.k.shape[1]
     asked = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors")) + slots * Cache.row_bytes(
         model.config, longest, torch.bfloat16)
     return {"seconds": seconds, "live_slots": sum(live) / len(live) / slots, "slots": slots, "peak_bytes": peak() - before,
@@ -115,8 +115,12 @@ class Parts:
     """Seconds inside functions of a step, by label; wrapped where they are looked up."""
 
     def __init__(self):
+        import torch
+
         import cpu_kernels
         from model import Linear
+        if cpu_kernels.library(torch.bfloat16) is None:
+            sys.exit("the parts of a step are those of the compiled kernels; they need a C compiler")
         self.seconds = Counter()
         for name in ("rms_norm", "rotate", "swiglu", "attend", "draw"):
             self.wrap(cpu_kernels, name, {"attend": "attention", "draw": "sampling"}.get(name, "norms, RoPE, SwiGLU"))

@@ -1,5 +1,6 @@
 """Every compiled kernel against plain PyTorch, in both number formats, at the edges of vectors, blocks and windows."""
 import math
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from data import Chat
 from model import Cache, Decode, Linear, Packed, RMSNorm, load, pack, rotate
 from sample import Engine, Request, SampleOptions, digest_key, draw
 
-pytestmark = pytest.mark.skipif(cpu_kernels.library(torch.float32) is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # of values of about 1; bf16 holds 8 bits of each
 
@@ -62,18 +63,17 @@ def test_rotate_also_inside_wider_rows(N, H, D, dtype):
 
 
 @BOTH
-@pytest.mark.parametrize("shape", [(1, 32), (7, 1536)])
-def test_swiglu(shape, dtype):
-    gate = random(*shape, dtype=dtype)
-    gate[0, :8] = torch.tensor([0.0, -0.0, 87.5, -86.5, -89, 1e4, -1e4, 1e-30])
-    up = random(*shape, dtype=dtype, seed=1)
+def test_swiglu_of_gates_of_any_size(dtype):
+    gate = torch.cat([torch.arange(-600, 200, 0.25), torch.tensor([-1e30, -1e4, -0.0, 1e-30, 1e4, 1e30, *[0.0] * 26]),
+                      random(32)]).to(dtype)
+    up = random(*gate.shape, dtype=dtype, seed=1)
     with torch.inference_mode():
         compiled = cpu_kernels.swiglu(gate.clone(), up)
     assert torch.allclose(compiled.float(), (F.silu(gate) * up).float(), rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @BOTH
-@pytest.mark.parametrize(("D", "G", "Hkv"), [(32, 1, 2), (64, 3, 3), (128, 4, 2), (64, 8, 1)])
+@pytest.mark.parametrize(("D", "G", "Hkv"), [(32, 1, 2), (64, 3, 3), (128, 4, 2), (96, 16, 1)])
 @pytest.mark.parametrize("window", [None, 1, 17])
 def test_attend(D, G, Hkv, window, dtype):
     """Lengths on both sides of a vector of tokens; beyond a row's length lies what must not be read."""
@@ -89,16 +89,20 @@ def test_attend(D, G, Hkv, window, dtype):
 
     def attention():
         cache.k.copy_(before[0]), cache.v.copy_(before[1])
-        for b, n in enumerate(lengths):  # NaN would spread; SDPA multiplies what it masks by 0
-            if torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():
+            for b, n in enumerate(lengths):  # NaN would spread; SDPA multiplies what it masks by 0
                 cache.k[:, b, n:], cache.v[:, b, n:] = math.nan, math.nan
-        return Decode(cache, lengths, int(lengths.max()) + 1, window).attend(1, q, k, v, window)
+            expected = cache.k.clone(), cache.v.clone()
+            for x, new in zip(expected, (k, v), strict=True):
+                x[1, torch.arange(B), lengths] = new
+        out = Decode(cache, lengths, int(lengths.max()) + 1, window).attend(1, q, k, v, window)
+        if torch.is_inference_mode_enabled():  # written where it should be, and nowhere else
+            for x, wanted in zip((cache.k, cache.v), expected, strict=True):
+                torch.testing.assert_close(x, wanted, rtol=0, atol=0, equal_nan=True)
+        return out
     compiled, plain = compiled_and_plain(attention)
     assert compiled.shape == (B, G * Hkv, D)
     assert (compiled - plain).abs().max() <= 2 * TOLERANCE[dtype]
-    for n, row in zip(lengths, range(B), strict=True):
-        assert torch.equal(cache.k[1, row, n], k[row]) and torch.equal(cache.v[1, row, n], v[row])
-        assert torch.equal(cache.k[0], before[0][0])  # other layers stay
 
 
 def test_attention_survives_scores_of_any_size():
@@ -140,9 +144,10 @@ def test_packed_model_computes_the_same_in_the_same_memory(tmp_path, tied, dtype
             return model(ids, context, torch.arange(21)).float()
     plain, packed = load(directory, dtype), pack(load(directory, dtype))
     assert (logits(packed) - logits(plain)).abs().max() <= 2 * TOLERANCE[dtype]
-    linear = [m.weight for m in packed.modules() if isinstance(m, Linear)]
-    assert all(weight.is_mkldnn == (dtype == torch.bfloat16) for weight in linear)
-    if dtype == torch.bfloat16:
+    packs = (dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert all(m.weight.is_mkldnn == packs for m in packed.modules() if isinstance(m, Linear))
+    if packs:
         extra = plain.head.weight.numel() if tied else 0  # the embedding keeps its own order beside the head's
         assert sum(p.numel() for p in packed.parameters()) == sum(p.numel() for p in plain.parameters()) + extra
 

@@ -3,19 +3,24 @@
 Its Triton backend runs in Triton's interpreter, slowly. That takes an environment of its own (requirements-flash.txt says how;
 .ci/run builds it); elsewhere these tests skip. This backend ignores sliding windows, so they are not tested here.
 """
+import importlib.util
 import os
 
 import pytest
 import torch
 from conftest import llama_config, random_model, tiny_checkpoint
 
+if torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
+    pytest.skip("needs flash-attn in the environment of requirements-flash.txt", allow_module_level=True)
 os.environ.update(TRITON_INTERPRET="1", FLASH_ATTENTION_TRITON_AMD_ENABLE="TRUE")
 custom_op = torch.library.custom_op
 # the package registers its functions for GPUs alone, and asks the GPU's driver for its maker
 torch.library.custom_op = lambda *args, device_types=None, **kwargs: custom_op(*args, **kwargs)
-flash_attn = pytest.importorskip("flash_attn", reason="needs flash-attn in the environment of requirements-flash.txt")
-torch.library.custom_op = custom_op
-from flash_attn.flash_attn_triton_amd import fwd_decode, fwd_prefill, utils  # noqa: E402
+try:
+    import flash_attn
+    from flash_attn.flash_attn_triton_amd import fwd_decode, fwd_prefill, utils
+finally:
+    torch.library.custom_op = custom_op
 
 for module in (fwd_decode, fwd_prefill, utils):
     for name in ("is_hip", "is_cdna", "is_rdna"):
