@@ -208,7 +208,7 @@ void draw(int64_t *tokens, const number *logits, const double *u, int64_t N, int
 
 enum { D = HEAD_DIM, G = GROUP };
 
-/* lane t is sum(v[t]): adds up 16 vectors at once, with a quarter of the shuffles that 16 sums take; v is overwritten */
+/* lane t is sum(v[t]): adds up 16 vectors at once, with half of the shuffles that 16 sums take; v is overwritten */
 static inline __attribute__((always_inline)) vector sums(vector *v)
 {
     for (int i = 0; i < 8; i++)
@@ -247,7 +247,7 @@ static void attend_head(number *out, const number *q, const number *keys, const 
             const number *key = keys + (t < size ? start + t : start) * stride;
             vector x[D / LANES];
             for (int j = 0; j < D / LANES; j += 2) {
-                __builtin_prefetch(key + LANES * stride + j * LANES);  /* without: a third slower, waiting for memory */
+                __builtin_prefetch(key + LANES * stride + j * LANES);  /* without: a fifth slower, waiting for memory */
                 load_pair(key + j * LANES, &x[j], &x[j + 1]);
             }
             for (int g = 0; g < G; g++) {

@@ -292,7 +292,7 @@ class Attention(nn.Module):
         self.qkv_proj, self.widths = None, (H * D, Hkv * D, Hkv * D)
 
     def fuse(self) -> None:
-        """Make one projection of three, for generation: a third fewer calls, each of a better shape."""
+        """Make one projection of q, k and v, for generation: one matmul of a better shape than three."""
         self.qkv_proj = Linear.of(torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
         self.q_proj = self.k_proj = self.v_proj = None
 

@@ -142,7 +142,7 @@ class Engine:
         ids = torch.tensor([t for r in new for t in r.ids], device=self.device)  # (N,)
         logits = self.model(ids, context, context.last)
         keys = torch.tensor([r.key for r in new], device=self.device)
-        self.accept(rows, first, self.draw(logits, keys, torch.zeros_like(keys)))
+        self.accept(rows, first, self.choose(logits, keys, torch.zeros_like(keys)))
 
     def decode(self, rows: list[Request]) -> None:
         """One more token for every row."""
@@ -164,9 +164,10 @@ class Engine:
         """
         ids, lengths, keys, counts = state
         context = Decode(self.cache, lengths, live, self.model.config.sliding_window)
-        return self.draw(self.model(ids, context, torch.arange(len(ids), device=self.device)), keys, counts)
+        return self.choose(self.model(ids, context, torch.arange(len(ids), device=self.device)), keys, counts)
 
-    def draw(self, logits, keys, counts) -> torch.Tensor:
+    def choose(self, logits, keys, counts) -> torch.Tensor:
+        """Tokens (B,) from logits (B, V), by the random numbers of keys (B,) at positions counts (B,)."""
         return draw(logits, uniform(keys, counts), self.o.temperature, self.o.top_p)
 
     def accept(self, rows: list[Request], first: int, tokens: torch.Tensor) -> None:
