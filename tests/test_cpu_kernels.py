@@ -13,6 +13,7 @@ import cpu_kernels
 from data import Chat
 from model import Cache, Decode, Linear, Packed, RMSNorm, load, pack, rotate
 from sample import Engine, Request, SampleOptions, digest_key, draw
+from train import score_sequences
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -171,6 +172,7 @@ def test_training_and_scoring_never_come_here(tiny, used):
     model = load(tiny, torch.float32)
     with torch.no_grad():
         model(torch.tensor([1, 2, 3]), Packed([3]), torch.arange(3))
+    score_sequences(model, [([5, 6, 7, 8], 2)])
     assert not used
     with torch.inference_mode():
         model(torch.tensor([1, 2, 3]), Packed([3]), torch.arange(3))

@@ -76,6 +76,17 @@ def test_engine_with_any_number_of_slots(tiny, slots):
     assert [r.output for r in requests] == [plain(model, r, o, chat.stops) for r in requests]
 
 
+def test_prompts_are_read_some_at_a_time(tiny, monkeypatch):
+    """A forward pass over one prompt costs nearly as much as one over many: places are kept free until there are some."""
+    real, sizes = sample_module.Prefill.__init__, []
+    monkeypatch.setattr(sample_module.Prefill, "__init__", lambda self, cache, rows, *rest: (sizes.append(len(rows)),
+                                                                                             real(self, cache, rows, *rest))[1])
+    requests = ragged(48, list(range(30, 6, -1)))
+    Engine(load(tiny, torch.float32), Chat(tiny), SampleOptions(slots=16, ignore_eos=True)).run(requests)
+    assert sizes[0] == 16 and min(sizes[1:-1]) > 2 and sum(sizes) == 48
+    assert all(len(r.output) == r.limit for r in requests)
+
+
 def test_engine_fills_the_context_to_the_last_token(tiny):
     raw = llama_config(max_position_embeddings=64)
     model, chat, o = random_model(raw), Chat(tiny), SampleOptions(temperature=0, slots=2, ignore_eos=True)
