@@ -2,7 +2,8 @@
 
 The callers ask ready() first and go on in plain PyTorch where it says no: on a GPU, without GCC 12 or newer on Linux, or
 outside of torch.inference_mode(), which only generation uses. Results are the same to rounding; these are faster.
-(Not called kernels.py: transformers takes a module of that name for another project's.)
+SYNPO_KERNELS=0 turns them off. (Not called kernels.py: transformers takes a module of that name for another
+project's.)
 """
 import ctypes
 import hashlib

@@ -12,7 +12,6 @@ streaming memory, both measured in the same process as the step. Tables on stand
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -85,6 +84,7 @@ def run_ours(args) -> dict:
     from data import Chat
     from model import Cache, load, pack
     from sample import Engine, Request, SampleOptions
+    from train import peak_memory
     rows, chat = read_requests(args), Chat(args.model)
     before = resident()
     model = pack(load(args.model, torch.bfloat16))
@@ -99,16 +99,13 @@ def run_ours(args) -> dict:
     slots = engine.cache.k.shape[1]
     asked = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors")) + slots * Cache.row_bytes(
         model.config, longest, torch.bfloat16)
-    return {"seconds": seconds, "live_slots": sum(live) / len(live) / slots, "slots": slots, "peak_bytes": peak() - before,
-            "weights_and_cache_bytes": asked}
+    return {"seconds": seconds, "live_slots": sum(live) / len(live) / slots, "slots": slots,
+            "peak_bytes": peak_memory() * 1e9 - before, "weights_and_cache_bytes": asked}
 
 
 def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Parts:
@@ -196,6 +193,7 @@ def run_limit(args) -> dict:
 
 def run_context(args) -> dict:
     """16 rows of caches up to args.count tokens, the shortest an eighth of it: attention's time per live token."""
+    from train import peak_memory
     step, parts, totals = Step(args, 16, args.count, args.count // 8), Parts(), []
     for _ in range(args.repeats):
         parts.seconds.clear()
@@ -203,7 +201,7 @@ def run_context(args) -> dict:
     seconds, attention = (median(x) for x in zip(*totals, strict=True))
     live = step.lengths.sum().item()
     return {"seconds": seconds, "tokens_per_second": 16 / seconds, "attention": attention, "live_tokens": live,
-            "ns_per_live_token": attention / live * 1e9, "peak_bytes": peak()}
+            "ns_per_live_token": attention / live * 1e9, "peak_bytes": peak_memory() * 1e9}
 
 
 # ---------------------------------------------------------------------------------------------- all of it
