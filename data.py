@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 import typing
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -48,6 +49,7 @@ class Common:
     seed: int = 0  # all randomness follows from it
     dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; trained weights are fp32 masters
     chat_template: str = ""  # for a tokenizer that has none: a jinja file, or "default" for User:/Assistant: turns
+    peak_tflops: float = 0.0  # of one process: what its throughput is reported as a share of; 0 measures a large matmul
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -120,6 +122,11 @@ def part(o, options: type) -> dict:
     return {field.name: getattr(o, field.name) for field in dataclasses.fields(options)}
 
 
+def deciding(options: dict) -> dict:
+    """The options that may change a result."""
+    return {name: value for name, value in options.items() if name not in ("checkpoint_every", "peak_tflops")}
+
+
 def find_model(spec: str) -> str:
     """A checkpoint directory as given, or a hub id (owner/name) downloaded to the hub's cache."""
     if Path(spec).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
@@ -157,6 +164,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0) \
     if torch.cuda.is_available() else torch.device("cpu")
 calls = itertools.count()  # of share()
+spent: Counter = Counter()  # by this process in its stage: "flop", "tokens", seconds "communicating" and "waiting for data"
 
 
 @contextmanager
@@ -182,7 +190,8 @@ def on_first(work, *args):
             answer[0] = work(*args)
         except InputError as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    with clock("communicating"):
+        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
@@ -191,7 +200,8 @@ def on_first(work, *args):
 def gather(value) -> list:
     """Every rank's value, by rank, on every rank."""
     values = [None] * WORLD
-    dist.all_gather_object(values, value)
+    with clock("communicating"):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -211,6 +221,30 @@ def share(items: list):
     counter = f"share {next(calls)}"
     while (i := _get_default_store().add(counter, 1) - 1) < len(items):
         yield items[i]
+
+
+@contextmanager
+def clock(what: str):
+    """Add the seconds that the body takes to `spent`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        spent[what] += time.perf_counter() - start
+
+
+@cache
+def peak_flops(dtype: str, given: float = 0.0) -> float:
+    """FLOP/s of this process at best: as given in TFLOP/s, else in a large matmul, the best of a few."""
+    if given:
+        return given * 1e12
+    n = 8192 if DEVICE.type == "cuda" else 2048
+    a, seconds = torch.randn(n, n, device=DEVICE).to(getattr(torch, dtype)), []
+    while len(seconds) < 2 or sum(seconds) < 0.2:
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # which waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(seconds)
 
 
 def memory() -> int:
@@ -461,8 +495,7 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
     options raises InputError: results are never mixed, nor thrown away unasked.
     """
     out = Path(out)
-    options = {name: value for name, value in options.items() if name != "checkpoint_every"}  # changes no result
-    wanted = {"inputs": {name: fingerprint(path) for name, path in inputs.items()}, "options": options}
+    wanted = {"inputs": {name: fingerprint(path) for name, path in inputs.items()}, "options": deciding(options)}
 
     def finished():
         if not (manifest_path(out).is_file() and out.exists()):
@@ -486,12 +519,12 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
         say(f"  {name_of(out):<28} done before")
         return counts
     start = time.time()
+    spent.clear()
     counts = work()
     seconds = time.time() - start
+    counts |= throughput(counts, seconds, options)
 
     def seal():
-        if "tokens" in counts:
-            counts["tokens_per_second"] = round(counts["tokens"] / max(seconds, 1e-9), 1)
         manifest = {**wanted, "start_from": str(inputs.get("model", "")), "counts": {**counts, "seconds": round(seconds, 2)},
                     "time": time.time(), "processes": WORLD, "content": content_hash(out)}
         write_text(manifest_path(out), json.dumps(manifest, indent=1))
@@ -502,6 +535,19 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
     shown = "  ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
     say(f"  {name_of(out):<28} {shown}")
     return counts
+
+
+def throughput(counts: dict, seconds: float, options: dict) -> dict:
+    """What a stage did with its time: tokens per second, share of peak, seconds that the slowest process waited."""
+    flop, tokens, data, communication = zip(*gather([spent[name] for name in (
+        "flop", "tokens", "waiting for data", "communicating")]), strict=True)
+    tokens = counts.get("tokens", sum(tokens))  # those that a stage wrote or trained on; else those that models read
+    if not tokens:
+        return {}
+    peak = sum(gather(peak_flops(options.get("dtype", Common.dtype), options.get("peak_tflops", 0.0))))
+    return {"tokens": tokens, "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "share_of_peak": round(sum(flop) / max(seconds, 1e-9) / peak, 4),
+            "data_seconds": round(max(data), 3), "communication_seconds": round(max(communication), 3)}
 
 
 def run_manifests(out: Path) -> list[Path]:

@@ -7,7 +7,7 @@ modules run two shapes of a forward pass, and an attention context decides which
     Decode    one new token for each of B rows of a key-value cache, rows of unequal length
 
 Attention runs through flash-attn where it is installed and the tensors are on a GPU, else through PyTorch's SDPA; text
-generated on a CPU takes cpu_kernels.py's functions where they are ready, and pack() prepares its weights for that.
+generated on a CPU takes the functions of cpu/kernels.py where they are ready, and pack() prepares its weights for that.
 RoPE tables and log-softmax are fp32 always: tables rounded to bf16 change answers.
 Not supported, and refused by name: other architectures, RoPE types other than default and llama3, biases, quantised
 weights, attention dropout.
@@ -24,13 +24,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
-import cpu_kernels
-from data import InputError, load_json
+from cpu import kernels
+from data import InputError, load_json, spent
 
 try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -145,9 +144,9 @@ class Packed:
     def __init__(self, lengths: list[int], device: torch.device | str = "cpu"):
         self.lengths = lengths
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        self.cu_seqlens = ends.to(torch.int32).to(device)  # (S + 1,)
-        self.last = (ends[1:] - 1).to(device)  # (S,) index of each sequence's last token
+        self.starts = torch.tensor([0, *lengths]).cumsum(0)  # (S + 1,) on the CPU
+        self.cu_seqlens = self.starts.to(torch.int32).to(device)
+        self.last = (self.starts[1:] - 1).to(device)  # (S,) index of each sequence's last token
 
     def attend(self, layer: int, q, k, v, window: int | None):
         """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D)."""
@@ -155,6 +154,8 @@ class Packed:
             longest = max(self.lengths)
             return flash_attn_varlen_func(q, k, v, self.cu_seqlens, self.cu_seqlens, longest, longest, causal=True,
                                           window_size=window_size(window))
+        if kernels.ready(q, flags=kernels.attention_flags(q.shape[2], q.shape[1] // k.shape[1])):
+            return kernels.attend_packed(q, k, v, self.starts, window)
         # One SDPA call a sequence: a mask over all N x N would cost the square of the micro-batch.
         outputs = []
         for q1, k1, v1 in zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True):
@@ -228,8 +229,8 @@ class Decode:
             return flash_attn_with_kvcache(q[:, None], keys, values, k[:, None], v[:, None],
                                            cache_seqlens=self.positions.int(), causal=True,
                                            window_size=window_size(window))[:, 0]
-        if cpu_kernels.ready(q, flags=cpu_kernels.attention_flags(D, H // k.shape[1])):
-            return cpu_kernels.attend(q, k, v, keys, values, self.positions, window)
+        if kernels.ready(q, flags=kernels.attention_flags(D, H // k.shape[1])):
+            return kernels.attend(q, k, v, keys, values, self.positions, window)
         keys[self.rows, self.positions] = k
         values[self.rows, self.positions] = v
         keys, values = (x[:, :self.live].transpose(1, 2) for x in (keys, values))  # (B, Hkv, live, D), views
@@ -246,16 +247,16 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        if cpu_kernels.ready(x):
-            return cpu_kernels.rms_norm(x, self.weight, self.eps)
+        if kernels.ready(x):
+            return kernels.rms_norm(x, self.weight, self.eps)
         x32 = x.float()  # squares of bf16 activations lose too much
         return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE on x (N, H, D) with cos, sin (N, 1, D/2) in fp32; pairs are (i, i + D/2), as in HF checkpoints."""
-    if cpu_kernels.ready(x):
-        return cpu_kernels.rotate(x, cos, sin)
+    if kernels.ready(x):
+        return kernels.rotate(x, cos, sin)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -314,7 +315,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(cpu_kernels.swiglu(gate, up) if cpu_kernels.ready(gate) else F.silu(gate) * up)
+        return self.down_proj(kernels.swiglu(gate, up) if kernels.ready(gate) else F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -372,11 +373,19 @@ class Model(nn.Module):
         """
         if self.frequencies.device != tokens.device:
             self.frequencies = self.frequencies.to(tokens.device)
+        spent.update(tokens=len(tokens), flop=self.flop(len(tokens), len(select)))
         angles = context.positions[:, None].float() * self.frequencies  # (N, D/2)
         x = self.model(tokens, angles.cos()[:, None], angles.sin()[:, None], context)[select]  # (M, C)
         if targets is not None:
-            return token_logps(x, self.head.weight, targets)
+            return TokenLogps.apply(x, self.head.weight, targets)
         return self.head(x) if isinstance(self.head, Linear) else F.linear(x, self.head.weight)
+
+    def flop(self, tokens: int, heads: int) -> int:
+        """Of a forward pass: 2 for each weight of a matmul and token, the head's where it runs; attention is left out."""
+        c = self.config
+        attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+        layers = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+        return 2 * (layers * tokens + (c.labels or c.vocab_size) * c.hidden_size * heads)
 
     @property
     def head(self) -> nn.Module:
@@ -384,20 +393,50 @@ class Model(nn.Module):
         return self.score if self.config.labels else getattr(self, "lm_head", self.model.embed_tokens)
 
 
-def token_logps(x, weight, targets, chunk: int = 1024) -> torch.Tensor:
+class TokenLogps(torch.autograd.Function):
     """log softmax(x @ weight.T)[targets] in fp32: x (M, C), weight (V, C), targets (M,) -> (M,).
 
-    In chunks, each computed again in the backward pass: peak memory is (chunk, V) instead of (M, V), for one more
-    head matmul.
+    In chunks, each computed again in the backward pass: peak memory is (chunk, V) instead of (M, V), for one more head
+    matmul.
     """
-    def one(x, weight, targets):
-        logits = F.linear(x, weight).float()  # (chunk, V)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    CHUNK = 512
 
-    pieces = list(zip(x.split(chunk), targets.split(chunk), strict=True))
-    if len(pieces) == 1 or not torch.is_grad_enabled():  # one piece is held once either way: no need to compute it twice
-        return torch.cat([one(x1, weight, t1) for x1, t1 in pieces])
-    return torch.cat([checkpoint(one, x1, weight, t1, use_reentrant=False) for x1, t1 in pieces])
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        pieces = [TokenLogps.logps(F.linear(x1, weight), t1)
+                  for x1, t1 in zip(x.split(TokenLogps.CHUNK), targets.split(TokenLogps.CHUNK), strict=True)]
+        logps, lse = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+        ctx.save_for_backward(x, weight, targets, lse)
+        return logps
+
+    @staticmethod
+    def backward(ctx, dlogps):
+        x, weight, targets, lse = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+        for start in range(0, len(x), TokenLogps.CHUNK):
+            piece = slice(start, start + TokenLogps.CHUNK)
+            dlogits = TokenLogps.gradient(F.linear(x[piece], weight), dlogps[piece], lse[piece], targets[piece])  # (chunk, V)
+            torch.mm(dlogits, weight, out=dx[piece])
+            dweight.addmm_(dlogits.T, x[piece])
+        return dx, dweight, None
+
+    @staticmethod
+    def logps(logits, targets):
+        """Log-probs of targets, and the log of each row's sum of exponentials."""
+        if kernels.ready(logits):
+            return kernels.token_logps(logits, targets)
+        logits = logits.float()
+        lse = logits.logsumexp(1)
+        return logits.gather(1, targets[:, None])[:, 0] - lse, lse
+
+    @staticmethod
+    def gradient(logits, dlogps, lse, targets):
+        """d loss / d logits = dlogps * (onehot(targets) - softmax(logits))."""
+        if kernels.ready(logits):
+            return kernels.token_logps_backward(logits, dlogps.contiguous(), lse, targets)
+        d = (logits.float() - lse[:, None]).exp_().mul_(-dlogps[:, None])
+        d[torch.arange(len(d), device=d.device), targets] += dlogps
+        return d.to(logits.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -491,38 +530,36 @@ def pack(model: Model) -> Model:
 
 def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch.dtype, chat_template: str,
          writer: bool = True, shard_bytes: int = 4 << 30) -> None:
-    """Write an HF directory that transformers opens: config, tokenizer, chat template, safetensors in shards.
+    """Write an HF directory that transformers opens: config, tokenizer, chat template, safetensors in files of a size.
 
-    A sharded model is gathered one parameter at a time, so every process must call; only the `writer` writes, and it
-    holds no more than one file's worth. Each file of weights appears whole or not at all.
+    Every process must call: a sharded model is gathered one parameter at a time, which the `writer` appends to the file, so
+    no process ever holds more than that beside its shard. Each file of weights appears whole or not at all.
     """
-    out = Path(out)
-    files, shard, size = [], {}, 0
-
-    def flush():
-        save_file(shard, out / f"part-{len(files)}.tmp", metadata={"format": "pt"})
-        files.append(list(shard))
-        shard.clear()
-
-    for name, parameter in model.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if writer:
-            tensor = full.detach().to("cpu", dtype).contiguous()
-            bytes_ = tensor.numel() * tensor.element_size()
-            if shard and size + bytes_ > shard_bytes:
-                flush()
-                size = 0
-            shard[name], size = tensor, size + bytes_
-    if not writer:
-        return
-    flush()
+    out, parameters, files, size = Path(out), dict(model.named_parameters()), [[]], 0
+    for name, parameter in parameters.items():
+        size += parameter.numel() * dtype.itemsize
+        if files[-1] and size > shard_bytes:
+            files.append([])
+            size = parameter.numel() * dtype.itemsize
+        files[-1].append(name)
     names = ["model.safetensors"] if len(files) == 1 else [
         f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    for i, name in enumerate(names):
-        os.replace(out / f"part-{i}.tmp", out / name)
+    for path, held in zip(names, files, strict=True):
+        with open(out / f"{path}.tmp" if writer else os.devnull, "wb") as file:
+            file.write(safetensors_header({name: parameters[name].shape for name in held}, dtype))
+            for name in held:
+                parameter = parameters[name]
+                full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                if writer:
+                    file.write(full.detach().to(dtype).cpu().flatten().view(torch.uint8).numpy())
+                del full
+    if not writer:
+        return
+    for path in names:
+        os.replace(out / f"{path}.tmp", out / path)
     (out / "model.safetensors.index.json").unlink(missing_ok=True)  # of an earlier save in other shards
     if len(files) > 1:
-        weight_map = {name: file for file, held in zip(names, files, strict=True) for name in held}
+        weight_map = {name: path for path, held in zip(names, files, strict=True) for name in held}
         (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_from) / name).is_file() and out != Path(tokenizer_from):
@@ -532,3 +569,15 @@ def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch
     raw = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
     key = "dtype" if "rope_parameters" in raw else "torch_dtype"
     (out / "config.json").write_text(json.dumps({**raw, key: str(dtype).removeprefix("torch.")}, indent=2))
+
+
+def safetensors_header(shapes: dict[str, torch.Size], dtype: torch.dtype) -> bytes:
+    """The beginning of a safetensors file; the tensors' bytes follow in this order. (The library writes whole files only.)"""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype], "shape": [*shape],
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import cpu_kernels
-from data import (DEVICE, RANK, Chat, Common, InputError, command, digest, fingerprint, gather, memory, on_first, part,
-                  read_jsonl, share, stage, write_jsonl, write_text)
+from cpu import kernels
+from data import (DEVICE, RANK, Chat, Common, InputError, clock, command, deciding, digest, fingerprint, gather, memory,
+                  on_first, part, read_jsonl, share, stage, write_jsonl, write_text)
 from model import Cache, Config, Decode, Model, Prefill, load, pack
 
 
@@ -60,8 +60,8 @@ def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
     """Tokens (B,) from logits (B, V) and uniform numbers u (B,): the first token whose cumulated probability exceeds u."""
     if temperature == 0:
         return logits.argmax(-1)
-    if top_p == 1 and cpu_kernels.ready(logits, 1):
-        return cpu_kernels.draw(logits, u, temperature)
+    if top_p == 1 and kernels.ready(logits, 1):
+        return kernels.draw(logits, u, temperature)
     logits = logits.float() / temperature
     weights = (logits - logits.amax(-1, keepdim=True)).exp()  # (B, V)
     if top_p < 1:
@@ -227,12 +227,13 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
             raise InputError(f"--{name}: the value makes no sense; see --help")
     out = Path(out)
     chat, config = Chat(model, common.chat_template), Config.load(model)
-    requests = [make_request(row, number, i, chat, config.context, o, digest_key(common.seed, purpose, row["id"], i), source)
-                for number, row in enumerate(rows, 1) for i in range(samples)]
+    with clock("waiting for data"):
+        requests = [make_request(row, number, i, chat, config.context, o, digest_key(common.seed, purpose, row["id"], i),
+                                 source) for number, row in enumerate(rows, 1) for i in range(samples)]
     starts = range(0, len(requests), o.chunk)
     parts = out.with_suffix(".parts")
     file_of = lambda start: parts / f"{start}.jsonl"  # noqa: E731
-    key = digest(fingerprint(model), part(o, SampleOptions), part(common, Common), purpose, samples, rows)
+    key = digest(fingerprint(model), part(o, SampleOptions), deciding(part(common, Common)), purpose, samples, rows)
 
     def unfinished():
         if not (parts / "key").is_file() or (parts / "key").read_text() != key:

@@ -8,6 +8,7 @@ What differs from the paper
 
 Weights are fp32 masters, sharded by FSDP2; the forward pass runs in --dtype. bf16 masters would not move at lr 1e-6.
 A global batch is cut into packed micro-batches of about --micro-tokens, the same number for every process.
+--dry-run N foretells the memory of each of N processes, without weights, GPUs or the other processes.
 
 data.jsonl {prompt | messages, response} -> DIR: an HF checkpoint in --dtype, metrics.jsonl, manifest.json
 
@@ -25,17 +26,21 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from tqdm import tqdm
 
-from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, gather, on_first, part, read_jsonl, rng,
-                  stage, write_text)
+from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, clock, command, gather, load_function, on_first,
+                  part, peak_flops, read_jsonl, rng, spent, stage, write_text)
 from model import Config, Model, Packed, fill, save
 
 
@@ -84,16 +89,14 @@ def make_sequence(chat: Chat, row: dict, response: str, o: TrainOptions) -> Sequ
 
 def response_logps(model: torch.nn.Module, sequences: list[Sequence]) -> list[torch.Tensor]:
     """fp32 log-probs of the scored tokens of each sequence, (len(ids) - start,) each, from one packed forward."""
-    offsets, total = [], 0
-    for ids, _ in sequences:
-        offsets.append(total)
-        total += len(ids)
-    spans = list(zip(sequences, offsets, strict=True))
-    # the token at position p is predicted by the hidden state at p - 1
-    select = torch.cat([torch.arange(start - 1, len(ids) - 1) + offset for (ids, start), offset in spans])  # (M,)
-    targets = torch.tensor([t for ids, start in sequences for t in ids[start:]])  # (M,)
-    tokens = torch.tensor([t for ids, _ in sequences for t in ids])  # (N,)
-    context = Packed([len(ids) for ids, _ in sequences], DEVICE)
+    with clock("waiting for data"):
+        lengths = [len(ids) for ids, _ in sequences]
+        context, offsets = Packed(lengths, DEVICE), accumulate([0, *lengths[:-1]])
+        # the token at position p is predicted by the hidden state at p - 1
+        select = torch.cat([torch.arange(start - 1, len(ids) - 1) + offset for (ids, start), offset
+                            in zip(sequences, offsets, strict=True)])  # (M,)
+        targets = torch.tensor([t for ids, start in sequences for t in ids[start:]])  # (M,)
+        tokens = torch.tensor([t for ids, _ in sequences for t in ids])  # (N,)
     logps = model(tokens.to(DEVICE), context, select.to(DEVICE), targets.to(DEVICE))  # (M,)
     return list(logps.split([len(ids) - start for ids, start in sequences]))
 
@@ -129,20 +132,61 @@ def plan(sizes: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
 
 # ---------------------------------------------------------------------------------------------- sharded training
 
+class Timed:
+    """Before one of FSDP's collectives in the bases of a class: counts its seconds. A GPU's are those of the stream that it
+    runs on, beside the computation, and are counted when the step is over."""
+    running: ClassVar[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+
+    def __call__(self, *args, **named):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * (DEVICE.type == "cuda"))]
+        with clock("communicating"):
+            for event in events[:1]:
+                event.record()
+            work = super().__call__(*args, **named)
+            for event in events[1:]:
+                event.record()
+        self.running += [tuple(events)] if events else []
+        return work
+
+    @classmethod
+    def settle(cls) -> None:
+        """Count what has run on a GPU's streams; the caller has waited for them."""
+        spent["communicating"] += sum(start.elapsed_time(end) for start, end in cls.running) / 1e3
+        cls.running.clear()
+
+
+class TimedAllGather(Timed, DefaultAllGather):
+    pass
+
+
+class TimedReduceScatter(Timed, DefaultReduceScatter):
+    pass
+
+
+@cache
+def mesh() -> DeviceMesh:
+    """All processes in a row; those of several nodes in rows: parameters are sharded inside one, replicated over them."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if WORLD == local:
+        return init_device_mesh(DEVICE.type, (WORLD,))
+    return init_device_mesh(DEVICE.type, (WORLD // local, local), mesh_dim_names=("nodes", "processes"))
+
+
 def shard(start: str | Path, o: TrainOptions, common: Common) -> torch.nn.Module:
     """The model of a checkpoint with fp32 parameters sharded over all processes, computing in common.dtype."""
     with torch.device("meta"):
         model = Model(Config.load(start))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shape = (WORLD,) if WORLD == local else (WORLD // local, local)  # several nodes: shard inside one, replicate over them
     compute = None if common.dtype == "float32" else common.torch_dtype
     # cast_forward_inputs would round the RoPE tables, which are arguments of each block, to bf16
-    options = {"mesh": init_device_mesh(DEVICE.type, shape),
+    options = {"mesh": mesh(), "reshard_after_forward": None if WORLD > 1 else False,  # alone: saves little, costs copies
                "mp_policy": MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)}
     for block in model.model.layers:
         block.recompute = o.recompute
         fully_shard(block, **options)
     fully_shard(model, **options)
+    for module in (*model.model.layers, model):
+        module.set_custom_all_gather(TimedAllGather())
+        module.set_custom_reduce_scatter(TimedReduceScatter())
     model.to_empty(device=DEVICE)
     fill(model, start)
     return model.train()
@@ -164,21 +208,24 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
     out.mkdir(parents=True, exist_ok=True)
     model = shard(start, o, common)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
-    batches = make_batches(len(examples), o, common.seed)
-    first = resume(out, model, optimizer)
-    tokens = sum(examples[i].tokens for batch in batches for i in batch)
+    batches = make_batches(examples, o, common.seed)
+    first, peak = resume(out, model, optimizer), peak_flops(common.dtype, common.peak_tflops)
+    tokens = sum(example.tokens for batch in batches for example in batch)
     bar = tqdm(total=len(batches), initial=first, desc=out.name, unit=" step", leave=False, disable=RANK > 0)
     for step in range(first, len(batches)):
-        begin, batch = time.perf_counter(), [examples[i] for i in batches[step]]
+        begin, flop, batch = time.perf_counter(), spent["flop"], batches[step]
         for group in optimizer.param_groups:
             group["lr"] = o.lr * schedule(step, len(batches), o.warmup)
         line = train_step(model, optimizer, batch, objective, count, o)
         seconds = time.perf_counter() - begin
         line = {"step": step + 1, **line, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-                "tokens_per_second": sum(example.tokens for example in batch) / seconds, "memory_gb": peak_memory()}
+                "tokens_per_second": sum(example.tokens for example in batch) / seconds,
+                "share_of_peak": sum(gather(spent["flop"] - flop)) / seconds / WORLD / peak, "memory_gb": peak_memory()}
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
+            good = max((d.parent for d in out.glob("checkpoint/*/done")), key=lambda d: int(d.name), default="none")
             raise InputError(f"{out}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step + 1} (records "
-                             f"{[e.id for e in batch][:8]}); lower --lr, which starts this stage over")
+                             f"{' '.join(e.id for e in batch)}; last good checkpoint: {good}); lower --lr, which starts this "
+                             "stage over")
         log(out, line)
         if step == 0:
             check(line)
@@ -196,14 +243,20 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
     return {"examples": len(examples), "steps": len(batches), "tokens": tokens}
 
 
-def make_batches(n: int, o: TrainOptions, seed: int) -> list[list[int]]:
-    """Indices of each step's examples: every epoch in an order of its own, epochs joined, nothing dropped at the end."""
+def make_batches(examples: list, o: TrainOptions, seed: int) -> list[list]:
+    """Each step's examples: every epoch in an order of its own, epochs joined, nothing dropped at the end."""
     order = []
     for epoch in range(o.epochs):
-        indices = list(range(n))
-        rng(seed, "epoch", epoch).shuffle(indices)
-        order += indices
+        shuffled = list(examples)
+        rng(seed, "epoch", epoch).shuffle(shuffled)
+        order += shuffled
     return [order[i:i + o.batch] for i in range(0, len(order), o.batch)]
+
+
+def micro_batches(batch: list[Example], o: TrainOptions) -> list[list[list[Example]]]:
+    """A global batch as rounds of one micro-batch a rank, of about o.micro_tokens each: [round][rank] -> examples."""
+    return [[[batch[i] for i in micro] for micro in ranks]
+            for ranks in plan([example.tokens for example in batch], WORLD, o.micro_tokens)]
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -214,9 +267,9 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 def train_step(model, optimizer, batch: list[Example], objective: Objective, count, o: TrainOptions) -> dict:
     """One optimizer step on a global batch; returns its metrics, the same on every rank."""
-    total, sums = sum(count(example) for example in batch), Counter()
-    for micro in plan([example.tokens for example in batch], WORLD, o.micro_tokens):
-        mine = [batch[i] for i in micro[RANK]]
+    total, sums, flop = sum(count(example) for example in batch), Counter(), spent["flop"]
+    for ranks in micro_batches(batch, o):
+        mine = ranks[RANK]
         # A rank without examples must still join the collectives: it runs one token with weight 0.
         sequences = [s for example in mine for s in example.sequences] or [([0, 0], 1)]
         logps = iter(response_logps(model, sequences))
@@ -227,13 +280,16 @@ def train_step(model, optimizer, batch: list[Example], objective: Objective, cou
             loss = next(logps).sum() * 0
         # FSDP averages gradients over ranks; the mean wanted is over the global count, hence the factor WORLD
         (loss * WORLD / total).backward()
+    spent["flop"] += 2 * (spent["flop"] - flop)  # the backward pass: gradients of inputs and of weights
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     merged: Counter = Counter()
     for one in gather(dict(sums)):
         merged.update(one)
-    return {**{name: value / total for name, value in merged.items()}, "grad_norm": norm.full_tensor().item()}
+    norm = norm.full_tensor().item()  # which waits for a GPU
+    Timed.settle()
+    return {**{name: value / total for name, value in merged.items()}, "grad_norm": norm}
 
 
 def peak_memory() -> float:
@@ -299,13 +355,22 @@ def sft(model: str | Path, rows: list[dict], out: str | Path, o: TrainOptions, c
 
 
 @dataclass(kw_only=True)
-class Options(TrainOptions, Common):
+class DryRun:
+    """Options of the training commands."""
+    dry_run: int = 0  # train nothing: foretell the memory that each of so many processes would need (bench/memory.py)
+    gpu_gb: float = 80.0  # --dry-run: memory of a GPU
+
+
+@dataclass(kw_only=True)
+class Options(TrainOptions, DryRun, Common):
     model: str  # checkpoint directory to start from
     data: str  # JSONL of {"prompt", "response"}
     out: str  # checkpoint directory to write
 
 
 def main(o: Options) -> dict:
+    if o.dry_run:
+        return load_function("bench/memory.py:dry_run")(o, sequences=1)
     rows = read_jsonl(o.data, "prompt", "response")
     return stage(o.out, {"model": o.model, "data": o.data}, {**part(o, TrainOptions), **part(o, Common)},
                  lambda: sft(o.model, rows, o.out, o, o))

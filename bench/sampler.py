@@ -114,22 +114,23 @@ class Parts:
     def __init__(self):
         import torch
 
-        import cpu_kernels
+        from cpu import kernels
         from model import Linear
-        if cpu_kernels.library(torch.bfloat16) is None:
+        if kernels.library(torch.bfloat16) is None:
             sys.exit("the parts of a step are those of the compiled kernels; they need a C compiler")
         self.seconds = Counter()
-        for name in ("rms_norm", "rotate", "swiglu", "attend", "draw"):
-            self.wrap(cpu_kernels, name, {"attend": "attention", "draw": "sampling"}.get(name, "norms, RoPE, SwiGLU"))
-        self.wrap(Linear, "forward", "matmuls")
+        labels = {"attend": "attention", "draw": "sampling"}
+        self.wrap(kernels, "call", lambda function, *_: labels.get(function.__name__, "norms, RoPE, SwiGLU"))
+        self.wrap(Linear, "forward", lambda *_: "matmuls")
 
-    def wrap(self, owner, name: str, label: str) -> None:
+    def wrap(self, owner, name: str, label) -> None:
+        """Count the seconds of owner.name under label(its arguments)."""
         function = getattr(owner, name)
 
         def counted(*args):
             start = time.perf_counter()
             result = function(*args)
-            self.seconds[label] += time.perf_counter() - start
+            self.seconds[label(*args)] += time.perf_counter() - start
             return result
         setattr(owner, name, counted)
 

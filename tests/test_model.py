@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import InputError
-from model import Cache, Config, Decode, Packed, Prefill, load, rotate, save, token_logps
+from model import Cache, Config, Decode, Packed, Prefill, TokenLogps, load, rotate, save
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
@@ -201,13 +201,14 @@ class LargestLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 25, 26, 50, 51, 1024])
-def test_token_logps_in_chunks_equal_log_softmax_with_gradients(chunk):
+def test_token_logps_in_chunks_equal_log_softmax_with_gradients(chunk, monkeypatch):
+    monkeypatch.setattr(TokenLogps, "CHUNK", chunk)
     M, V = 51, 301
     x, weight, upstream = (torch.randn(shape, generator=torch.Generator().manual_seed(i))
                            for i, shape in enumerate([(M, 16), (V, 16), (M,)]))
     targets = tokens(M, V)
     results = []
-    for f in (lambda x, w: token_logps(x, w, targets, chunk),
+    for f in (lambda x, w: TokenLogps.apply(x, w, targets),
               lambda x, w: F.log_softmax(x @ w.T, -1)[torch.arange(M), targets]):
         x1, w1 = (t.clone().requires_grad_() for t in (x, weight))
         logps = f(x1, w1)
@@ -216,15 +217,16 @@ def test_token_logps_in_chunks_equal_log_softmax_with_gradients(chunk):
     for mine, reference in zip(*results, strict=True):
         assert (mine - reference).abs().max() < 1e-4
     with torch.no_grad():
-        assert torch.allclose(token_logps(x, weight, targets, chunk), results[1][0], atol=1e-5)
+        assert torch.allclose(TokenLogps.apply(x, weight, targets), results[1][0], atol=1e-5)
 
 
-def test_token_logps_never_hold_all_logits():
+def test_token_logps_never_hold_all_logits(monkeypatch):
+    monkeypatch.setattr(TokenLogps, "CHUNK", 8)
     x, weight = torch.randn(64, 4, requires_grad=True), torch.randn(301, 4, requires_grad=True)
     kept = []
     watch = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t)
     with LargestLogits(301) as largest, watch:
-        logps = token_logps(x, weight, tokens(64, 301), 8)
+        logps = TokenLogps.apply(x, weight, tokens(64, 301))
     assert largest.rows == 8
     assert not any(shape[-1] == 301 for shape in kept if len(shape) == 2), "logits kept for the backward pass"
     with LargestLogits(301) as largest:
@@ -234,7 +236,7 @@ def test_token_logps_never_hold_all_logits():
 
 def test_token_logps_of_bf16_take_the_softmax_in_fp32():
     x, weight, targets = torch.randn(20, 16).bfloat16(), torch.randn(301, 16).bfloat16(), tokens(20, 301)
-    logps = token_logps(x, weight, targets)
+    logps = TokenLogps.apply(x, weight, targets)
     assert logps.dtype == torch.float32
     assert torch.allclose(logps, F.log_softmax((x @ weight.T).float(), -1)[torch.arange(20), targets], atol=1e-5)
 

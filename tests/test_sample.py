@@ -11,7 +11,7 @@ import transformers
 from conftest import last_json, llama_config, random_model, read_rows, run, tiny_checkpoint, write_rows
 
 import data
-import cpu_kernels
+from cpu import kernels
 import sample as sample_module
 from data import Chat, Common, InputError
 from model import Cache, Config, Packed, load
@@ -250,7 +250,7 @@ def drawing(request):
     if request.param and not shutil.which("cc"):
         pytest.skip("no C compiler")
     with torch.inference_mode(request.param):
-        assert cpu_kernels.ready(torch.zeros(1, 32)) == request.param
+        assert kernels.ready(torch.zeros(1, 32)) == request.param
         yield
 
 

@@ -3,17 +3,19 @@ import math
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, llama_config, random_model, tiny_checkpoint
 
-import cpu_kernels
+from cpu import kernels
 from data import Chat
-from model import Cache, Decode, Linear, Packed, RMSNorm, load, pack, rotate
+from model import Cache, Decode, Linear, Packed, RMSNorm, TokenLogps, load, pack, rotate
 from sample import Engine, Request, SampleOptions, digest_key, draw
-from train import score_sequences
+from train import response_logps, score_sequences
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -24,32 +26,51 @@ def random(*shape, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def compiled_and_plain(function):
-    """The function's value with the kernels, which must be ready, and without."""
-    with torch.inference_mode():
-        compiled = function()
+def compiled_and_plain(function, *inputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The function's value and the gradients of its inputs with the kernels, and without; in fp32."""
+    results = []
+    for compiled in (True, False):
+        with nullcontext() if compiled else patch.object(kernels, "library", lambda *_: None):
+            values = [x.clone().requires_grad_() for x in inputs]
+            out = function(*values)
+            out.backward(random(*out.shape, dtype=out.dtype, seed=9))
+            results.append([x.detach().float() for x in (out, *(x.grad for x in values))])
+    return tuple(results)
+
+
+def decoded(function) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The same for what is never trained: the value alone."""
     with torch.no_grad():
-        plain = function()
-    assert compiled.is_inference() and not plain.is_inference()
-    return compiled.float(), plain.float()
+        compiled = function()
+        with patch.object(kernels, "library", lambda *_: None):
+            return [compiled.float()], [function().float()]
+
+
+def assert_close(results, tolerance: float) -> None:
+    """Values and gradients: to the tolerance, of the largest number in each."""
+    for compiled, plain in zip(*results, strict=True):
+        assert compiled.shape == plain.shape and plain.abs().max() > 0
+        assert (compiled - plain).abs().max() <= tolerance * max(1, plain.abs().max())
 
 
 @pytest.fixture(autouse=True)
 def used(monkeypatch):
     """Counts calls of C: a comparison of PyTorch with itself would prove nothing."""
-    calls, call = [], cpu_kernels.call
-    monkeypatch.setattr(cpu_kernels, "call", lambda *values: (calls.append(values), call(*values)))
+    calls, call = [], kernels.call
+    monkeypatch.setattr(kernels, "call", lambda *values: (calls.append(values), call(*values)))
     yield calls
     assert calls
 
 
 @BOTH
-@pytest.mark.parametrize(("N", "C"), [(1, 32), (3, 576), (130, 64)])
+@pytest.mark.parametrize(("N", "C"), [(1, 32), (3, 576), (64, 64), (130, 64)])
 def test_rms_norm(N, C, dtype):
-    norm = RMSNorm(C, 1e-5).to(dtype)
-    norm.weight.data = random(C, dtype=dtype, seed=1)
-    compiled, plain = compiled_and_plain(lambda: norm(100 * random(N, C, dtype=dtype)))
-    assert (compiled - plain).abs().max() <= 4 * TOLERANCE[dtype]
+    def norm(x, weight):
+        module = RMSNorm(C, 1e-5)
+        del module.weight
+        module.weight = weight
+        return module(x)
+    assert_close(compiled_and_plain(norm, 100 * random(N, C, dtype=dtype), random(C, dtype=dtype, seed=1)), TOLERANCE[dtype])
 
 
 @BOTH
@@ -57,10 +78,12 @@ def test_rms_norm(N, C, dtype):
 def test_rotate_also_inside_wider_rows(N, H, D, dtype):
     angles = 10 * random(N, 1, D // 2, seed=1)
     wide = random(N, 3 * H * D, dtype=dtype)
-    compiled, plain = compiled_and_plain(lambda: rotate(wide.clone()[:, H * D:2 * H * D].unflatten(-1, (H, D)), angles.cos(),
-                                                        angles.sin()))
-    assert (compiled - plain).abs().max() <= 4 * TOLERANCE[dtype]
-    assert (plain - wide[:, H * D:2 * H * D].unflatten(-1, (H, D))).abs().max() > 1
+
+    def part(wide):
+        return wide[:, H * D:2 * H * D].unflatten(-1, (H, D))
+    results = compiled_and_plain(lambda wide: rotate(part(wide), angles.cos(), angles.sin()), wide)
+    assert_close(results, TOLERANCE[dtype])
+    assert (results[1][0] - part(wide)).abs().max() > 1
 
 
 @BOTH
@@ -68,9 +91,43 @@ def test_swiglu_of_gates_of_any_size(dtype):
     gate = torch.cat([torch.arange(-600, 200, 0.25), torch.tensor([-1e30, -1e4, -0.0, 1e-30, 1e4, 1e30, *[0.0] * 26]),
                       random(32)]).to(dtype)
     up = random(*gate.shape, dtype=dtype, seed=1)
-    with torch.inference_mode():
-        compiled = cpu_kernels.swiglu(gate.clone(), up)
-    assert torch.allclose(compiled.float(), (F.silu(gate) * up).float(), rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    results = compiled_and_plain(
+        lambda gate, up: kernels.swiglu(gate, up) if kernels.ready(gate) else F.silu(gate) * up, gate, up)
+    for compiled, plain in zip(*results, strict=True):
+        assert torch.allclose(compiled, plain, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@BOTH
+@pytest.mark.parametrize(("D", "G", "Hkv"), [(32, 1, 2), (64, 3, 3), (128, 4, 2), (96, 16, 1)])
+@pytest.mark.parametrize("window", [None, 1, 17, 40])
+def test_attend_packed(D, G, Hkv, window, dtype):
+    """Sequences on both sides of a tile of 32 tokens; nobody sees another's, which PyTorch computes one by one."""
+    context = Packed([1, 31, 32, 33, 64, 70])
+    q, k, v = (random(231, heads, D, dtype=dtype, seed=i) for i, heads in enumerate((G * Hkv, Hkv, Hkv)))
+    assert_close(compiled_and_plain(lambda q, k, v: context.attend(0, q, k, v, window), q, k, v), 4 * TOLERANCE[dtype])
+
+
+def test_packed_attention_survives_scores_of_any_size():
+    for scale in (30.0, 1000.0):
+        q, k, v = (random(50, 2, 32, seed=i) for i in range(3))
+        results = compiled_and_plain(lambda q, k, v: Packed([50]).attend(0, q, k, v, None), scale * q, k, v)
+        assert all(x.isfinite().all() for x in results[0])
+        assert_close(results, 1e-3)
+
+
+@BOTH
+@pytest.mark.parametrize("M", [1, TokenLogps.CHUNK, TokenLogps.CHUNK + 1])
+def test_token_logps(M, dtype):
+    """Against a log-softmax of all logits at once in float64: also what both ways do in chunks."""
+    x, weight = random(M, 32, dtype=dtype), 0.5 * random(320, 32, dtype=dtype, seed=1)
+    targets = torch.randint(320, (M,), generator=torch.Generator().manual_seed(2))
+    results = compiled_and_plain(lambda x, weight: TokenLogps.apply(x, weight, targets), x, weight)
+    assert results[0][0].dtype == torch.float32
+    assert_close(results, 2 * TOLERANCE[dtype])
+    x64, weight64 = x.double().requires_grad_(), weight.double().requires_grad_()
+    expected = (x64 @ weight64.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected.backward(random(M, seed=9).double())
+    assert_close((results[1], [expected.detach(), x64.grad, weight64.grad]), 2 * TOLERANCE[dtype])
 
 
 @BOTH
@@ -90,20 +147,18 @@ def test_attend(D, G, Hkv, window, dtype):
 
     def attention():
         cache.k.copy_(before[0]), cache.v.copy_(before[1])
-        if torch.is_inference_mode_enabled():
+        if compiled := kernels.ready(q):
             for b, n in enumerate(lengths):  # NaN would spread; SDPA multiplies what it masks by 0
                 cache.k[:, b, n:], cache.v[:, b, n:] = math.nan, math.nan
             expected = cache.k.clone(), cache.v.clone()
             for x, new in zip(expected, (k, v), strict=True):
                 x[1, torch.arange(B), lengths] = new
         out = Decode(cache, lengths, int(lengths.max()) + 1, window).attend(1, q, k, v, window)
-        if torch.is_inference_mode_enabled():  # written where it should be, and nowhere else
+        if compiled:  # written where it should be, and nowhere else
             for x, wanted in zip((cache.k, cache.v), expected, strict=True):
                 torch.testing.assert_close(x, wanted, rtol=0, atol=0, equal_nan=True)
         return out
-    compiled, plain = compiled_and_plain(attention)
-    assert compiled.shape == (B, G * Hkv, D)
-    assert (compiled - plain).abs().max() <= 2 * TOLERANCE[dtype]
+    assert_close(decoded(attention), 2 * TOLERANCE[dtype])
 
 
 def test_attention_survives_scores_of_any_size():
@@ -113,7 +168,7 @@ def test_attention_survives_scores_of_any_size():
         q, keys, values = (random(*shape, seed=i) for i, shape in enumerate([(1, 1, D), (1, T, 1, D), (1, T, 1, D)]))
         for order in (keys @ q[0, 0]).flatten().argsort(), (keys @ q[0, 0]).flatten().argsort(descending=True):
             k, v = keys[:, order].contiguous(), values[:, order].contiguous()
-            out = cpu_kernels.attend(scale * q, k[:, -1], v[:, -1], k, v, torch.tensor([T - 1]), None)
+            out = kernels.attend(scale * q, k[:, -1], v[:, -1], k, v, torch.tensor([T - 1]), None)
             plain = torch.softmax(scale * (k[0, :, 0] @ q[0, 0]).double() / D ** 0.5, 0) @ v[0, :, 0].double()
             assert (out[0, 0] - plain).abs().max() < 1e-5
 
@@ -124,13 +179,13 @@ def test_draw(V, dtype):
     """The same token as PyTorch's for all but a few numbers that lie within rounding of a boundary."""
     logits = 3 * random(200, V, dtype=dtype)
     u = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    compiled, plain = compiled_and_plain(lambda: draw(logits, u, 0.7, 1.0))
+    [compiled], [plain] = decoded(lambda: draw(logits, u, 0.7, 1.0))
     assert (compiled != plain).sum() <= 1 and len(set(plain.tolist())) > min(V, 50) // 2
 
 
 def test_draw_stays_inside_the_vocabulary_whatever_the_logits():
     for value in (math.nan, -math.inf, math.inf, 0.0):
-        tokens = cpu_kernels.draw(torch.full((2, 300), value), torch.tensor([0.0, 1 - 2.0 ** -53], dtype=torch.float64), 1.0)
+        tokens = kernels.draw(torch.full((2, 300), value), torch.tensor([0.0, 1 - 2.0 ** -53], dtype=torch.float64), 1.0)
         assert 0 <= tokens.min() and tokens.max() < 300
 
 
@@ -162,25 +217,25 @@ def test_engine_writes_the_same_with_and_without_kernels(tiny, monkeypatch, head
         Engine(model, chat, SampleOptions(slots=5, ignore_eos=True)).run(requests)
         return [r.output for r in requests]
     compiled, calls = outputs(), len(used)
-    assert {values[0].__name__ for values in used} == {"rms_norm", "rotate", "swiglu", "draw", "attend"}
-    monkeypatch.setattr(cpu_kernels, "library", lambda *_: None)
+    assert {values[0].__name__ for values in used} == {"rms_norm", "rotate", "swiglu", "draw", "attend", "attend_packed"}
+    monkeypatch.setattr(kernels, "library", lambda *_: None)
     assert outputs() == compiled and len(used) == calls
 
 
-def test_training_and_scoring_never_come_here(tiny, used):
-    """Policy and reference are computed alike, with gradients or without; only inference_mode() has kernels."""
-    model = load(tiny, torch.float32)
-    with torch.no_grad():
-        model(torch.tensor([1, 2, 3]), Packed([3]), torch.arange(3))
-    score_sequences(model, [([5, 6, 7, 8], 2)])
-    assert not used
-    with torch.inference_mode():
-        model(torch.tensor([1, 2, 3]), Packed([3]), torch.arange(3))
-    assert used
+def test_training_and_scoring_compute_alike(used):
+    """A reference log-prob is scored without gradients, the policy's with them: to the same bits."""
+    model = random_model(llama_config(head_dim=32)).to(torch.bfloat16)
+    sequences = [([5, 6, 7, 8], 2), ([9, 10], 1)]
+    scored, trained = score_sequences(model, sequences), response_logps(model, sequences)
+    assert all(torch.equal(a, b) for a, b in zip(scored, trained, strict=True))
+    torch.cat(trained).sum().backward()
+    names = {values[0].__name__ for values in used}
+    assert names == {"rotate", *(name + way for name in ("rms_norm", "swiglu", "attend_packed", "token_logps")
+                                 for way in ("", "_backward"))}
 
 
 def test_without_a_compiler_text_is_generated_all_the_same(tmp_path, used):
-    program = ("import torch, cpu_kernels; x = torch.ones(2, 32)\nwith torch.inference_mode(): print(cpu_kernels.ready(x))")
+    program = "import torch; from cpu import kernels; print(kernels.ready(torch.ones(2, 32)))"
     home = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     answers = [subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**home, **env}, capture_output=True, text=True,
                               check=True) for env in (
