@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, gather, on_first, part,
-                  read_jsonl, say, stage, write_jsonl)
+from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, gather, load_function,
+                  on_first, part, read_jsonl, say, stage, write_jsonl)
 from model import load
-from train import Example, Objective, Sequence, TrainOptions, fit, make_sequence, score_sequences
+from train import (DryRun, Example, Objective, Sequence, TrainOptions, fit, make_batches, make_sequence, micro_batches,
+                   response_logps)
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -92,38 +93,49 @@ def preference_objective(o: PolicyOptions) -> Objective:
 
 # ---------------------------------------------------------------------------------------------- reference log-probs
 
-def reference_logps(model: str | Path, sequences: list[Sequence], root: str | Path, common: Common,
-                    block: int = 256) -> list[float]:
-    """Summed log-probs of sequences under a frozen model, from the cache below root; what is missing is computed.
+def reference_logps(model: str | Path, groups: list[list[Sequence]], root: str | Path, common: Common,
+                    block: int = 16) -> dict[str, float]:
+    """Summed log-probs by key() of sequences under a frozen model, from the cache below root; what is missing is computed.
 
-    One file per block of sequences, so that a restart goes on where it stopped. Entries are addressed by a hash of the
-    model's files, the dtype, the token ids and where scoring starts: a changed template or tokenizer never hits.
+    groups: what training will put into a forward pass together. A bf16 matmul rounds by the shape of its batch, so that is how
+    they are scored: policy and reference start from the same bits. One file per block of groups, so that a restart goes on
+    where it stopped. Addressed by a hash of the model's files, the dtype, the token ids and where scoring starts: a changed
+    template or tokenizer never hits.
     """
     folder = Path(root) / digest(fingerprint(model), common.dtype)
-    keys = [digest(ids, start) for ids, start in sequences]
 
     def known() -> dict[str, float]:
         return {row["id"]: row["logp"] for file in sorted(folder.glob("*.jsonl")) for row in read_jsonl(file)}
 
     cached = on_first(known)
-    missing = sorted({key: i for i, key in enumerate(keys) if key not in cached}.items())
-    blocks = [missing[i:i + block] for i in range(0, len(missing), block)]
-    if blocks:
+    new, todo = {}, []
+    for group in groups:
+        todo.append({key(s): s for s in group if key(s) not in cached and key(s) not in new})
+        new |= todo[-1]
+    todo = [group for group in todo if group]
+    if todo:
         net = load(model, common.torch_dtype, DEVICE)
-        for some in blocks[RANK::WORLD]:
-            logps = score_sequences(net, [sequences[i] for _, i in some])
-            write_jsonl(folder / f"{digest([key for key, _ in some])}.jsonl", [
-                {"id": key, "logp": one.sum().item()} for (key, _), one in zip(some, logps, strict=True)])
+        for some in [todo[i:i + block] for i in range(0, len(todo), block)][RANK::WORLD]:
+            with torch.no_grad():
+                scores = {name: one.sum().item() for group in some
+                          for name, one in zip(group, response_logps(net, list(group.values())), strict=True)}
+            write_jsonl(folder / f"{digest([*scores])}.jsonl", [{"id": name, "logp": logp} for name, logp in scores.items()])
         del net
         gc.collect()
         gather(None)  # wait for all; a broadcast would not
         cached = on_first(known)
-    wrong = [key for key in keys if not math.isfinite(cached.get(key, math.nan))]
+    keys = {key(s) for group in groups for s in group}
+    wrong = [name for name in keys if not math.isfinite(cached.get(name, math.nan))]
     if wrong:
         raise InputError(f"{folder}: {len(wrong)} of {len(keys)} reference log-probs are missing or not finite; delete "
                          "the directory to compute them again")
-    say(f"  reference log-probs          {len(set(keys)) - len(missing):,} cached  {len(missing):,} computed")
-    return [cached[key] for key in keys]
+    say(f"  reference log-probs          {len(keys) - len(new):,} cached  {len(new):,} computed")
+    return cached
+
+
+def key(sequence: Sequence) -> str:
+    """A sequence's address in the cache."""
+    return digest(*sequence)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -140,9 +152,11 @@ def train_policy(start: str | Path, pairs: list[dict], out: str | Path, o: Polic
     if not examples:
         raise InputError(f"{out}: no pair fits --max-length {o.max_length}; raise it")
     if o.loss in NEEDS_REFERENCE:
-        logps = reference_logps(reference, [s for e in examples for s in e.sequences], cache, common)
-        for i, example in enumerate(examples):
-            example.extra["reference"] = (logps[2 * i], logps[2 * i + 1])
+        groups = [[s for e in micro for s in e.sequences] for batch in make_batches(examples, o, common.seed)
+                  for ranks in micro_batches(batch, o) for micro in ranks]
+        logps = reference_logps(reference, groups, cache, common)
+        for example in examples:
+            example.extra["reference"] = tuple(logps[key(s)] for s in example.sequences)
     same = o.loss == "dpo" and fingerprint(start) == fingerprint(reference)
 
     def check(line: dict) -> None:
@@ -150,7 +164,9 @@ def train_policy(start: str | Path, pairs: list[dict], out: str | Path, o: Polic
         if not same:
             return
         say(f"  step 0: loss {line['preference_loss']:.6f} (ln 2 = {math.log(2):.6f}), margin {line['rewards/margins']:+.6f}")
-        if abs(line["preference_loss"] - math.log(2)) > (1e-3 if common.dtype == "float32" else 2e-2):
+        # nats per token; where the cache was filled by an earlier iteration, bf16 rounded in other batches
+        off = max(abs(line[f"rewards/{side}"]) / o.beta / line[f"tokens/{side}"] for side in ("chosen", "rejected"))
+        if off > (1e-4 if common.dtype == "float32" else 2e-2):
             raise InputError(f"{out}: DPO's first loss is {line['preference_loss']:.4f}, not ln 2; the cache {cache} does "
                              f"not fit the model {start}; delete it")
 
@@ -159,7 +175,7 @@ def train_policy(start: str | Path, pairs: list[dict], out: str | Path, o: Polic
 
 
 @dataclass(kw_only=True)
-class Options(PolicyOptions, Common):
+class Options(PolicyOptions, DryRun, Common):
     model: str  # checkpoint directory to start from
     pairs: str  # JSONL of {"prompt", "chosen", "rejected"}
     out: str  # checkpoint directory to write
@@ -168,6 +184,8 @@ class Options(PolicyOptions, Common):
 
 
 def main(o: Options) -> dict:
+    if o.dry_run:
+        return load_function("bench/memory.py:dry_run")(o, sequences=2)
     pairs = read_jsonl(o.pairs, "prompt", "chosen", "rejected")
     reference = o.reference or o.model
     return stage(o.out, {"model": o.model, "reference": reference, "pairs": o.pairs},

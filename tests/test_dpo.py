@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
 import dpo
+import train as train_file
 from data import Chat, Common, InputError
-from dpo import LOSSES, PairLogps, PolicyOptions, preference_objective, reference_logps, train_policy
-from train import Example, TrainOptions, make_sequence
+from dpo import LOSSES, PairLogps, PolicyOptions, key, preference_objective, reference_logps, train_policy
+from train import Example, TrainOptions, make_sequence, score_sequences
 
 FP32 = Common(dtype="float32")
 LN2 = math.log(2)
@@ -116,50 +117,65 @@ def test_nll_of_the_chosen_answer_is_added():
 
 # ---- the reference cache ----
 
+def alone(sequences) -> list[list]:
+    """Each sequence a group of its own."""
+    return [[s] for s in sequences]
+
+
 def test_reference_equals_a_forward_pass_and_is_computed_once(tiny, tmp_path, monkeypatch, capsys):
     sequences = sequences_of(tiny)
-    first = reference_logps(tiny, [*sequences, sequences[0]], tmp_path, FP32, block=5)
-    assert first[-1] == first[0] and "0 cached  12 computed" in capsys.readouterr().out
+    first = reference_logps(tiny, [*alone(sequences[:6]), sequences[4:]], tmp_path, FP32, block=5)
+    assert first.keys() == {key(s) for s in sequences} and "0 cached  12 computed" in capsys.readouterr().out
     model = dpo.load(tiny, torch.float32)
-    for (ids, start), logp in zip(sequences, first, strict=False):
-        [alone] = dpo.score_sequences(model, [(ids, start)])
-        assert logp == pytest.approx(alone.sum().item(), rel=1e-5)
+    for s in sequences:
+        assert first[key(s)] == pytest.approx(score_sequences(model, [s])[0].sum().item(), rel=1e-5)
     monkeypatch.setattr(dpo, "load", None)  # whoever reads weights fails now
-    assert reference_logps(tiny, sequences[::-1], tmp_path, FP32) == first[11::-1]
+    assert reference_logps(tiny, [sequences[::-1]], tmp_path, FP32) == first
     assert "12 cached  0 computed" in capsys.readouterr().out
     with pytest.raises(TypeError):
-        reference_logps(tiny, [(sequences[0][0], 1)], tmp_path, FP32)  # the same tokens, scored from elsewhere
+        reference_logps(tiny, [[(sequences[0][0], 1)]], tmp_path, FP32)  # the same tokens, scored from elsewhere
 
 
 def test_reference_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
-    sequences, score, scored = sequences_of(tiny), dpo.score_sequences, []
-    first = reference_logps(tiny, sequences, tmp_path, FP32, block=5)
+    sequences, score, scored = sequences_of(tiny), dpo.response_logps, []
+    first = reference_logps(tiny, alone(sequences), tmp_path, FP32, block=5)
     files = sorted(tmp_path.glob("*/*.jsonl"))
     assert sorted(len(read_rows(file)) for file in files) == [2, 5, 5]
     lost = len(read_rows(files[1]))
     files[1].unlink()
-    monkeypatch.setattr(dpo, "score_sequences", lambda net, some: scored.extend(some) or score(net, some))
-    assert reference_logps(tiny, sequences, tmp_path, FP32, block=5) == pytest.approx(first, rel=1e-6)
+    monkeypatch.setattr(dpo, "response_logps", lambda net, some: scored.extend(some) or score(net, some))
+    assert reference_logps(tiny, alone(sequences), tmp_path, FP32, block=5) == pytest.approx(first, rel=1e-6)
     assert len(scored) == lost
 
 
 def test_reference_of_another_model_or_dtype_is_kept_apart(tiny, tmp_path):
     sequences, other = sequences_of(tiny)[:2], tiny_checkpoint(tmp_path / "other", seed=1)
-    values = [reference_logps(model, sequences, tmp_path / "cache", Common(dtype=dtype))
+    values = [reference_logps(model, alone(sequences), tmp_path / "cache", Common(dtype=dtype))
               for model, dtype in ((tiny, "float32"), (other, "float32"), (tiny, "bfloat16"))]
-    assert len(set(map(tuple, values))) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
+    assert len({tuple(v.values()) for v in values}) == 3 and len(list((tmp_path / "cache").iterdir())) == 3
     copy = tiny_checkpoint(tmp_path / "copy")  # the same content elsewhere is the same model
-    assert reference_logps(copy, sequences, tmp_path / "cache", FP32) == values[0]
+    assert reference_logps(copy, alone(sequences), tmp_path / "cache", FP32) == values[0]
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_reference_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo, "score_sequences", lambda net, some: [torch.tensor([math.nan]) for _ in some])
+    monkeypatch.setattr(dpo, "response_logps", lambda net, some: [torch.tensor([math.nan]) for _ in some])
     with pytest.raises(InputError, match="12 of 12 reference log-probs are missing or not finite; delete"):
-        reference_logps(tiny, sequences_of(tiny), tmp_path, FP32)
+        reference_logps(tiny, alone(sequences_of(tiny)), tmp_path, FP32)
     monkeypatch.setattr(dpo, "write_jsonl", lambda path, rows: None)  # a disk that forgets
     with pytest.raises(InputError, match="12 of 12"):
-        reference_logps(tiny, sequences_of(tiny), tmp_path / "empty", FP32)
+        reference_logps(tiny, alone(sequences_of(tiny)), tmp_path / "empty", FP32)
+
+
+def test_reference_is_scored_in_the_batches_of_training(tiny, tmp_path, monkeypatch):
+    """So that bf16 rounds alike: one group for each forward pass of the first epoch."""
+    forwards = {"reference": [], "policy": []}
+    for module, name in ((dpo, "reference"), (train_file, "policy")):
+        score = module.response_logps
+        monkeypatch.setattr(module, "response_logps", lambda net, some, score=score, name=name:
+                            forwards[name].append(sorted(key(s) for s in some)) or score(net, some))
+    train(tiny, tmp_path / "out", common=Common(dtype="bfloat16"), micro_tokens=120, epochs=1)
+    assert len(forwards["reference"]) > 2 and forwards["reference"] == forwards["policy"][:len(forwards["reference"])]
 
 
 # ---- training ----
@@ -177,7 +193,7 @@ def test_first_step_from_another_start_is_not_checked(tiny, tmp_path):
 
 
 def test_cache_that_does_not_fit_stops_the_run(tiny, tmp_path):
-    reference_logps(tiny, sequences_of(tiny), tmp_path / "cache", FP32)
+    reference_logps(tiny, alone(sequences_of(tiny)), tmp_path / "cache", FP32)
     [file] = (tmp_path / "cache").glob("*/*.jsonl")
     write_rows(file, [{**row, "logp": row["logp"] + i} for i, row in enumerate(read_rows(file))])
     with pytest.raises(InputError, match=f"first loss .* not ln 2; the cache {tmp_path / 'cache'} .*delete it"):
@@ -220,7 +236,7 @@ def test_two_processes_equal_one(tiny, tmp_path):
     assert (result["pairs"], result["too_long"], result["examples"], result["steps"]) == (6, 0, 6, 3)
     assert "step 0: loss 0.693147 (ln 2 = 0.693147), margin" in stdout
     assert distance(tmp_path / "one", tmp_path / "two") < 1e-5 < 1e-3 < distance(tmp_path / "one", tiny)
-    timing = ("seconds", "tokens_per_second", "memory_gb")
+    timing = ("seconds", "tokens_per_second", "share_of_peak", "memory_gb")
     for a, b in zip(lines, read_rows(tmp_path / "two" / "metrics.jsonl"), strict=True):
         assert {k: v for k, v in a.items() if k not in timing} == pytest.approx(
             {k: v for k, v in b.items() if k not in timing}, rel=1e-3, abs=1e-5)
