@@ -1,17 +1,22 @@
 """Training: what is scored, how a batch is cut up, one step against plain torch, processes, stopping and going on."""
 import json
 import math
+import os
 import random
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import last_json, read_rows, run, tiny_checkpoint, write_rows
+from conftest import ROOT, last_json, llama_config, read_rows, run, tiny_checkpoint, write_rows
 from safetensors.torch import load_file
 
 import model as model_file
 import train
-from data import Chat, Common, InputError
+from data import Chat, Common, InputError, load_function, write_text
 from train import Example, TrainOptions, make_batches, make_sequence, plan, response_logps, schedule, sft, sft_objective
 
 FP32 = Common(dtype="float32")
@@ -107,13 +112,14 @@ def test_plan_with_few_or_large_items():
 
 
 def test_batches_hold_every_example_once_an_epoch():
-    batches = make_batches(7, options(epochs=3, batch=4), seed=0)
+    batches = make_batches(range(7), options(epochs=3, batch=4), seed=0)
     assert [len(b) for b in batches] == [4, 4, 4, 4, 4, 1]
     order = [i for batch in batches for i in batch]
     epochs = [order[i:i + 7] for i in (0, 7, 14)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
-    assert batches == make_batches(7, options(epochs=3, batch=4), seed=0) != make_batches(7, options(epochs=3, batch=4), seed=1)
+    again, other = (make_batches(range(7), options(epochs=3, batch=4), seed=seed) for seed in (0, 1))
+    assert batches == again != other
 
 
 def test_schedule_rises_then_falls_as_a_cosine():
@@ -130,7 +136,8 @@ def test_schedule_rises_then_falls_as_a_cosine():
 def test_steps_equal_plain_torch_on_a_transformers_model(tiny, trained):
     chat, reference = Chat(tiny), transformers_model(tiny)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.0)
-    for step, (batch, line) in enumerate(zip(make_batches(7, options(), 0), read_rows(trained / "metrics.jsonl"), strict=True)):
+    lines = read_rows(trained / "metrics.jsonl")
+    for step, (batch, line) in enumerate(zip(make_batches(range(7), options(), 0), lines, strict=True)):
         nll, count = 0.0, 0
         for i in batch:  # one at a time, so that nothing can leak
             prompt, answer = chat.prompt_ids(ROWS[i]), [*chat.encode(ROWS[i]["response"]), 0]
@@ -144,7 +151,7 @@ def test_steps_equal_plain_torch_on_a_transformers_model(tiny, trained):
         assert line["loss"] == pytest.approx((nll / count).item(), rel=1e-4)  # total nll / total tokens
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert norm > 1  # else clipping is not tested
-    assert distance(weights(trained), {name: p.detach() for name, p in reference.named_parameters()}) < 1e-5
+    assert distance(weights(trained), {name: p.detach() for name, p in reference.named_parameters()}) < 2e-5
 
 
 def test_weight_decay_reaches_the_optimizer(tiny, trained, tmp_path):
@@ -197,15 +204,22 @@ def test_bf16_computes_on_fp32_masters_that_move_at_lr_1e_6(tiny):
 
 # ---- processes ----
 
-def test_two_processes_equal_one(tiny, trained, tmp_path):
+def flags(model, data, out, *more) -> list:
+    """The command for what `trained` is, in several micro-batches a step."""
+    return ["train.py", "--model", model, "--data", data, "--out", out, "--dtype", "float32", "--lr", 1e-3, "--epochs", 2,
+            "--batch", 3, "--micro-tokens", 60, *more]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_equal_one(tiny, trained, tmp_path, processes):
     """The command, end to end, with several steps of several micro-batches each."""
     out, data = tmp_path / "out", write_rows(tmp_path / "data.jsonl", ROWS)
-    code, stdout, stderr = run(["train.py", "--model", tiny, "--data", data, "--out", out, "--dtype", "float32", "--lr", 1e-3,
-                                "--epochs", 2, "--batch", 3, "--micro-tokens", 60], nproc=2)
+    code, stdout, stderr = run(flags(tiny, data, out), nproc=processes)
     assert code == 0, stderr
     result = last_json(stdout)
     assert (result["records"], result["too_long"], result["examples"], result["steps"]) == (7, 0, 7, 5)
-    assert result["tokens"] > 0 and result["seconds"] > 0
+    assert result["tokens"] > 0 and result["seconds"] > 0 and 0 < result["share_of_peak"] < 1
+    assert 0 < result["data_seconds"] < result["seconds"] and 0 < result["communication_seconds"] < result["seconds"]
     assert distance(weights(out), weights(trained)) < 1e-5
     for a, b in zip(read_rows(out / "metrics.jsonl"), read_rows(trained / "metrics.jsonl"), strict=True):
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
@@ -231,6 +245,114 @@ def test_a_process_without_examples_changes_no_step(tiny, tmp_path):
     assert distance(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-5
     [one], [two] = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert (one["loss"], one["grad_norm"]) == pytest.approx((two["loss"], two["grad_norm"]), rel=1e-4)
+
+
+DIES_AT_4 = """
+import os
+import sys
+sys.path.insert(0, {root!r})
+import data
+import train
+save = train.save_checkpoint
+
+def save_and_die(*args):
+    save(*args)
+    if args[-1] == 4:
+        data.gather(None)
+        os._exit(1)
+
+train.save_checkpoint = save_and_die
+data.command(train.main, train.Options)
+"""
+
+
+def test_a_checkpoint_of_four_processes_is_read_by_two_and_by_one(tiny, trained, tmp_path):
+    program, data = tmp_path / "dies.py", write_rows(tmp_path / "data.jsonl", ROWS)
+    program.write_text(DIES_AT_4.format(root=str(ROOT)))
+    begun, more = tmp_path / "begun", ("--checkpoint-every", 2)
+    code, _, _ = run([program, *flags(tiny, data, begun, *more)[1:]], nproc=4)
+    assert code != 0 and (begun / "checkpoint" / "4" / "done").is_file() and not (begun / "model.safetensors").exists()
+    assert len(list((begun / "checkpoint" / "4").glob("*.distcp"))) == 4
+    for processes in (2, 1):
+        out = tmp_path / f"by{processes}"
+        shutil.copytree(begun, out)
+        code, _, stderr = run(flags(tiny, data, out, *more), nproc=processes)
+        assert code == 0, stderr
+        assert distance(weights(out), weights(trained)) < 1e-5
+        old, new = ((d / "metrics.jsonl").read_text().splitlines() for d in (begun, out))
+        assert new[:4] == old and len(new) == 5  # the first four steps were not repeated
+
+
+@pytest.fixture
+def two_nodes():
+    """Two network namespaces joined by a cable: prefixes of commands that run in either, and the address of the first."""
+    names, ends = ("synpo-a", "synpo-b"), ("synpo-va", "synpo-vb")
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+    try:
+        made = [ip("netns", "add", name) for name in names]
+        made.append(ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1]))
+        if any(done.returncode for done in made):
+            pytest.skip(f"needs the right to make network namespaces: {made[-1].stderr.strip()}")
+        for i, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", end)
+            for device in (end, "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        yield [["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}"]
+               for name, end in zip(names, ends, strict=True)]
+    except FileNotFoundError:
+        pytest.skip("needs the command ip (iproute2)")
+    finally:
+        for name in names if shutil.which("ip") else ():
+            ip("netns", "delete", name)
+
+
+def test_two_nodes_meet_over_the_network_and_equal_one_process(tiny, trained, tmp_path, two_nodes):
+    """torchrun's rendezvous and all collectives over a cable; sharded inside a node, replicated over both."""
+    out, data = tmp_path / "out", write_rows(tmp_path / "data.jsonl", ROWS)
+    _, *options = flags(tiny, data, out)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29477"]
+    nodes = [subprocess.Popen(
+        [*prefix, *torchrun, "--rdzv-conf", f"is_host={2 - i}", "--local-addr", f"10.77.0.{i}", str(ROOT / "train.py"),
+         *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}) for i, prefix in enumerate(two_nodes, 1)]
+    results = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], results[0][1][-3000:] + results[1][1][-3000:]
+    assert sum('"steps": 5' in stdout for stdout, _ in results) == 1  # rank 0 speaks for all
+    assert distance(weights(out), weights(trained)) < 1e-5
+    assert json.loads((out / "manifest.json").read_text())["processes"] == 4
+
+
+# ---- memory ----
+
+def test_foretold_memory_is_what_training_takes(tmp_path):
+    """The dry run's fake tensors against two real processes, at a size where Python itself is no matter."""
+    memory = load_function("bench/memory.py:child")
+    args = SimpleNamespace(model=load_function("bench/memory.py:random_checkpoint")(str(tmp_path)), max_length=256,
+                           micro_tokens=512, prompt_tokens=1, dtype="bfloat16", device="cpu", recompute=True)
+    foretold, measured = (memory(what, args, 2) for what in ("foretell", "measure"))
+    assert foretold["parts"]["parameters"] == pytest.approx(4 * 33.5e6 / 2, rel=0.01)
+    assert foretold["parts"]["optimizer"] == pytest.approx(2 * foretold["parts"]["parameters"], rel=0.01)
+    assert foretold["total"] == pytest.approx(measured["total"], rel=0.15)
+
+
+def test_dry_run_of_a_model_that_is_not_there(tmp_path):
+    """Two layers of an 8B model on 8 GPUs, from the config alone."""
+    config = llama_config(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=2,
+                          num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
+    write_text(tmp_path / "config.json", json.dumps(config))
+    code, stdout, stderr = run(["train.py", "--dry-run", 8, "--model", tmp_path, "--data", "-", "--out", "-", "--recompute",
+                                "--micro-tokens", 2048])
+    assert code == 0, stderr
+    result = last_json(stdout)
+    parts = result["parts"]
+    weights = 2 * 128256 * 4096 + 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert parts["parameters"] == pytest.approx(4 * weights / 8, rel=0.01)
+    assert parts["optimizer"] == pytest.approx(8 * weights / 8, rel=0.01)
+    assert "together" in stdout and result["largest"] >= 2048 and result["largest"] % 2048 == 0
 
 
 # ---- files ----
@@ -316,7 +438,7 @@ def test_a_stop_between_logging_and_checkpoint_repeats_no_line(tiny, trained, tm
                          ids=["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, tmp_path, monkeypatch, how):
     monkeypatch.setattr(train, "sft_objective", failing_objective([], 3, how))
-    with pytest.raises(InputError, match=r"at step 3 .*lower --lr"):
+    with pytest.raises(InputError, match=r"step 3 \(records r\d r\d r\d; last good checkpoint: \S+checkpoint/2\); lower --lr"):
         sft(tiny, ROWS, tmp_path / "out", options(checkpoint_every=1), FP32)
     assert (tmp_path / "out" / "checkpoint" / "2" / "done").is_file()
     assert len(read_rows(tmp_path / "out" / "metrics.jsonl")) == 2
