@@ -124,7 +124,7 @@ def part(o, options: type) -> dict:
 
 def deciding(options: dict) -> dict:
     """The options that may change a result."""
-    return {name: value for name, value in options.items() if name not in ("checkpoint_every", "peak_tflops")}
+    return {name: value for name, value in options.items() if name not in ("checkpoint_every", "recompute", "peak_tflops")}
 
 
 def find_model(spec: str) -> str:
@@ -164,7 +164,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0) \
     if torch.cuda.is_available() else torch.device("cpu")
 calls = itertools.count()  # of share()
-spent: Counter = Counter()  # by this process in its stage: "flop", "tokens", seconds "communicating" and "waiting for data"
+# By this process in its stage: "flop", "tokens" that models read, tokens "done", seconds "communicating", "waiting for data".
+spent: Counter = Counter()
 
 
 @contextmanager
@@ -268,7 +269,7 @@ def command(main, options: type, default_config: str = "") -> None:
         o = parse_options(options, sys.argv[1:], default_config)
         with processes():
             say("options", json.dumps(dataclasses.asdict(o)))
-            if getattr(o, "model", ""):
+            if getattr(o, "model", "") and not getattr(o, "dry_run", 0):  # which needs no weights
                 o.model = on_first(find_model, o.model)
             start = time.perf_counter()
             result = main(o)
@@ -505,6 +506,7 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
                 write_text(begun, json.dumps(wanted))
             return None
         manifest = load_json(manifest_path(out))
+        manifest["options"] = deciding(manifest["options"])
         for part in ("options", "inputs"):  # an option first: it is often the reason why an input is another
             for name in sorted(manifest[part].keys() | wanted[part].keys()):
                 old, new = manifest[part].get(name), wanted[part].get(name)
@@ -539,13 +541,14 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
 
 def throughput(counts: dict, seconds: float, options: dict) -> dict:
     """What a stage did with its time: tokens per second, share of peak, seconds that the slowest process waited."""
-    flop, tokens, data, communication = zip(*gather([spent[name] for name in (
-        "flop", "tokens", "waiting for data", "communicating")]), strict=True)
+    flop, tokens, done, data, communication = zip(*gather([spent[name] for name in (
+        "flop", "tokens", "done", "waiting for data", "communicating")]), strict=True)
     tokens = counts.get("tokens", sum(tokens))  # those that a stage wrote or trained on; else those that models read
     if not tokens:
         return {}
+    now = sum(done) or tokens  # without what an earlier call did
     peak = sum(gather(peak_flops(options.get("dtype", Common.dtype), options.get("peak_tflops", 0.0))))
-    return {"tokens": tokens, "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+    return {"tokens": tokens, "tokens_per_second": round(now / max(seconds, 1e-9), 1),
             "share_of_peak": round(sum(flop) / max(seconds, 1e-9) / peak, 4),
             "data_seconds": round(max(data), 3), "communication_seconds": round(max(communication), 3)}
 

@@ -87,6 +87,8 @@ def preference_objective(o: PolicyOptions) -> Objective:
                    "rewards/accuracies": (reward_c > reward_r).float(), "rewards/margins": reward_c - reward_r,
                    "logps/chosen": p.chosen, "logps/rejected": p.rejected, "nll/chosen": nll,
                    "tokens/chosen": p.chosen_tokens.float(), "tokens/rejected": p.rejected_tokens.float()}
+        if o.loss in NEEDS_REFERENCE:  # nats per token between policy and reference, of both answers, whatever the sign
+            metrics["drift"] = ((p.chosen - p.ref_chosen).abs() + (p.rejected - p.ref_rejected).abs()) / lengths.sum(1)
         return (loss + o.nll * nll).sum(), {name: value.sum().item() for name, value in metrics.items()}
     return objective
 
@@ -98,9 +100,9 @@ def reference_logps(model: str | Path, groups: list[list[Sequence]], root: str |
     """Summed log-probs by key() of sequences under a frozen model, from the cache below root; what is missing is computed.
 
     groups: what training will put into a forward pass together. A bf16 matmul rounds by the shape of its batch, so that is how
-    they are scored: policy and reference start from the same bits. One file per block of groups, so that a restart goes on
-    where it stopped. Addressed by a hash of the model's files, the dtype, the token ids and where scoring starts: a changed
-    template or tokenizer never hits.
+    they are scored, but for what is known already: policy and reference start from the same bits. One file per block of
+    groups, so that a restart goes on where it stopped. Addressed by a hash of the model's files, the dtype, the token ids and
+    where scoring starts: a changed template or tokenizer never hits.
     """
     folder = Path(root) / digest(fingerprint(model), common.dtype)
 
@@ -164,11 +166,10 @@ def train_policy(start: str | Path, pairs: list[dict], out: str | Path, o: Polic
         if not same:
             return
         say(f"  step 0: loss {line['preference_loss']:.6f} (ln 2 = {math.log(2):.6f}), margin {line['rewards/margins']:+.6f}")
-        # nats per token; where the cache was filled by an earlier iteration, bf16 rounded in other batches
-        off = max(abs(line[f"rewards/{side}"]) / o.beta / line[f"tokens/{side}"] for side in ("chosen", "rejected"))
-        if off > (1e-4 if common.dtype == "float32" else 2e-2):
-            raise InputError(f"{out}: DPO's first loss is {line['preference_loss']:.4f}, not ln 2; the cache {cache} does "
-                             f"not fit the model {start}; delete it")
+        # not 0 in bf16 where an earlier iteration filled the cache: it rounded in other batches
+        if line["drift"] > (1e-4 if common.dtype == "float32" else 2e-2):
+            raise InputError(f"{out}: DPO's first loss is {line['preference_loss']:.4f}, not ln 2; the cache {cache} does not "
+                             f"fit the model {start} ({line['drift']:.4f} nats a token apart); delete it")
 
     counts = fit(start, out, examples, preference_objective(o), lambda example: 1, o, common, check)
     return {"pairs": len(pairs), "too_long": len(pairs) - len(examples), **counts}

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from cpu import kernels
 from data import (DEVICE, RANK, Chat, Common, InputError, clock, command, deciding, digest, fingerprint, gather, memory,
-                  on_first, part, read_jsonl, share, stage, write_jsonl, write_text)
+                  on_first, part, read_jsonl, share, spent, stage, write_jsonl, write_text)
 from model import Cache, Config, Decode, Model, Prefill, load, pack
 
 
@@ -256,6 +256,7 @@ def sample(model: str | Path, rows: list[dict], out: str | Path, o: SampleOption
             engine = engine or Engine(pack(load(model, common.torch_dtype, DEVICE)), chat, o, progress)
             chunk = requests[start:start + o.chunk]
             engine.run(chunk)
+            spent["done"] += sum(len(r.output) for r in chunk)
             write_jsonl(file_of(start), [answer(rows[(start + i) // samples], (start + i) % samples, samples, r, chat, o)
                                       for i, r in enumerate(chunk)])
     del engine

@@ -50,7 +50,7 @@ class TrainOptions:
     epochs: int = 3  # passes over the data
     batch: int = 32  # examples (answers, or pairs) per optimizer step, over all processes
     max_length: int = 2048  # tokens of prompt and response; what is longer loses its end
-    micro_tokens: int = 4096  # tokens of a packed micro-batch per process; bounds memory, changes no result
+    micro_tokens: int = 4096  # tokens of a packed micro-batch per process; bounds memory, changes no more than rounding
     warmup: float = 0.1  # share of the steps in which the learning rate rises, before its cosine falls
     weight_decay: float = 0.0  # AdamW's
     clip: float = 1.0  # largest norm of the gradient
@@ -134,7 +134,7 @@ def plan(sizes: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
 
 class Timed:
     """Before one of FSDP's collectives in the bases of a class: counts its seconds. A GPU's are those of the stream that it
-    runs on, beside the computation, and are counted when the step is over."""
+    runs on, beside the computation, and are counted when the step is over. Sums over nodes cannot be caught and are not."""
     running: ClassVar[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
 
     def __call__(self, *args, **named):
@@ -224,9 +224,10 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
             good = max((d.parent for d in out.glob("checkpoint/*/done")), key=lambda d: int(d.name), default="none")
             raise InputError(f"{out}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step + 1} (records "
-                             f"{' '.join(e.id for e in batch)}; last good checkpoint: {good}); lower --lr, which starts this "
-                             "stage over")
+                             f"{' '.join(str(e.id) for e in batch)}; last good checkpoint: {good}); lower --lr, which starts "
+                             "this stage over")
         log(out, line)
+        spent["done"] += sum(example.tokens for example in batch) if RANK == 0 else 0
         if step == 0:
             check(line)
         bar.update()
@@ -359,6 +360,7 @@ class DryRun:
     """Options of the training commands."""
     dry_run: int = 0  # train nothing: foretell the memory that each of so many processes would need (bench/memory.py)
     gpu_gb: float = 80.0  # --dry-run: memory of a GPU
+    node_gpus: int = 8  # --dry-run: GPUs of a node, inside which parameters are sharded
 
 
 @dataclass(kw_only=True)

@@ -220,7 +220,7 @@ def child(what: str, args, processes: int, **changes) -> dict:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # large blocks go back when they are freed
     many = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if what == "measure" else []
     if what == "foretell":
-        env |= {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(min(8, processes))}
+        env |= {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(min(args.node_gpus, processes))}
     done = subprocess.run([sys.executable, *many, __file__, "--part", what, *flags], capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"{what}:\n{done.stderr[-3000:]}")
@@ -229,9 +229,12 @@ def child(what: str, args, processes: int, **changes) -> dict:
 
 def dry_run(o, sequences: int) -> dict:
     """What --dry-run N prints for a trainer's options, on GPUs of --gpu-gb; an example is so many sequences of full length."""
+    from data import InputError
+    if o.dry_run > o.node_gpus and o.dry_run % o.node_gpus:
+        raise InputError(f"--dry-run {o.dry_run}: no whole number of nodes of {o.node_gpus}; see --node-gpus")
     unit = sequences * o.max_length
     args = argparse.Namespace(model=o.model, max_length=o.max_length, micro_tokens=max(1, o.micro_tokens // unit) * unit,
-                              prompt_tokens=1, recompute=o.recompute, dtype=o.dtype, device="gpu")
+                              prompt_tokens=1, recompute=o.recompute, dtype=o.dtype, device="gpu", node_gpus=o.node_gpus)
     # with many tokens memory grows in proportion to them; with few its worst moment may be another
     with ThreadPoolExecutor() as pool:
         one, some, more = pool.map(lambda tokens: child("foretell", args, o.dry_run, micro_tokens=tokens),
@@ -255,6 +258,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--dtype", default="bfloat16", help="of the computation")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="whose functions to foretell")
+    parser.add_argument("--node-gpus", type=int, default=8, help="processes of a node")
     parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=("foretell", "measure"), help=argparse.SUPPRESS)
     args = parser.parse_args()

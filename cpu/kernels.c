@@ -77,10 +77,11 @@ static inline vector larger(vector a, vector b)
 static inline float sum(vector v) { FOLD(v, ADD) return v[0]; }
 static inline float largest(vector v) { FOLD(v, larger) return v[0]; }
 
-/* e^x to about 1e-7 of its value for x <= 88; exactly 0 below -87, so that a masked logit never gets a probability. */
+/* e^x to about 1e-7 of its value for x <= 88; exactly 0 below -87, so that a masked logit never gets a probability; of NaN
+   NaN. */
 static inline vector exponential(vector x)
 {
-    ints alive = x > -87.0f;
+    ints dead = x < -87.0f;  /* not "alive = x >= -87": NaN must stay NaN */
     vector magic = (vector){0} + 12582912.0f;  /* 1.5 * 2^23: adding it rounds to a whole number */
     vector whole = (x * 1.44269504f + magic) - magic;
     vector r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  /* x - whole * ln 2, with ln 2 in two parts */
@@ -91,7 +92,7 @@ static inline vector exponential(vector x)
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     ints power = (__builtin_convertvector(whole, ints) + 127) << 23;  /* 2^whole */
-    return (vector)((ints)(p * (vector)power) & alive);
+    return (vector)((ints)(p * (vector)power) & ~dead);
 }
 
 #ifndef HEAD_DIM
@@ -164,10 +165,10 @@ void rotate(number *out, const number *x, const float *cos, const float *sin, in
             }
 }
 
-static inline vector sigmoid(vector x)  /* below -88 x * sigmoid(x) is 0 in either number format */
-{
-    return 1.0f / (exponential(-larger(x, (vector){0} - 88.0f)) + 1.0f);
-}
+static inline vector sigmoid(vector x) { return 1.0f / (exponential(-x) + 1.0f); }  /* x at least -88 */
+
+/* x, or -88 below it, where x * sigmoid(x) is 0 in either number format; NaN stays NaN */
+static inline vector clamped(vector x) { return larger((vector){0} - 88.0f, x); }
 
 /* out = round(silu(gate)) * up, n numbers each */
 void swiglu(number *out, const number *gate, const number *up, int64_t n)
@@ -177,6 +178,7 @@ void swiglu(number *out, const number *gate, const number *up, int64_t n)
         vector a, b, u, v;
         load_pair(gate + i, &a, &b);
         load_pair(up + i, &u, &v);
+        a = clamped(a), b = clamped(b);
         store_pair(out + i, nearest(a * sigmoid(a)) * u, nearest(b * sigmoid(b)) * v);
     }
 }
@@ -185,7 +187,7 @@ void swiglu_backward(number *dgate, number *dup, const number *dout, const numbe
 {
 #pragma omp parallel for
     for (int64_t i = 0; i < n; i += LANES) {
-        vector a = load(gate + i), d = load(dout + i), s = sigmoid(a);
+        vector a = clamped(load(gate + i)), d = load(dout + i), s = sigmoid(a);
         store(dgate + i, d * load(up + i) * s * (a * (1.0f - s) + 1.0f));
         store(dup + i, d * a * s);
     }

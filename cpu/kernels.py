@@ -118,6 +118,7 @@ class SwiGLU(Function):
     """swiglu(gate, up) -> silu(gate) * up."""
     @staticmethod
     def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
         call(library(gate.dtype).swiglu, out, gate, up, gate.numel())

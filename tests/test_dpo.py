@@ -93,7 +93,7 @@ def test_dpo_metrics_by_hand():
     assert metrics == pytest.approx({
         "preference_loss": expected, "rewards/chosen": 0.1 * (-1 + 2), "rewards/rejected": 0.1 * (2 - 1),
         "rewards/accuracies": 1, "rewards/margins": 0.0, "logps/chosen": -7, "logps/rejected": -12,
-        "nll/chosen": 2 + 1, "tokens/chosen": 3 + 1, "tokens/rejected": 2 + 2}, abs=1e-6)
+        "nll/chosen": 2 + 1, "tokens/chosen": 3 + 1, "tokens/rejected": 2 + 2, "drift": 3 / 5 + 3 / 3}, abs=1e-6)
 
 
 def test_simpo_metrics_are_means_without_a_reference():
@@ -192,10 +192,12 @@ def test_first_step_from_another_start_is_not_checked(tiny, tmp_path):
     assert abs(train(start, tmp_path / "out", reference=tiny, epochs=1, batch=6)[0]["preference_loss"] - LN2) > 0.01
 
 
-def test_cache_that_does_not_fit_stops_the_run(tiny, tmp_path):
+@pytest.mark.parametrize("how", [lambda i, logps: logps[i] + i, lambda i, logps: logps[i - 2]], ids=["shifted", "permuted"])
+def test_cache_that_does_not_fit_stops_the_run(tiny, tmp_path, how):
     reference_logps(tiny, alone(sequences_of(tiny)), tmp_path / "cache", FP32)
     [file] = (tmp_path / "cache").glob("*/*.jsonl")
-    write_rows(file, [{**row, "logp": row["logp"] + i} for i, row in enumerate(read_rows(file))])
+    rows = read_rows(file)
+    write_rows(file, [{**row, "logp": how(i, [r["logp"] for r in rows])} for i, row in enumerate(rows)])
     with pytest.raises(InputError, match=f"first loss .* not ln 2; the cache {tmp_path / 'cache'} .*delete it"):
         train(tiny, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()

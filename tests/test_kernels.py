@@ -88,7 +88,7 @@ def test_rotate_also_inside_wider_rows(N, H, D, dtype):
 
 @BOTH
 def test_swiglu_of_gates_of_any_size(dtype):
-    gate = torch.cat([torch.arange(-600, 200, 0.25), torch.tensor([-1e30, -1e4, -0.0, 1e-30, 1e4, 1e30, *[0.0] * 26]),
+    gate = torch.cat([torch.arange(-600, 200, 0.25), torch.tensor([-3e38, -1e30, -1e4, -0.0, 1e-30, 1e4, 1e30, *[0.0] * 25]),
                       random(32)]).to(dtype)
     up = random(*gate.shape, dtype=dtype, seed=1)
     results = compiled_and_plain(
@@ -113,6 +113,21 @@ def test_packed_attention_survives_scores_of_any_size():
         results = compiled_and_plain(lambda q, k, v: Packed([50]).attend(0, q, k, v, None), scale * q, k, v)
         assert all(x.isfinite().all() for x in results[0])
         assert_close(results, 1e-3)
+
+
+@BOTH
+def test_nan_stays_nan(dtype):
+    """It must stop training, not turn into a probability of 0."""
+    q, k, v = (random(40, 1, 32, dtype=dtype, seed=i) for i in range(3))
+    k[20] = math.nan
+    out = Packed([40]).attend(0, q, k, v, None)
+    assert out[20:].isnan().all() and out[:20].isfinite().all()
+    logits = random(2, 64, dtype=dtype)
+    logits[0, 5] = math.nan
+    logps, _ = kernels.token_logps(logits, torch.tensor([1, 1]))
+    assert logps.isnan().tolist() == [True, False]
+    gate = torch.full((32,), math.nan, dtype=dtype)
+    assert kernels.swiglu(gate, torch.ones_like(gate)).isnan().all()
 
 
 @BOTH
