@@ -332,7 +332,8 @@ def test_foretold_memory_is_what_training_takes(tmp_path):
     """The dry run's fake tensors against two real processes, at a size where Python itself is no matter."""
     memory = load_function("bench/memory.py:child")
     args = SimpleNamespace(model=load_function("bench/memory.py:random_checkpoint")(str(tmp_path)), max_length=256,
-                           micro_tokens=512, prompt_tokens=1, dtype="bfloat16", device="cpu", recompute=True)
+                           micro_tokens=512, prompt_tokens=1, dtype="bfloat16", device="cpu", recompute=True,
+                           node_gpus=8)
     foretold, measured = (memory(what, args, 2) for what in ("foretell", "measure"))
     assert foretold["parts"]["parameters"] == pytest.approx(4 * 33.5e6 / 2, rel=0.01)
     assert foretold["parts"]["optimizer"] == pytest.approx(2 * foretold["parts"]["parameters"], rel=0.01)
