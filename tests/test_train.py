@@ -405,8 +405,10 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny, trained, tmp_path, monkey
         (checkpoint / "4" / "done").unlink()
     calls.clear()
     monkeypatch.setattr(train, "sft_objective", failing_objective(calls, 0))
-    train.main(o)
+    counts = train.main(o)
     assert len(calls) == steps_left
+    trained_now = counts["tokens_per_second"] * counts["seconds"]  # the rate is that of this call's steps
+    assert trained_now < counts["tokens"] / 2 if steps_left == 1 else trained_now > counts["tokens"] / 2
     assert distance(weights(tmp_path / "out"), weights(trained)) == 0
     lines, expected = read_rows(tmp_path / "out" / "metrics.jsonl"), read_rows(trained / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
