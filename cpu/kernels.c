@@ -359,18 +359,18 @@ static void attend_head(number *out, const number *q, const number *keys, const 
 }
 
 /* One new token for each of B rows: k and v (B, Hkv, D) go to keys and values (B, T, Hkv, D) at lengths (B,); then q
-   (B, Hkv * G, D) attends to that token and those before it, `window` of them at most -> out (B, Hkv * G, D). Rows of q lie
-   q_stride apart, those of k and v k_stride. */
+   (B, Hkv * G, D) attends to that token and those before it, `window` of them at most -> out (B, Hkv * G, D). Rows of q, k and v
+   lie q_stride, k_stride and v_stride apart. */
 void attend(number *out, const number *q, const number *k, const number *v, number *keys, number *values,
             const int64_t *lengths, int64_t B, int64_t T, int64_t Hkv, int64_t q_stride, int64_t k_stride,
-            int64_t window)
+            int64_t v_stride, int64_t window)
 {
 #pragma omp parallel for collapse(2) schedule(dynamic, Hkv)
     for (int64_t i = 0; i < B; i++)
         for (int64_t h = 0; h < Hkv; h++) {
             int64_t n = lengths[i] + 1, stride = Hkv * D, row = (i * T * Hkv + h) * D;
             memcpy(keys + row + lengths[i] * stride, k + i * k_stride + h * D, D * sizeof(number));
-            memcpy(values + row + lengths[i] * stride, v + i * k_stride + h * D, D * sizeof(number));
+            memcpy(values + row + lengths[i] * stride, v + i * v_stride + h * D, D * sizeof(number));
             attend_head(out + (i * Hkv + h) * G * D, q + i * q_stride + h * G * D, keys + row, values + row,
                         n > window ? n - window : 0, n, stride);
         }

@@ -188,5 +188,6 @@ def attend(q, k, v, keys, values, lengths, window: int | None) -> torch.Tensor:
     (B, H, D), (T, Hkv) = q.shape, keys.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype)
     attention = library(q.dtype, *attention_flags(D, H // Hkv)).attend
-    call(attention, out, q, k, v, keys, values, lengths, B, T, Hkv, q.stride(0), k.stride(0), window or T)
+    call(attention, out, q, k, v, keys, values, lengths, B, T, Hkv, q.stride(0), k.stride(0), v.stride(0),
+         window or T)
     return out

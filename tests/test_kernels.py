@@ -13,7 +13,7 @@ from conftest import ROOT, llama_config, random_model, tiny_checkpoint
 
 from cpu import kernels
 from data import Chat
-from model import Cache, Decode, Linear, Packed, RMSNorm, TokenLogps, load, pack, rotate
+from model import Cache, Decode, Linear, Packed, Prefill, RMSNorm, TokenLogps, load, pack, rotate
 from sample import Engine, Request, SampleOptions, digest_key, draw
 from train import response_logps, score_sequences
 
@@ -158,7 +158,7 @@ def test_attend(D, G, Hkv, window, dtype):
         x.copy_(random(*x.shape, dtype=dtype, seed=i + 1))
     before = cache.k.clone(), cache.v.clone()
     q, k, v = random(B, C, dtype=dtype).split((G * Hkv * D, Hkv * D, Hkv * D), -1)  # slices of wider rows, as when fused
-    q, k, v = q.unflatten(-1, (-1, D)), k.unflatten(-1, (-1, D)), v.unflatten(-1, (-1, D))
+    q, k, v = q.unflatten(-1, (-1, D)), k.unflatten(-1, (-1, D)).contiguous(), v.unflatten(-1, (-1, D))  # RoPE copies k
 
     def attention():
         cache.k.copy_(before[0]), cache.v.copy_(before[1])
@@ -221,6 +221,23 @@ def test_packed_model_computes_the_same_in_the_same_memory(tmp_path, tied, dtype
     if packs:
         extra = plain.head.weight.numel() if tied else 0  # the embedding keeps its own order beside the head's
         assert sum(p.numel() for p in packed.parameters()) == sum(p.numel() for p in plain.parameters()) + extra
+
+
+@BOTH
+def test_packed_model_decodes_what_the_plain_one_does(tmp_path, monkeypatch, dtype):
+    """A prefill and a step of several rows, with fused projections and kernels, against neither."""
+    directory, rows = tiny_checkpoint(tmp_path, head_dim=32, std=0.1), [[5, 6, 7], [8], list(range(40, 75))]
+    lengths, last = [len(ids) for ids in rows], torch.tensor([11, 12, 13])
+
+    @torch.inference_mode()
+    def logits(model):
+        cache = Cache(model.config, 3, 64, dtype)
+        context = Prefill(cache, [0, 1, 2], lengths)
+        first = model(torch.tensor(sum(rows, [])), context, context.last)
+        return torch.cat([first, model(last, Decode(cache, torch.tensor(lengths), 36, None), torch.arange(3))]).float()
+    packed = logits(pack(load(directory, dtype)))
+    monkeypatch.setattr(kernels, "library", lambda *_: None)
+    assert (packed - logits(load(directory, dtype))).abs().max() <= 4 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("head_dim", [32, 64])
