@@ -233,7 +233,7 @@ def test_packed_model_decodes_what_the_plain_one_does(tmp_path, monkeypatch, dty
     def logits(model):
         cache = Cache(model.config, 3, 64, dtype)
         context = Prefill(cache, [0, 1, 2], lengths)
-        first = model(torch.tensor(sum(rows, [])), context, context.last)
+        first = model(torch.tensor([t for ids in rows for t in ids]), context, context.last)
         return torch.cat([first, model(last, Decode(cache, torch.tensor(lengths), 36, None), torch.arange(3))]).float()
     packed = logits(pack(load(directory, dtype)))
     monkeypatch.setattr(kernels, "library", lambda *_: None)
