@@ -110,14 +110,14 @@ def reference_logps(model: str | Path, groups: list[list[Sequence]], root: str |
         return {row["id"]: row["logp"] for file in sorted(folder.glob("*.jsonl")) for row in read_jsonl(file)}
 
     cached = on_first(known)
-    new, todo = {}, []
+    missing, computed = [], set()
     for group in groups:
-        todo.append({key(s): s for s in group if key(s) not in cached and key(s) not in new})
-        new |= todo[-1]
-    todo = [group for group in todo if group]
-    if todo:
+        new = {key(s): s for s in group if key(s) not in cached and key(s) not in computed}
+        computed |= new.keys()
+        missing += [new] if new else []
+    if missing:
         net = load(model, common.torch_dtype, DEVICE)
-        for some in [todo[i:i + block] for i in range(0, len(todo), block)][RANK::WORLD]:
+        for some in [missing[i:i + block] for i in range(0, len(missing), block)][RANK::WORLD]:
             with torch.no_grad():
                 scores = {name: one.sum().item() for group in some
                           for name, one in zip(group, response_logps(net, list(group.values())), strict=True)}
@@ -131,7 +131,7 @@ def reference_logps(model: str | Path, groups: list[list[Sequence]], root: str |
     if wrong:
         raise InputError(f"{folder}: {len(wrong)} of {len(keys)} reference log-probs are missing or not finite; delete "
                          "the directory to compute them again")
-    say(f"  reference log-probs          {len(keys) - len(new):,} cached  {len(new):,} computed")
+    say(f"  reference log-probs          {len(keys) - len(computed):,} cached  {len(computed):,} computed")
     return cached
 
 

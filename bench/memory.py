@@ -3,8 +3,8 @@
     python dpo.py --dry-run 8 --model DIR --pairs - --out -    foretells: no weights, no other processes, no GPU
     python bench/memory.py                                     foretells small models on 1, 2 and 4 processes, measures them
 
-A dry run goes through one forward and backward pass and an optimizer step of train.py's own model and FSDP2, in a process group
-that only pretends to have others, on tensors that have a shape but no numbers. Of all storage that is alive, the moment when
+A dry run goes through two optimizer steps of two micro-batches each of train.py's own model and FSDP2, in a process group that
+only pretends to have others, on tensors that have a shape but no numbers. Of all storage that is alive, the moment when
 it is the most is shown by part. It counts what PyTorch asks for: a GPU's allocator adds its own rounding and fragments (set
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True), and CUDA and NCCL take 1 to 2 GB beside it. Attention is taken to be
 flash-attn's. JSON in the last line.
@@ -213,7 +213,7 @@ def two_steps(net, sequences: list, label=lambda _: nullcontext()) -> None:
 # ---------------------------------------------------------------------------------------------- commands
 
 def child(what: str, args, processes: int, **changes) -> dict:
-    """RUNS[what] in processes of its own: one that pretends to be the first of many, or as many as are asked for."""
+    """foretell or measure in processes of their own: one that pretends to be the first of many, or all of them."""
     options = {**vars(args), **changes, "processes": processes}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if not isinstance(value, bool)
              and name != "part"] + [f"--{name}" for name, value in options.items() if value is True]

@@ -10,12 +10,15 @@ either the steps moved is counted. Tables on standard output, JSON in the last l
 """
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+
+from sampler import resident
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,16 +31,9 @@ def read_pairs(args) -> list[dict]:
     return [{**rows[i % len(rows)], "id": str(i)} for i in range(args.steps * args.batch)]
 
 
-def resident() -> float:
-    """GB of memory that this process has now."""
-    import os
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
-
-
-def most_resident() -> float:
-    """GB of memory that this process had at most."""
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def most_resident() -> int:
+    """Bytes of memory that this process had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---------------------------------------------------------------------------------------------- the peer
@@ -76,7 +72,7 @@ def run_trl(args) -> dict:
         model=model, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()], args=config)
     reference = time.perf_counter() - start
     trainer.train()
-    peak_gb, old = most_resident() - before, AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    peak_gb, old = (most_resident() - before) / 1e9, AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     moved = sum((p != q).sum().item() for p, q in zip(model.parameters(), old.parameters(), strict=True))
     return {"seconds": marks["end"] - marks["begin"], "reference_seconds": reference, "peak_gb": peak_gb,
             "moved": moved / sum(p.numel() for p in model.parameters())}
@@ -120,7 +116,7 @@ def run_ours(args) -> dict:
             counts = sft(args.model, [{**row, "response": row["chosen"]} for row in rows], f"{folder}/out", o, common)
         whole = time.perf_counter() - start
         lines = [json.loads(line) for line in open(f"{folder}/out/metrics.jsonl")]
-        peak_gb, old, masters = most_resident() - before, Weights(args.model), dict(kept["shard"].named_parameters())
+        peak_gb, old, masters = (most_resident() - before) / 1e9, Weights(args.model), dict(kept["shard"].named_parameters())
         moved = sum((p.full_tensor() != old.slice(name)[:].float()).sum().item() for name, p in masters.items())
     seconds = sum(line["seconds"] for line in lines)
     return {"seconds": seconds, "reference_seconds": timed.get("reference_logps", 0.0), "peak_gb": peak_gb,

@@ -116,17 +116,16 @@ void rms_norm(number *out, const number *x, const number *weight, int64_t N, int
     }
 }
 
-#define STRIPE 64  /* rows whose part of a weight's gradient is summed by one thread */
-
-/* Gradients of rms_norm: dx (N, C), and dweight (ceil(N / 64), C) by stripes of 64 rows, still to be summed. */
+/* Gradients of rms_norm: dx (N, C), and dweight (ceil(N / stripe), C) by stripes of rows, still to be summed: each stripe is
+   one thread's, so that the sums do not depend on how many there are. */
 void rms_norm_backward(number *dx, float *dweight, const number *dout, const number *x, const number *weight, int64_t N,
-                       int64_t C, float eps)
+                       int64_t C, float eps, int64_t stripe)
 {
 #pragma omp parallel for
-    for (int64_t first = 0; first < N; first += STRIPE) {
-        float *dw = dweight + first / STRIPE * C;
+    for (int64_t first = 0; first < N; first += stripe) {
+        float *dw = dweight + first / stripe * C;
         memset(dw, 0, C * sizeof(float));
-        for (int64_t i = first; i < N && i < first + STRIPE; i++) {
+        for (int64_t i = first; i < N && i < first + stripe; i++) {
             const number *row = x + i * C, *d = dout + i * C;
             vector squares = {0}, products = {0};
             for (int64_t c = 0; c < C; c += LANES) {

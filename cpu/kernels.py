@@ -22,6 +22,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 COMMAND = ("cc", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-w", "-c")
 FLAGS = {torch.bfloat16: (), torch.float32: ("-DFLOAT32",)}
 WIDTH = 32  # numbers that the kernels take at a time
+STRIPE = 64  # rows whose part of a norm's gradient is summed at a time
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # with memory of their own: no fake tensors
 
 
@@ -91,8 +92,8 @@ class RMSNorm(Function):
     @staticmethod
     def backward(ctx, dout):
         x, weight = ctx.saved_tensors
-        dx, dweight = torch.empty_like(x), x.new_empty(-(-len(x) // 64), x.shape[1], dtype=torch.float32)
-        call(library(x.dtype).rms_norm_backward, dx, dweight, dout.contiguous(), x, weight, *x.shape, ctx.eps)
+        dx, dweight = torch.empty_like(x), x.new_empty(-(-len(x) // STRIPE), x.shape[1], dtype=torch.float32)
+        call(library(x.dtype).rms_norm_backward, dx, dweight, dout.contiguous(), x, weight, *x.shape, ctx.eps, STRIPE)
         return dx, dweight.sum(0).to(weight.dtype), None
 
 
@@ -115,7 +116,7 @@ class Rotate(Function):
 
 
 class SwiGLU(Function):
-    """swiglu(gate, up) -> silu(gate) * up."""
+    """swiglu(gate, up) -> silu(gate) * up, shaped alike."""
     @staticmethod
     def forward(ctx, gate, up):
         gate, up = gate.contiguous(), up.contiguous()
@@ -167,7 +168,7 @@ def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tens
 
 
 def token_logps_backward(logits, dlogps, lse, targets) -> torch.Tensor:
-    """The gradient of token_logps, in the place of logits."""
+    """The gradient of token_logps by logits (N, V), in their place, from dlogps (N,), lse (N,) and targets (N,)."""
     call(library(logits.dtype).token_logps_backward, logits, dlogps, lse, targets, *logits.shape)
     return logits
 
