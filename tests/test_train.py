@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, last_json, llama_config, read_rows, run, tiny_checkpoint, write_rows
+from conftest import ROOT, last_json, llama_config, random_model, read_rows, run, tiny_checkpoint, write_rows
 from safetensors.torch import load_file
 
 import model as model_file
 import train
-from data import Chat, Common, InputError, load_function, write_text
+from data import Chat, Common, InputError, load_function, spent, write_text
+from model import load
 from train import Example, TrainOptions, make_batches, make_sequence, plan, response_logps, schedule, sft, sft_objective
 
 FP32 = Common(dtype="float32")
@@ -369,6 +370,35 @@ def test_metrics_lines(trained):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert [line["lr"] for line in lines] == pytest.approx([1e-3 * schedule(i, 5, 0.1) for i in range(5)], rel=1e-5)
     assert all(line["tokens_per_second"] > 0 and line["memory_gb"] > 0 and line["seconds"] > 0 for line in lines)
+
+
+# ---- accounting ----
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flop_are_two_for_each_weight_of_a_matmul_and_token(tied):
+    model = random_model(llama_config(tie_word_embeddings=tied))
+    layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    assert model.flop(7, 3) == 2 * (7 * layers + 3 * model.head.weight.numel())
+
+
+def test_share_of_peak_counts_three_forward_passes(tiny, tmp_path):
+    common = Common(dtype="float32", peak_tflops=1e-3)
+    sft(tiny, ROWS[:2], tmp_path / "out", options(epochs=1, recompute=True), common)
+    [line] = read_rows(tmp_path / "out" / "metrics.jsonl")
+    sequences = [make_sequence(Chat(tiny), row, row["response"], options()) for row in ROWS[:2]]
+    flop = load(tiny, torch.float32).flop(sum(len(ids) for ids, _ in sequences), sum(len(ids) - n for ids, n in sequences))
+    assert line["share_of_peak"] * line["seconds"] * 1e9 == pytest.approx(3 * flop, rel=1e-4)
+
+
+def test_collectives_of_fsdp_are_timed(tiny):
+    model = train.shard(tiny, options(), FP32)
+    for module in (model, *model.model.layers):
+        [group] = module._get_fsdp_state()._fsdp_param_groups
+        assert isinstance(group._all_gather_comm, train.TimedAllGather)
+        assert isinstance(group._reduce_scatter_comm, train.TimedReduceScatter)
+    before, values, out = spent["communicating"], torch.arange(3.0), torch.empty(3)
+    train.TimedAllGather()(output_tensor=out, input_tensor=values, group=torch.distributed.group.WORLD)
+    assert spent["communicating"] > before and torch.equal(out, values)
 
 
 # ---- stopping and going on ----
