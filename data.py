@@ -502,7 +502,9 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
         if not (manifest_path(out).is_file() and out.exists()):
             begun = out / "begun.json"  # a checkpoint inside belongs to the inputs and options it was begun with
             if out.suffix not in (".jsonl", ".json") and (not begun.is_file() or load_json(begun) != wanted):
-                shutil.rmtree(out / "checkpoint", ignore_errors=True)
+                if (out / "checkpoint").is_dir():
+                    say(f"  {name_of(out)}: its checkpoint was made with other inputs or options; starting over")
+                    shutil.rmtree(out / "checkpoint")
                 write_text(begun, json.dumps(wanted))
             return None
         manifest = load_json(manifest_path(out))

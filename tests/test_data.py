@@ -370,7 +370,12 @@ def test_changed_option_or_input_is_an_error_that_says_what(tmp_path):
     message = refusal(run_stage, tmp_path, lr=2.0)
     assert "option lr = 1.0, now 2.0" in message and "out.jsonl" in message and "0 stages" in message
     assert "option extra = None, now 3" in refusal(run_stage, tmp_path, extra=3)
-    run_stage(tmp_path, checkpoint_every=5)  # changes no result
+    for name in ("checkpoint_every", "recompute", "peak_tflops"):  # change no result, in older manifests neither
+        run_stage(tmp_path, **{name: 5})
+        manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+        manifest["options"][name] = 3
+        data.write_text(tmp_path / "out.manifest.json", json.dumps(manifest))
+        run_stage(tmp_path)
     old = data.fingerprint(tmp_path / "in.jsonl")
     (tmp_path / "in.jsonl").write_text("other")
     assert f"input data = {old!r}, now {data.fingerprint(tmp_path / 'in.jsonl')!r}" in refusal(run_stage, tmp_path)
@@ -386,7 +391,7 @@ def test_changed_option_counts_the_stages_after_it(tmp_path):
     assert "invalidate it and 2 stages after it" in refusal(data.stage, run_dir / "iter1/prompts.jsonl", {}, {"i": 9}, dict)
 
 
-def test_a_stage_checkpoint_lives_only_with_its_options(tmp_path):
+def test_a_stage_checkpoint_lives_only_with_its_options(tmp_path, capsys):
     out = tmp_path / "policy"
     half_done = out / "checkpoint" / "step"
 
@@ -400,6 +405,7 @@ def test_a_stage_checkpoint_lives_only_with_its_options(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             data.stage(out, {}, {"lr": lr}, lambda: seen.append(half_done.is_file()) or interrupted())
     assert seen == [True, False]
+    assert capsys.readouterr().out.count("checkpoint was made with other inputs or options") == 1
 
 
 def test_write_text_is_whole_or_nothing(tmp_path, monkeypatch):
