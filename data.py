@@ -56,10 +56,19 @@ class Common:
         return getattr(torch, self.dtype)
 
 
+@cache
 def option_help(options: type) -> dict[str, str]:
     """The comment behind each field, base classes included: the help text of its flag."""
-    sources = [inspect.getsource(cls) for cls in reversed(options.__mro__[:-1])]
+    sources = [inspect.getsource(cls) for cls in reversed(options.__mro__[:-1]) if vars(cls).get("written", True)]
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", "\n".join(sources), re.MULTILINE))
+
+
+def adapted(o, flags: list[str], prefix: str = ""):
+    """Options, sections included, with the fields that the value of another option brings: see dpo.PolicyOptions.adapt."""
+    for field in dataclasses.fields(o):
+        if dataclasses.is_dataclass(section := getattr(o, field.name)):
+            setattr(o, field.name, adapted(section, flags, f"{prefix}{field.name}."))
+    return o.adapt(flags, prefix) if hasattr(o, "adapt") else o
 
 
 def leaves(o, prefix: str = ""):
@@ -102,16 +111,18 @@ def parse_options(options: type, argv: list[str], default_config: str = ""):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     missing = dataclasses.MISSING
     o = options(**{f.name: None for f in dataclasses.fields(options) if f.default is missing and f.default_factory is missing})
-    known = {}
+    config, known = first.parse_known_args(argv)[0].config, {}
+    flags = as_flags(load_json(in_project(config)) if config else {}) + argv
+    o = adapted(o, flags)
     for name, owner, field, kind in leaves(o):
         default, known[name] = getattr(owner, field.name), (owner, field.name)
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if typing.get_origin(kind) is typing.Literal:
             how = {"choices": typing.get_args(kind)}
         parser.add_argument("--" + name.replace("_", "-"), dest=name, default=default, required=default is None,
-                            help=option_help(type(owner)).get(field.name, "").replace("%", "%%"), **how)
-    config = first.parse_known_args(argv)[0].config
-    for name, value in vars(parser.parse_args(as_flags(load_json(in_project(config)) if config else {}) + argv)).items():
+                            help=field.metadata.get("help", option_help(type(owner)).get(field.name, "")).replace("%", "%%"),
+                            **how)
+    for name, value in vars(parser.parse_args(flags)).items():
         if name in known:
             setattr(*known[name], value)
     return o
@@ -156,6 +167,11 @@ def load_function(spec: str):
     if not hasattr(module, name):
         raise InputError(f"{spec}: {path} has no function {name}")
     return getattr(module, name)
+
+
+def plugin(spec: str) -> dict[str, Path]:
+    """The file of FILE.py:FUNCTION as an input of a stage's manifest; nothing for a built-in name."""
+    return {spec: in_project(spec.rpartition(":")[0])} if ".py:" in spec else {}
 
 
 # ---------------------------------------------------------------------------------------------- processes

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import gen_prompts
 import improve
-from data import (Chat, Common, InputError, command, load_function, messages_of, on_first, part, read_jsonl, say, stage,
+from data import (Chat, Common, InputError, command, load_function, messages_of, on_first, part, plugin, read_jsonl, say, stage,
                   write_text)
-from dpo import PolicyOptions, train_policy
+from dpo import PolicyOptions, reads, train_policy
 from model import Config, Weights
 from reward import FilterOptions, load_scorer, make_pairs, scorer_file
 from sample import SampleOptions, make_request, sample
@@ -89,6 +89,7 @@ def check(o: Options) -> None:
     gen_prompts.keyword_lists(gen_prompts.read_corpus(o.corpus), o.corpus, o.generator, o.seed, 1)
     for spec in {o.filter.scorer, o.improver.scorer, o.improver.pick}:
         load_scorer(spec, o.model, o)
+    reads(o.policy)
     if o.evaluate:
         evaluator(o)
     size = sum(f.stat().st_size for f in Path(o.model).glob("*.safetensors"))
@@ -228,7 +229,7 @@ class Cycle:
         o, out = self.o, self.policy(t)
         start = self.M_0 if o.start == "base" else self.policy(t - 1)
         D = {f"pairs{s}": self.folder(s) / "pairs.jsonl" for s in (range(1, t + 1) if o.data == "cumulative" else [t])}
-        stage(out, {"model": start, "reference": self.M_0, **D},
+        stage(out, {"model": start, "reference": self.M_0, **D, **plugin(o.policy.loss)},
               {**asdict(o.policy), **self.common, "start": o.start, "data": o.data},
               lambda: train_policy(start, [row for path in D.values() for row in read_jsonl(path)], out, o.policy, o,
                                    self.M_0, self.home / "reference"))

@@ -6,8 +6,8 @@ modules run two shapes of a forward pass, and an attention context decides which
     Packed    training, scoring, prefill: (N,) tokens of several sequences laid end to end, no padding
     Decode    one new token for each of B rows of a key-value cache, rows of unequal length
 
-Attention runs through flash-attn where it is installed and the tensors are on a GPU, else through PyTorch's SDPA; text
-generated on a CPU takes the functions of cpu/kernels.py where they are ready, and pack() prepares its weights for that.
+Attention runs through flash-attn where it is installed and the tensors are on a GPU, else through PyTorch's SDPA; a CPU
+takes the functions of cpu/kernels.py where they are ready, and text is generated with the weights as cpu/pack.py lays them.
 RoPE tables and log-softmax are fp32 always: tables rounded to bf16 change answers.
 Not supported, and refused by name: other architectures, RoPE types other than default and llama3, biases, quantised
 weights, attention dropout.
@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
@@ -262,23 +263,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Linear(nn.Linear):
-    """Without a bias. The weight may be in the order that the CPU's bf16 matmul reads (see pack)."""
-
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x):
-        if self.weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        return F.linear(x, self.weight)
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> "Linear":
-        """A layer with this weight, for inference."""
-        with torch.device("meta"):  # nothing is drawn at random
-            layer = cls(weight.shape[1], weight.shape[0])
-        layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        return layer
 
 
 class Attention(nn.Module):
@@ -290,17 +276,12 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, Hkv * D)
         self.v_proj = Linear(C, Hkv * D)
         self.o_proj = Linear(H * D, C)
-        self.qkv_proj, self.widths = None, (H * D, Hkv * D, Hkv * D)
 
-    def fuse(self) -> None:
-        """Make one projection of q, k and v, for generation: one matmul of a better shape than three."""
-        self.qkv_proj = Linear.of(torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
-        self.q_proj = self.k_proj = self.v_proj = None
+    def project(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, cos, sin, context):
-        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if self.qkv_proj is None else (
-            self.qkv_proj(x).split(self.widths, -1))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)  # (N, H or Hkv, D)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))  # (N, H or Hkv, D)
         y = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v, self.window)  # (N, H, D)
         return self.o_proj(y.flatten(-2))
 
@@ -378,7 +359,7 @@ class Model(nn.Module):
         x = self.model(tokens, angles.cos()[:, None], angles.sin()[:, None], context)[select]  # (M, C)
         if targets is not None:
             return TokenLogps.apply(x, self.head.weight, targets)
-        return self.head(x) if isinstance(self.head, Linear) else F.linear(x, self.head.weight)
+        return F.linear(x, self.head.weight) if isinstance(self.head, nn.Embedding) else self.head(x)
 
     def flop(self, tokens: int, heads: int) -> int:
         """Of a forward pass: 2 for each weight of a matmul and token, the head's where it runs; attention is left out."""
@@ -507,33 +488,12 @@ def load(directory: str | Path, dtype: torch.dtype, device: torch.device | str =
     return model.eval().requires_grad_(False)
 
 
-def pack(model: Model) -> Model:
-    """Put the weights of a bf16 model on a CPU into the blocked order that oneDNN's matmul would else make on every call.
-
-    For generation: decoding reads all weights for few rows, so this saves about a third of its matmuls' time. A packed
-    model cannot be trained or saved. Elsewhere: nothing is done.
-    """
-    weight = model.model.embed_tokens.weight
-    if not (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return model
-    if not isinstance(model.head, Linear):  # the embedding is looked up in its own order: the head becomes a copy
-        model.lm_head = Linear.of(weight)
-    for layer in model.model.layers:
-        layer.self_attn.fuse()
-    for module in model.modules():
-        if isinstance(module, Linear):
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
-            module.weight = nn.Parameter(packed, requires_grad=False)
-    return model
-
-
 def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch.dtype, chat_template: str,
          writer: bool = True, shard_bytes: int = 4 << 30) -> None:
     """Write an HF directory that transformers opens: config, tokenizer, chat template, safetensors in files of a size.
 
-    Every process must call: a sharded model is gathered one parameter at a time, which the `writer` appends to the file, so
-    no process ever holds more than that beside its shard. Each file of weights appears whole or not at all.
+    Every process must call: a sharded model is gathered one parameter at a time. The `writer` holds a file's worth of them in
+    the machine's memory. Each file of weights appears whole or not at all.
     """
     out, parameters, files, size = Path(out), dict(model.named_parameters()), [[]], 0
     for name, parameter in parameters.items():
@@ -545,14 +505,14 @@ def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch
     names = ["model.safetensors"] if len(files) == 1 else [
         f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     for path, held in zip(names, files, strict=True):
-        with open(out / f"{path}.tmp" if writer else os.devnull, "wb") as file:
-            file.write(safetensors_header({name: parameters[name].shape for name in held}, dtype))
-            for name in held:
-                parameter = parameters[name]
-                full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-                if writer:
-                    file.write(full.detach().to(dtype).cpu().flatten().view(torch.uint8).numpy())
-                del full
+        tensors = {}
+        for name in held:
+            parameter = parameters[name]
+            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if writer:
+                tensors[name] = full.detach().to(dtype).cpu().contiguous()
+        if writer:
+            save_file(tensors, out / f"{path}.tmp", metadata={"format": "pt"})
     if not writer:
         return
     for path in names:
@@ -569,15 +529,3 @@ def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch
     raw = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
     key = "dtype" if "rope_parameters" in raw else "torch_dtype"
     (out / "config.json").write_text(json.dumps({**raw, key: str(dtype).removeprefix("torch.")}, indent=2))
-
-
-def safetensors_header(shapes: dict[str, torch.Size], dtype: torch.dtype) -> bytes:
-    """The beginning of a safetensors file; the tensors' bytes follow in this order. (The library writes whole files only.)"""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype], "shape": [*shape],
-                        "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cpu import kernels
+from cpu.pack import pack
 from data import (DEVICE, RANK, Chat, Common, InputError, clock, command, deciding, digest, fingerprint, gather, memory,
                   on_first, part, read_jsonl, share, spent, stage, write_jsonl, write_text)
-from model import Cache, Config, Decode, Model, Prefill, load, pack
+from model import Cache, Config, Decode, Model, Prefill, load
 
 
 @dataclass(kw_only=True)

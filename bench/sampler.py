@@ -81,8 +81,9 @@ def run_ours(args) -> dict:
     """The engine on chunks of requests, as sample.py runs it; how full its slots were; peak memory."""
     import torch
 
+    from cpu.pack import pack
     from data import Chat
-    from model import Cache, load, pack
+    from model import Cache, load
     from sample import Engine, Request, SampleOptions
     from train import peak_memory
     rows, chat = read_requests(args), Chat(args.model)
@@ -141,8 +142,9 @@ class Step:
     def __init__(self, args, rows: int, tokens: int, shortest: int):
         import torch
 
+        from cpu.pack import pack
         from data import Chat
-        from model import Cache, load, pack
+        from model import Cache, load
         from sample import Engine, SampleOptions
         self.model = pack(load(args.model, torch.bfloat16))
         self.engine = Engine(self.model, Chat(args.model), SampleOptions())

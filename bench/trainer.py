@@ -85,7 +85,7 @@ def run_ours(args) -> dict:
     import dpo
     import train
     from data import Common, peak_flops, processes
-    from dpo import PolicyOptions, train_policy
+    from dpo import policy_options, train_policy
     from model import Weights
     from train import TrainOptions, sft
     rows, common = read_pairs(args), Common()
@@ -109,7 +109,7 @@ def run_ours(args) -> dict:
         clock(train, "shard")
         start = time.perf_counter()
         if args.method == "dpo":
-            o = PolicyOptions(**shared, lr=5e-7, beta=0.1)
+            o = policy_options(**shared, lr=5e-7, beta=0.1)
             counts = train_policy(args.model, rows, f"{folder}/out", o, common, args.model, f"{folder}/reference")
         else:
             o = TrainOptions(**shared, lr=1e-6)
