@@ -15,8 +15,7 @@ pairs.jsonl {prompt | messages, chosen, rejected} -> DIR: an HF checkpoint, metr
 import argparse
 import gc
 import math
-from dataclasses import dataclass, field, make_dataclass
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ import torch
 from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, command, digest, fingerprint, gather, load_function,
                   on_first, part, plugin, read_jsonl, say, stage, write_jsonl)
 from losses.pairs import differences, pair_logps, preference_of
-from losses.published import fields_read, find_loss
+from losses.published import fields_read, find_loss, with_parameters
 from model import load
 from train import (DryRun, Example, Objective, Sequence, TrainOptions, fit, make_batches, make_sequence, micro_batches,
                    response_logps)
@@ -44,18 +43,6 @@ class PolicyOptions(TrainOptions):
         parser.add_argument(f"--{prefix}loss", dest="loss", default=self.loss)
         chosen = parser.parse_known_args(flags)[0].loss
         return with_parameters(type(self), chosen)(**{**vars(self), "loss": chosen})
-
-
-@cache
-def with_parameters(options: type, loss: str) -> type:
-    """A dataclass of options with a field more for each parameter of the loss: those exist, and no others."""
-    parameters = find_loss(loss)[1]
-    taken = sorted(parameters.keys() & options.__dataclass_fields__.keys())
-    if taken:
-        raise InputError(f"--loss {loss}: its parameter {taken[0]} is the name of an option already; call it otherwise")
-    return make_dataclass(options.__name__, [
-        (name, type(default), field(default=default, metadata={"help": f"parameter of {loss}, see losses/published.py"}))
-        for name, default in parameters.items()], bases=(options,), kw_only=True, namespace={"written": False})
 
 
 def policy_options(loss: str = "dpo", **values) -> PolicyOptions:

@@ -14,6 +14,7 @@ prompts.jsonl, answers.jsonl of M_{t-1} -> rewrites.jsonl {id, prompt, response,
     torchrun --nproc-per-node 8 improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR
 """
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def training_rows(seeds: list[dict], answers: list[dict], o: ImproverOptions, sc
 def train_improver(model: str | Path, seeds: list[dict], answers: list[dict], out: str | Path, o: ImproverOptions,
                    common: Common) -> dict:
     """SFT of M_0 on drafts -> gold answers."""
-    rows, counts = training_rows(seeds, answers, o, load_scorer(o.scorer, model, common))
+    rows, counts = training_rows(seeds, answers, o, load_scorer(o.scorer, model, common, alone=True))
     return {**counts, **sft(model, rows, out, o, common)}
 
 
@@ -93,7 +94,8 @@ def rewrite(model: str | Path, improver: str | Path, answers: list[dict], out: s
         texts[row["id"]].append({"response": row["response"], "finish_reason": row["finish_reason"]})
     asked = {row["id"]: {name: row[name] for name in ("id", "prompt", "messages") if name in row} for row in answers}
     flat = [{**asked[name], **candidate} for name, some in texts.items() for candidate in some]
-    scorer = load_scorer(o.pick, model, common)
+    keep = Path(out).with_suffix(".scores")
+    scorer = load_scorer(o.pick, model, common, keep, alone=True)
     scores = iter(scorer(flat) if scorer else [0.0] * len(flat))
     rows = []
     for row in answers:
@@ -101,6 +103,7 @@ def rewrite(model: str | Path, improver: str | Path, answers: list[dict], out: s
         ranked = max(texts[row["id"]], key=lambda c: (bool(c["response"]), c["finish_reason"] == "stop", next(scores)))
         rows.append({**asked[row["id"]], "draft": row["response"], **ranked})
     on_first(write_jsonl, out, rows)
+    on_first(shutil.rmtree, keep, True)
     unchanged = sum(row["response"].split() == row["draft"].split() for row in rows)
     return {"drafts": len(answers), "rewrites": len(rows), "unchanged": unchanged, "tokens": counts["tokens"],
             "cut_off": sum(row["finish_reason"] == "length" for row in rows)}

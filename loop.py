@@ -87,8 +87,9 @@ def check(o: Options) -> None:
             make_request(row, number, 0, chat, config.context, o.answers, 0, path)
     gen_prompts.training_rows(read_jsonl(o.seeds)[:o.seeds_limit or None], o.generator, o.seed)
     gen_prompts.keyword_lists(gen_prompts.read_corpus(o.corpus), o.corpus, o.generator, o.seed, 1)
-    for spec in {o.filter.scorer, o.improver.scorer, o.improver.pick}:
-        load_scorer(spec, o.model, o)
+    load_scorer(o.filter.scorer, o.model, o)
+    for spec in (o.improver.scorer, o.improver.pick):
+        load_scorer(spec, o.model, o, alone=True)
     reads(o.policy)
     if o.evaluate:
         evaluator(o)
@@ -111,24 +112,6 @@ def evaluator(o: Options):
     """The function that --evaluate names."""
     spec = o.evaluate if ".py:" in o.evaluate else f"eval/{o.evaluate}.py:evaluate"
     return load_function(spec)
-
-
-def show_plan(o: Options) -> None:
-    """What will start from what, before any of it runs."""
-    seeds, T = len(read_jsonl(o.seeds)[:o.seeds_limit or None]), o.iters
-    ours = "M_0" if o.start == "base" else "M_{t-1}"
-    say(f"""
-plan: {T} iteration{'s' * (T > 1)} from M_0 = {o.model}, run directory {o.out}
-  generator  G   <- SFT(M_0) on {seeds} seeds x {o.generator.draws}: {o.generator.keywords - o.generator.noise} own keywords \
-+ {o.generator.noise} of noise -> prompt
-  each iteration t
-    prompts  x    ~ G on {o.generator.lists:,} lists of {o.generator.keywords} keywords, at most {o.generator.prompts:,} kept
-    improver R_t <- SFT(M_0) on {seeds} seeds x {o.improver.drafts} answers of M_{{t-1}} -> gold, scorer {o.improver.scorer}
-    answers       ~ M_0 and M_{{t-1}};  rewrites ~ R_t, {o.improver.rewrites} per draft, pick {o.improver.pick}
-    pairs    D   {'+=' if o.data == 'cumulative' else '= '} rewrite > {'M_0' if o.rejected == 'base' else 'M_{t-1}'}'s answer, \
-scorer {o.filter.scorer}, gap > {o.filter.threshold}, at most {o.filter.pairs:,} per iteration
-    policy   M_t <- {o.policy.loss.upper()}({ours}) on D, reference M_0
-""")
 
 
 # ---------------------------------------------------------------------------------------------- the cycle
@@ -221,8 +204,7 @@ class Cycle:
         rejected = y_0 if o.rejected == "base" else y
         inputs = {"model": self.M_0, "chosen": rewrites, "rejected": rejected, **scorer_file(o.filter.scorer)}
         stage(folder / "pairs.jsonl", inputs, {**asdict(o.filter), **self.common, "rejected_from": o.rejected},
-              lambda: make_pairs(read_jsonl(rewrites), read_jsonl(rejected), folder / "pairs.jsonl",
-                                 load_scorer(o.filter.scorer, self.M_0, o), o.filter, t, o.seed))
+              lambda: make_pairs(read_jsonl(rewrites), read_jsonl(rejected), folder / "pairs.jsonl", self.M_0, o.filter, o, t))
 
     def make_policy(self, t: int) -> None:
         """M_t <- preference optimisation on D, from M_0 with reference M_0."""
@@ -276,7 +258,7 @@ def main(o: Options) -> dict:
     on_first(lambda: (out / "config.json").is_file() or write_config())
     if o.one_shot:
         o = o.at_once()
-    show_plan(o)
+    load_function("eval/plan.py:show_plan")(o)
     cycle = Cycle(o, out, out / "generator", out)
     cycle.make_generator()
     cycle.run()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from cpu import kernels
 from cpu.pack import pack
+from gpu.graph import Graph
 from data import (DEVICE, RANK, Chat, Common, InputError, clock, command, deciding, digest, fingerprint, gather, memory,
                   on_first, part, read_jsonl, share, spent, stage, write_jsonl, write_text)
 from model import Cache, Config, Decode, Model, Prefill, load
@@ -188,27 +189,6 @@ class Engine:
                     self.cache.move_row(len(rows), i, len(last.ids) + len(last.output))
         if self.progress is not None:
             self.progress.update(len(tokens))
-
-
-class Graph:
-    """A function of one tensor recorded as a CUDA graph: replaying it costs one launch instead of hundreds.
-
-    Its input is copied into the recorded one, its output overwritten by the next call.
-    """
-
-    def __init__(self, function, example: torch.Tensor):
-        self.input, self.graph, stream = example.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once outside of the recording: what libraries set up lazily must not be in it
-            function(self.input)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
-            self.output = function(self.input)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.input.copy_(x)
-        self.graph.replay()
-        return self.output
 
 
 # ---------------------------------------------------------------------------------------------- files to files

@@ -197,11 +197,11 @@ Objective = Callable[[list[Example], list[list[torch.Tensor]]], tuple[torch.Tens
 
 def fit(start: str | Path, out: str | Path, examples: list[Example], objective: Objective,
         count: Callable[[Example], int], o: TrainOptions, common: Common, check: Callable[[dict], None] = lambda line: None,
-        ) -> dict:
+        forward: Callable[[torch.nn.Module, list[Sequence]], list[torch.Tensor]] = response_logps) -> dict:
     """Train the checkpoint `start` on examples and write the result to the directory `out`; returns counts.
 
-    objective(examples, log-probs by example and sequence) -> (sum of losses, sums of metrics); both are divided by the
-    sum of count(example) over the global batch. check(first line of metrics) may raise. Goes on from out/checkpoint if an
+    objective(examples, what forward gives, by example and sequence) -> (sum of losses, sums of metrics); both are divided by
+    the sum of count(example) over the global batch. check(first line of metrics) may raise. Goes on from out/checkpoint if an
     earlier call was stopped. A loss that is not finite raises InputError and leaves that checkpoint as it was.
     """
     out = Path(out)
@@ -216,7 +216,7 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
         begin, flop, batch = time.perf_counter(), spent["flop"], batches[step]
         for group in optimizer.param_groups:
             group["lr"] = o.lr * schedule(step, len(batches), o.warmup)
-        line = train_step(model, optimizer, batch, objective, count, o)
+        line = train_step(model, optimizer, batch, objective, count, o, forward)
         seconds = time.perf_counter() - begin
         line = {"step": step + 1, **line, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
                 "tokens_per_second": sum(example.tokens for example in batch) / seconds,
@@ -266,19 +266,20 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def train_step(model, optimizer, batch: list[Example], objective: Objective, count, o: TrainOptions) -> dict:
+def train_step(model, optimizer, batch: list[Example], objective: Objective, count, o: TrainOptions,
+               forward=response_logps) -> dict:
     """One optimizer step on a global batch; returns its metrics, the same on every rank."""
     total, sums, flop = sum(count(example) for example in batch), Counter(), spent["flop"]
     for ranks in micro_batches(batch, o):
         mine = ranks[RANK]
         # A rank without examples must still join the collectives: it runs one token with weight 0.
         sequences = [s for example in mine for s in example.sequences] or [([0, 0], 1)]
-        logps = iter(response_logps(model, sequences))
+        outputs = iter(forward(model, sequences))
         if mine:
-            loss, metrics = objective(mine, [[next(logps) for _ in example.sequences] for example in mine])
+            loss, metrics = objective(mine, [[next(outputs) for _ in example.sequences] for example in mine])
             sums.update({"loss": loss.item(), **metrics})
         else:
-            loss = next(logps).sum() * 0
+            loss = next(outputs).sum() * 0
         # FSDP averages gradients over ranks; the mean wanted is over the global count, hence the factor WORLD
         (loss * WORLD / total).backward()
     spent["flop"] += 2 * (spent["flop"] - flop)  # the backward pass: gradients of inputs and of weights

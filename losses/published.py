@@ -9,6 +9,8 @@ name none, those of the authors' code or of TRL 1.
 """
 import inspect
 from collections.abc import Callable
+from dataclasses import field, make_dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -259,6 +261,18 @@ def find_loss(spec: str) -> tuple[Callable[..., torch.Tensor], dict[str, float]]
     if wrong:
         raise InputError(f"--loss {spec}: parameter {wrong[0]} needs a number as its default; write {wrong[0]}: float = 0.1")
     return loss, parameters
+
+
+@cache
+def with_parameters(options: type, loss: str) -> type:
+    """A dataclass of options with a field more for each parameter of the loss: those exist, and no others."""
+    parameters = find_loss(loss)[1]
+    taken = sorted(parameters.keys() & options.__dataclass_fields__.keys())
+    if taken:
+        raise InputError(f"--loss {loss}: its parameter {taken[0]} is the name of an option already; call it otherwise")
+    return make_dataclass(options.__name__, [
+        (name, type(default), field(default=default, metadata={"help": f"parameter of {loss}, see losses/published.py"}))
+        for name, default in parameters.items()], bases=(options,), kw_only=True, namespace={"written": False})
 
 
 class Watched(PairLogps):

@@ -90,7 +90,7 @@ def rewrites(monkeypatch, tmp_path):
 def most_words(monkeypatch):
     """--pick: the longest text wins; remembers under which model it was asked for."""
     bases = []
-    monkeypatch.setattr(improve, "load_scorer", lambda spec, base, common: bases.append(base) or words)
+    monkeypatch.setattr(improve, "load_scorer", lambda spec, base, *_, **__: bases.append(base) or words)
     return bases
 
 
