@@ -155,6 +155,7 @@ def in_project(path: str) -> Path:
     return Path(path) if Path(path).exists() else ROOT / path
 
 
+@cache
 def load_function(spec: str):
     """The function named by "FILE.py:FUNCTION": how a run plugs in its own scorer, evaluation or preparation."""
     path, _, name = spec.rpartition(":")

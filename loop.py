@@ -46,7 +46,9 @@ class Options(Common):
     corpus: str = ""  # text file for keywords, blank lines between paragraphs
     heldout: str = ""  # JSONL of {"prompt", "response"} to evaluate on
     heldout_limit: int = 0  # use only the first so many of them; 0 is all
-    evaluate: str = ""  # FILE.py:FUNCTION or the name of a file in eval/; with --heldout alone, eval/heldout.py
+    evaluate: str = ""  # how answers to --heldout are scored: FILE.py:FUNCTION; with --heldout alone, eval/heldout.py
+    eval: str = ""  # benchmarks to run on M_0 and every M_t: names of files in eval/, such as alpaca_eval,ifeval
+    eval_options: str = ""  # JSON file of their options, by name: see eval/benchmark.py
     iters: int = 4  # T
     rejected: typing.Literal["base", "previous"] = "base"  # whose answer is rejected: M_0's or M_{t-1}'s
     start: typing.Literal["base", "previous"] = "base"  # what M_t starts from: M_0 or M_{t-1}
@@ -91,8 +93,9 @@ def check(o: Options) -> None:
     for spec in (o.improver.scorer, o.improver.pick):
         load_scorer(spec, o.model, o, alone=True)
     reads(o.policy)
+    load_function("eval/benchmark.py:check")(o.eval, o.eval_options)
     if o.evaluate:
-        evaluator(o)
+        load_function(o.evaluate)
     size = sum(f.stat().st_size for f in Path(o.model).glob("*.safetensors"))
     made = sum(f.stat().st_size for f in Path(o.out).glob("**/*.safetensors"))
     resume = 12 * size if o.policy.checkpoint_every else 0  # fp32 weights and two moments, twice while one replaces another
@@ -108,12 +111,6 @@ def make_directory(out: Path) -> None:
         raise InputError(f"{out}: {error.strerror}; give another --out") from None
 
 
-def evaluator(o: Options):
-    """The function that --evaluate names."""
-    spec = o.evaluate if ".py:" in o.evaluate else f"eval/{o.evaluate}.py:evaluate"
-    return load_function(spec)
-
-
 # ---------------------------------------------------------------------------------------------- the cycle
 
 @dataclass
@@ -127,6 +124,7 @@ class Cycle:
     def __post_init__(self):
         limits = {"seeds_limit": self.o.seeds_limit, "heldout_limit": self.o.heldout_limit}
         self.common, self.M_0 = {**part(self.o, Common), **limits}, Path(self.o.model)
+        self.benchmarks = load_function("eval/benchmark.py:check")(self.o.eval, self.o.eval_options)
         self.seeds = read_jsonl(self.o.seeds)[:self.o.seeds_limit or None]
         self.heldout = read_jsonl(self.o.heldout)[:self.o.heldout_limit or None] if self.o.heldout else []
 
@@ -227,6 +225,8 @@ class Cycle:
                 self.rewrite(t, drafts, rewrites)
                 self.judge(None, rewrites, folder / "eval_improver.json")
             self.judge(self.policy(t), folder / name, folder / "eval.json")
+        for name, given in self.benchmarks.items() if self.out == self.home else ():
+            self.benchmark(name, given, t)
         if t and not o.keep_improvers:
             on_first(lambda: [weights.unlink() for weights in (folder / "improver").glob("*.safetensors")])
 
@@ -235,12 +235,20 @@ class Cycle:
         base = self.home / "iter0" / "heldout_answers.jsonl"
 
         def work():
-            result = evaluator(self.o)(read_jsonl(answers), self.heldout, read_jsonl(base), model, self.M_0, self.o)
+            rows = read_jsonl(answers), self.heldout, read_jsonl(base)
+            result = load_function(self.o.evaluate)(*rows, model, self.M_0, self.o)
             on_first(write_text, out, json.dumps(result, indent=1))
             return {name: round(value, 4) for name, value in result.items()}
 
         stage(out, {"answers": answers, "base": base, "heldout": self.o.heldout, **({"model": model} if model else {})},
               {"evaluate": self.o.evaluate, **self.common}, work)
+
+    def benchmark(self, name: str, given: dict, t: int) -> None:
+        """A benchmark of eval/ on M_t, the same prompts and seeds in every iteration."""
+        out, prompts = self.folder(t) / "eval" / name, [self.folder(s) / "prompts.jsonl" for s in range(1, t + 1)]
+        run = load_function("eval/benchmark.py:run")
+        stage(out / "result.json", {"model": self.policy(t)}, {"benchmark": given, **self.common},
+              lambda: run(name, given, self.policy(t), prompts, out, self.o))
 
 
 def main(o: Options) -> dict:
@@ -250,7 +258,7 @@ def main(o: Options) -> dict:
             raise InputError(f"--{given[0]} {getattr(o, given[0])}: --prepare {o.prepare} makes its own; give a --config "
                              "of another recipe, or --prepare ''")
         o = replace(o, **load_function(o.prepare)(o))
-    o.evaluate = o.evaluate or ("heldout" if o.heldout else "")
+    o.evaluate = o.evaluate or ("eval/heldout.py:evaluate" if o.heldout else "")
     out = Path(o.out)
     on_first(make_directory, out)
     on_first(check, o)

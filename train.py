@@ -302,10 +302,12 @@ def peak_memory() -> float:
 
 
 def log(out: Path, line: dict) -> None:
+    """A step's metrics to metrics.jsonl, and to TensorBoard's files where tensorboard is installed."""
     if RANK == 0:
         with open(out / "metrics.jsonl", "a") as file:
             print(json.dumps({name: float(f"{value:.6g}") if isinstance(value, float) else value
                               for name, value in line.items()}), file=file)
+        load_function("eval/tensorboard.py:add")(out, line)
 
 
 # ---------------------------------------------------------------------------------------------- stopping and going on

@@ -1,7 +1,7 @@
 """Two numbers that need no judge: log-likelihood of held-out gold answers, and likelihood win rate against M_0.
 
-`--evaluate heldout`. gold_logp is the mean over records of the mean log-prob per token of the gold answer under the
-model; win_rate is how often the model's own answer is likelier under M_0, per token, than M_0's own answer (a draw counts
+What --heldout alone is scored with. gold_logp is the mean over records of the mean log-prob per token of the gold answer under
+the model; win_rate is how often the model's own answer is likelier under M_0, per token, than M_0's own answer (a draw counts
 one half). Neither is a measure of helpfulness: the first falls when a model moves away from the style of the gold answers,
 the second rises when answers become plainer or more typical.
 """
