@@ -20,8 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import loop
-from data import ROOT, InputError, command, load_json, manifest_path, parse_options, say, write_text
+from data import ROOT, InputError, command, in_project, load_json, manifest_path, say, write_text
 from eval.report import table
 
 # Files of the base's run: what follows from M_0 and the seeds alone, what follows from the generator too, and so on.
@@ -86,20 +85,21 @@ def link(base: Path, run: Path, patterns: tuple[str, ...]) -> None:
 
 def run_variant(name: str, seed: int, o: Options, lock) -> dict:
     """Run a variant to its end, if it was not; returns {"rows": row of the table -> figures, "seconds"}, or {"failed": why}."""
-    run, argv = Path(o.out) / f"seed{seed}" / slug(name), flags(name, seed, o)
+    run = Path(o.out) / f"seed{seed}" / slug(name)
     done = run.with_suffix(".json")
-    if done.is_file() and load_json(done)["flags"] == argv:
+    what = {"recipe": load_json(in_project(o.recipe)), "iters": o.iters, "flags": VARIANTS[name][0]}
+    if done.is_file() and load_json(done)["what"] == what:
         return {**load_json(done), "seconds": 0}
     start = time.time()
     run.mkdir(parents=True, exist_ok=True)
     link(run.parent / "base", run, VARIANTS[name][1])
     with open(run.with_suffix(".log"), "w") as log:  # the child holds the lock too: it may outlive this process
-        code = subprocess.run([sys.executable, str(ROOT / "loop.py"), *argv], stdout=log, stderr=subprocess.STDOUT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, pass_fds=(lock.fileno(),)).returncode
+        code = subprocess.run([sys.executable, str(ROOT / "loop.py"), *flags(name, seed, o)], pass_fds=(lock.fileno(),),
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         lines = [line for line in Path(log.name).read_text().splitlines() if line.strip()]
         return {"failed": f"{log.name}: {lines[-1] if lines else f'exit code {code}'}", "seconds": time.time() - start}
-    result = {"flags": argv, "rows": rows_of(name, run, o.iters), "seconds": round(time.time() - start, 1)}
+    result = {"what": what, "rows": rows_of(name, run, o.iters), "seconds": round(time.time() - start, 1)}
     write_text(done, json.dumps(result, indent=1))
     return result
 
@@ -175,8 +175,7 @@ def main(o: Options) -> dict:
     except ValueError:
         raise InputError(f"--seeds {o.seeds}: give numbers with commas between") from None
     names = [name for name in VARIANTS if name in {"base", *wanted}]
-    for name in names:  # before anything runs
-        parse_options(loop.Options, ["--config", o.recipe, *VARIANTS[name][0].split()])
+    load_json(in_project(o.recipe))
     Path(o.out).mkdir(parents=True, exist_ok=True)
     with open(Path(o.out) / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for runs that a killed command left behind

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import micro
@@ -174,13 +175,19 @@ def test_statistics():
     assert lines[1] == ["M_0", "-", "0.250 +- 0.000", "-0.350 +- 0.100", "3", "-", "4.0"]
 
 
+def read(argv: list[str]) -> dict:
+    """All options of loop.py by dotted name, as a command line sets them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "option_help", cache(data.option_help))  # seconds, over all options
+        o = data.parse_options(loop.Options, argv)
+    return {name: getattr(owner, field.name) for name, owner, field, _ in data.leaves(o)}
+
+
 @pytest.mark.parametrize("name", ablations.VARIANTS)
 def test_every_variant_is_flags_of_loop(name, tmp_path):
     """On the demo's recipe, from which each variant but the first differs in what it names and nothing else."""
     data.write_text(tmp_path / "seed7/base/config.json", json.dumps({k: "x" for k in ("model", "seeds", "corpus", "heldout")}))
     o = ablations.Options(out=str(tmp_path), iters=5)
-    read = lambda argv: {  # noqa: E731
-        dotted: getattr(owner, field.name) for dotted, owner, field, _ in data.leaves(data.parse_options(loop.Options, argv))}
     made, plain = read(ablations.flags(name, 7, o)), read(["--config", "recipes/demo.json"])
     assert (made["seed"], made["iters"], made["out"]) == (7, 5, str(tmp_path / "seed7" / ablations.slug(name)))
     placed = {"seed", "iters", "out", *(("prepare", "model", "seeds", "corpus", "heldout") if name != "base" else ())}
