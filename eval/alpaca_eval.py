@@ -54,7 +54,7 @@ class Options(JudgeOptions, SampleOptions, Common):
 def length_controlled(preference, len_model, len_baseline, difficulty=None) -> float:
     """Percent: mean win probability at equal lengths. preference (N,) in [0, 1], lengths (N,) in characters."""
     gap = np.asarray(len_baseline, float) - np.asarray(len_model, float)
-    length = np.tanh(gap / (gap.std() or 1.0))
+    length = np.tanh(gap / gap.std()) if gap.std() else 0 * gap  # a gap that is always the same cannot be told from skill
     rest = np.stack([np.ones(len(gap))] + ([] if difficulty is None else [np.asarray(difficulty, float)]), 1)  # (N, 1 or 2)
     b = logistic(np.hstack([length[:, None], rest]), preference)
     return float(100 * sigmoid(rest @ b[1:]).mean())
@@ -67,16 +67,19 @@ def statistics(preference, len_model, len_baseline, difficulty=None) -> dict[str
     resampled = bootstrap(lambda i: length_controlled(*(c[i] for c in columns)), len(columns[0]))
     return {"score": length_controlled(*columns), "se": float(resampled.std(ddof=1)),
             "win_rate": 100 * float(columns[0].mean()), "win_rate_se": 100 * standard_error(columns[0]),
-            "characters": float(columns[1].mean()), "baseline_characters": float(columns[2].mean()), "prompts": len(columns[0])}
+            "characters": float(columns[1].mean()), "baseline_characters": float(columns[2].mean()),
+            "prompts": len(columns[0])}
 
 
 def read_csv(path: str, *fields: str) -> list[dict]:
     """Rows of a CSV file, gzipped or not; the first column may have no name."""
     need(path, "--annotations, --leaderboard or --difficulty", "a CSV file with the columns " + ", ".join(fields))
     raw = Path(path).read_bytes()
-    rows = list(csv.DictReader(io.StringIO((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode())))
-    if not rows or (absent := [name for name in fields if name not in rows[0]]):
-        raise InputError(f"{path}: " + (f"has no column {absent[0]!r}; give the one that the help names" if rows else "is empty"))
+    text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    for name in fields:
+        if not rows or name not in rows[0]:
+            raise InputError(f"{path}: has no rows with the column {name!r}; give a CSV file with " + ", ".join(fields))
     return rows
 
 
@@ -85,16 +88,17 @@ def read_difficulty(path: str, n: int) -> np.ndarray | None:
     if not path:
         return None
     rows = read_csv(path, "index")
-    name = [column for column in rows[0] if column != "index"][0]
+    name = next(column for column in rows[0] if column != "index")
     values = {int(row["index"]): float(row[name]) for row in rows}
     if n and values.keys() != set(range(n)):
-        raise InputError(f"{path}: holds {len(values)} difficulties for {n} prompts; give one for each, or leave --difficulty out")
+        raise InputError(f"{path}: holds {len(values)} difficulties for {n} prompts; give one for each, or none")
     return np.array([values[i] for i in sorted(values)])
 
 
 def reproduce(o: Options) -> dict[str, float]:
     """Our numbers from published annotations beside the published ones; returns the errors in points."""
-    rows, difficulty = read_csv(o.annotations, "model", "index", "preference", "len_1", "len_2"), read_difficulty(o.difficulty, 0)
+    rows = read_csv(o.annotations, "model", "index", "preference", "len_1", "len_2")
+    difficulty = read_difficulty(o.difficulty, 0)
     board = read_csv(o.leaderboard, "win_rate", "standard_error", "length_controlled_winrate")
     lines = []
     for published in board:
@@ -103,16 +107,16 @@ def reproduce(o: Options) -> dict[str, float]:
         if not mine:
             raise InputError(f"{o.annotations}: holds no annotations of {name}, which {o.leaderboard} lists")
         columns = [np.array([float(row[c]) for row in mine]) for c in ("preference", "len_2", "len_1")]
-        s = statistics(columns[0] - 1, *columns[1:], None if difficulty is None else difficulty[[int(r["index"]) for r in mine]])
-        lines.append({"model": name, "win rate": s["win_rate"], "published": float(published["win_rate"]), "se": s["win_rate_se"],
-                      "published ": float(published["standard_error"]), "LC": s["score"], "LC se": s["se"],
-                      "published  ": float(published["length_controlled_winrate"]),
-                      "error": s["score"] - float(published["length_controlled_winrate"])})
+        columns += [] if difficulty is None else [difficulty[[int(row["index"]) for row in mine]]]
+        s = statistics(columns[0] - 1, *columns[1:])
+        win_rate, se, lc = (float(published[c]) for c in ("win_rate", "standard_error", "length_controlled_winrate"))
+        lines.append({"model": name, "win rate": s["win_rate"], "published": win_rate, "se": s["win_rate_se"], "published ": se,
+                      "LC": s["score"], "LC se": s["se"], "published  ": lc, "error": s["score"] - lc})
     say(table(lines))
     off = lambda a, b: [abs(line[a] - line[b]) for line in lines]  # noqa: E731
     lc = off("LC", "published  ")
-    return {"models": len(lines), "win_rate_error_max": max(off("win rate", "published")),
-            "standard_error_error_max": max(off("se", "published ")), "lc_error_mean": sum(lc) / len(lc), "lc_error_max": max(lc)}
+    return {"models": len(lines), "win_rate_error_max": max(off("win rate", "published")), "standard_error_error_max":
+            max(off("se", "published ")), "lc_error_mean": sum(lc) / len(lc), "lc_error_max": max(lc)}
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark
@@ -146,13 +150,13 @@ def main(o: Options) -> dict:
         raise InputError(f"--judge {o.judge}: no pair has verdicts in both orders; see {judge.bad_path}")
     s = statistics([sum(games[i]) / 2 for i in judged], [len(ours[i]) for i in judged], [len(theirs[i]) for i in judged],
                    None if difficulty is None else difficulty[judged])
-    one_sided = sum((a > 0.5) != (b > 0.5) for a, b in (games[i] for i in judged) if ours[i].strip() != theirs[i].strip())
-    result = {**s, "order_decides": one_sided / len(judged), "left_out": len(games) - len(judged), **judge.usage()}
+    torn = sum((games[i][0] > 0.5) != (games[i][1] > 0.5) for i in judged)
+    result = {**s, "order_decided": torn / len(judged), "left_out": len(games) - len(judged), **judge.usage()}
     say(table([{"AlpacaEval 2": Path(o.model).name, "LC win rate": s["score"], "se": s["se"], "win rate": s["win_rate"],
                 "se ": s["win_rate_se"], "characters": s["characters"], "baseline's": s["baseline_characters"],
                 "prompts": len(judged), "malformed": result["malformed"]}]))
     if difficulty is None and not 30 <= s["win_rate"] <= 77:
-        say("Without --difficulty the length-controlled win rate is several points off outside 30 to 77 % (eval/alpaca_eval.py).")
+        say("Without --difficulty the length-controlled win rate is several points off outside of 30 to 77 %.")
     on_first(lambda: write_text(out / "result.json", json.dumps(result, indent=1)))
     return result
 

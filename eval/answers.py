@@ -1,8 +1,9 @@
 """What benchmarks share before they judge: where things lie, which prompts, and the answers of the model under test."""
+import json
 from dataclasses import replace
 from pathlib import Path
 
-from data import Common, InputError, part, read_jsonl, stage
+from data import Common, InputError, part, read_jsonl, read_text, stage
 from sample import SampleOptions, sample
 
 
@@ -18,6 +19,20 @@ def need(path: str, flag: str, what: str) -> Path:
     if not path or not Path(path).exists():
         raise InputError(f"{flag}{' ' + path if path else ''}: {'no such file' if path else 'missing'}; give {what}")
     return Path(path)
+
+
+def read_lines(path: str | Path, *fields: str) -> list[dict]:
+    """Objects of a JSONL file that are no prompts, with these fields in each."""
+    rows = []
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
+        try:
+            rows.append(json.loads(line))
+            absent = [name for name in fields if name not in rows[-1]]
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: line {number} is no JSON object ({error}); mend or remove it") from None
+        if absent:
+            raise InputError(f"{path}: line {number}: field {absent[0]!r} is missing; give the official file")
+    return rows
 
 
 def first(rows: list, limit: int) -> list:

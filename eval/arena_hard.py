@@ -2,8 +2,8 @@
 
 score is the win rate in percent: two games per prompt with positions swapped, a much better answer ([[A>>B]]) counts three
 times, a tie as half a win. As every game is against the baseline, this weighted mean is the win rate that the official
-Bradley-Terry fit gives. style_score is a Bradley-Terry fit with the difference in style held at 0: length, headers, lists, bold.
-Intervals are of 100 bootstraps.
+Bradley-Terry fit gives. style_score is a Bradley-Terry fit with the difference in style held at 0: length, headers, lists,
+bold. Intervals are of 100 bootstraps.
 
 What differs from the official evaluator: bootstraps draw prompts, as the games of one prompt are not independent; lengths are
 counted in words; the judge's prompt is our own unless --judge-prompt gives the official one, and only with that and the
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Common, InputError, command, digest, on_first, read_jsonl, say, write_jsonl, write_text
-from eval.answers import answer, first, need, place
+from eval.answers import answer, first, need, place, read_lines
 from eval.judge import Judge, JudgeOptions, pairwise
 from eval.report import table
 from eval.stats import bootstrap, logistic, sigmoid
@@ -100,9 +100,9 @@ def statistics(games: list[tuple], ours: list[str], theirs: list[str]) -> dict[s
 # ---------------------------------------------------------------------------------------------- the benchmark
 
 def read_answers(path: str) -> dict[str, str]:
-    """uid -> answer of an official answer file: with messages (its content a text or {answer}), or the older choices."""
+    """uid -> answer of an official answer file: with messages (content: a text or {answer}), or the older choices."""
     answers = {}
-    for number, row in enumerate(read_jsonl(need(path, "--baseline", "the baseline's answers, " + SOURCE + "model_answer/")), 1):
+    for number, row in enumerate(read_lines(need(path, "--baseline", f"the baseline's answers, {SOURCE}model_answer/")), 1):
         try:
             said = row["messages"][-1]["content"] if "messages" in row else row["choices"][0]["turns"][0]["content"]
             answers[row.get("uid", row.get("question_id"))] = said["answer"] if isinstance(said, dict) else said
@@ -114,7 +114,8 @@ def read_answers(path: str) -> dict[str, str]:
 
 def main(o: Options) -> dict:
     out = place(o, "arena_hard")
-    questions = first(read_jsonl(need(o.data, "--data", "the questions, " + SOURCE + "question.jsonl"), "uid", "prompt"), o.limit)
+    questions = read_jsonl(need(o.data, "--data", f"the questions, {SOURCE}question.jsonl"), "uid", "prompt")
+    questions = first(questions, o.limit)
     baseline = read_answers(o.baseline)
     if absent := [row["uid"] for row in questions if row["uid"] not in baseline]:
         raise InputError(f"{o.baseline}: no answer to question {absent[0]} of {o.data}; give the answers to the same questions")

@@ -1,9 +1,9 @@
 """Two checkpoints on any prompts: how often the answers of --model are better than those of --against.
 
-score is the win rate in percent, a draw counts one half. By a judge (--judge) both orders of each pair are played, a slight win
-counts as much as a large one, and a game without a verdict is a draw, counted as malformed; by a scorer (--scorer: likelihood, a
-reward-model directory or FILE.py:FUNCTION, as in reward.py) the answer with the higher score wins. Both models draw with the
-same random numbers.
+score is the win rate in percent, a draw counts one half. By a judge (--judge) both orders of each pair are played, a slight
+win counts as much as a large one, and a game without a verdict is a draw, counted as malformed; by a scorer (--scorer:
+likelihood, a reward-model directory or FILE.py:FUNCTION, as in reward.py) the answer with the higher score wins. Both models
+draw with the same random numbers.
 
 prompts.jsonl {prompt | messages} -> answers.jsonl, against.jsonl, games.jsonl, verdicts.jsonl, result.json in --out
 
@@ -52,18 +52,18 @@ def main(o: Options) -> dict:
     ours, theirs = (answer(o, rows, o.data, out / name, model) for model, name in (
         (o.model, "answers.jsonl"), (other, "against.jsonl")))
     if judge:
-        games = pairwise(judge, [question_of(row) for row in rows], *([row["response"] for row in side] for side in (ours, theirs)),
-                         "verdict")
+        texts = ([row["response"] for row in side] for side in (ours, theirs))
+        games = pairwise(judge, [question_of(row) for row in rows], *texts, "verdict")
         said = [{"model_first": a, "other_first": b} for a, b in games]
     else:
         scores = list(zip(scorer(ours), scorer(theirs), strict=True))
         games = [(0.5 + (a > b) / 2 - (a < b) / 2,) * 2 for a, b in scores]
         said = [{"score": a, "other_score": b} for a, b in scores]
-    on_first(lambda: write_jsonl(out / "games.jsonl", [{"id": row["id"], **s} for row, s in zip(rows, said, strict=True)]))
+    on_first(write_jsonl, out / "games.jsonl", [{"id": row["id"], **line} for row, line in zip(rows, said, strict=True)])
     wins = [sum(map(win, pair)) / 2 for pair in games]
-    result = {"score": 100 * sum(wins) / len(wins), "se": 100 * standard_error(wins), "wins": sum(w > 0.5 for w in wins),
-              "draws": wins.count(0.5), "losses": sum(w < 0.5 for w in wins), "words": words(ours), "other_words": words(theirs),
-              "prompts": len(rows), **(judge.usage() if judge else {})}
+    result = {"score": 100 * sum(wins) / len(wins), "se": 100 * standard_error(wins), "prompts": len(rows),
+              "wins": sum(w > 0.5 for w in wins), "draws": wins.count(0.5), "losses": sum(w < 0.5 for w in wins),
+              "words": words(ours), "other_words": words(theirs), **(judge.usage() if judge else {})}
     say(table([{"head to head": f"{Path(o.model).name} against {Path(o.against).name}", "win rate": result["score"],
                 **{name: value for name, value in result.items() if name not in ("score", "judge_replies", "judge_usd")}}]))
     on_first(lambda: write_text(out / "result.json", json.dumps(result, indent=1)))

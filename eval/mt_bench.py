@@ -2,10 +2,10 @@
 
 score is the mean over all judged turns; se is that of the mean over questions, as the two turns of one are not independent.
 The second turn is generated after the first; math, reasoning and coding are graded against a reference answer. Prompts and
-references are the official files; comparable with published grades only where the judge is the same. As officially, a turn whose
-verdict has no grade is left out, and counted as malformed.
+references are the official files; comparable with published grades only where the judge is the same. As officially, a turn
+whose verdict has no grade is left out, and counted as malformed.
 
-question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl in --data -> turn1-T.jsonl and turn2-T.jsonl (T: temperature),
+question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl in --data -> turn1-T.jsonl, turn2-T.jsonl (T: temperature),
 model_answer.jsonl, grades.jsonl, verdicts.jsonl, result.json in --out
 
     python -m eval.mt_bench --model DIR --data mt_bench --judge gpt-4
@@ -17,15 +17,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Common, InputError, command, digest, on_first, read_jsonl, say, write_jsonl, write_text
-from eval.answers import answer, first, need, place
+from data import Common, InputError, command, digest, on_first, say, write_jsonl, write_text
+from eval.answers import answer, first, need, place, read_lines
 from eval.judge import Judge, JudgeOptions, Request, fill
 from eval.report import table
 from eval.stats import standard_error
 from sample import SampleOptions
 
 SOURCE = ("a directory with question.jsonl, judge_prompts.jsonl and reference_answer_gpt-4.jsonl, from the repository "
-          "lm-sys/FastChat: fastchat/llm_judge/data/mt_bench, data/judge_prompts.jsonl and data/mt_bench/reference_answer/gpt-4.jsonl")
+          "lm-sys/FastChat, fastchat/llm_judge/data: mt_bench/question.jsonl, judge_prompts.jsonl and "
+          "mt_bench/reference_answer/gpt-4.jsonl")
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # 0 for the others
 WITH_REFERENCE = ("math", "reasoning", "coding")
 
@@ -44,8 +45,10 @@ class Options(JudgeOptions, SampleOptions, Common):
 def read_data(o: Options) -> tuple[list[dict], dict, dict]:
     """Questions, prompts by name, both turns of reference answers by question."""
     folder = need(o.data, "--data", SOURCE)
-    questions, prompts, references = (read_jsonl(need(str(folder / name), "--data", SOURCE)) for name in (
-        "question.jsonl", "judge_prompts.jsonl", "reference_answer_gpt-4.jsonl"))
+    questions, prompts, references = (read_lines(need(str(folder / name), "--data", SOURCE), *fields) for name, *fields in (
+        ("question.jsonl", "question_id", "category", "turns"),
+        ("judge_prompts.jsonl", "name", "system_prompt", "prompt_template"),
+        ("reference_answer_gpt-4.jsonl", "question_id", "choices")))
     prompts = {row["name"]: row for row in prompts}
     references = {row["question_id"]: row["choices"][0]["turns"] for row in references}
     if o.limit:
@@ -53,10 +56,10 @@ def read_data(o: Options) -> tuple[list[dict], dict, dict]:
         questions = [questions[i * len(questions) // o.limit] for i in range(min(o.limit, len(questions)))]
     for row in questions:
         if len(row["turns"]) != 2:
-            raise InputError(f"{folder}/question.jsonl: question {row['question_id']} has {len(row['turns'])} turns, not 2")
+            raise InputError(f"{folder}/question.jsonl: question {row['question_id']}: field 'turns' does not hold two texts")
         if row["category"] in WITH_REFERENCE and len(references.get(row["question_id"], ())) != 2:
-            raise InputError(f"{folder}/reference_answer_gpt-4.jsonl: no answers to question {row['question_id']}; its category "
-                             f"{row['category']} is graded against one")
+            raise InputError(f"{folder}/reference_answer_gpt-4.jsonl: no two answers to question {row['question_id']}; its "
+                             f"category {row['category']} is graded against one")
     for name in ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"):
         if name not in prompts:
             raise InputError(f"{folder}/judge_prompts.jsonl: no prompt {name}; give the official file")
