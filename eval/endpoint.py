@@ -139,8 +139,8 @@ class Endpoint:
                     raise InputError(f"--judge {o.judge}: the endpoint says {self.problem}; mend --judge, --base-url, "
                                      f"--judge-request or OPENAI_API_KEY; {kept}") from None
                 if asked := retry_after(error.response.headers):
-                    pause = asked
-                    with self.lock:  # it is meant for all
+                    pause = 0.0
+                    with self.lock:  # it is meant for all requests; take_turn() waits
                         self.next = max(self.next, time.monotonic() + asked)
             except (openai.APIConnectionError, ValueError) as error:  # ValueError: no JSON, or no completion
                 self.problem = f"{type(error).__name__}: {error.__cause__ or error}"

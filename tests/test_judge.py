@@ -134,6 +134,13 @@ def test_retry_after_is_respected_as_number_and_as_date(fault, least, tmp_path, 
     assert stub.times[2] - stub.times[1] >= least > stub.times[1] - stub.times[0]
 
 
+def test_where_the_endpoint_says_how_long_there_is_no_other_pause(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: high)
+    with Stub(numbered, faults=["429 after 7"] * 6) as stub:
+        values, _ = with_clock(stub, tmp_path, monkeypatch)
+    assert values == NUMBERED and [b - a for a, b in zip(stub.times, stub.times[1:7], strict=False)] == [7] * 6
+
+
 def test_pauses_double_up_to_a_minute(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: high)
     with Stub(numbered, faults=["500"] * 8) as stub:
