@@ -1,0 +1,100 @@
+"""Our adapter for lm-evaluation-harness against its own model for transformers: the same numbers, and how much sooner.
+
+    python bench/harness.py --model DIR --data DIR
+
+Every task runs on the same questions through the peer (lm_eval's HFLM) and then through us, in one process; the seconds are
+those of log-likelihoods and generation, tokenising included, loading and building the requests not. For each task: the
+largest difference of two log-likelihoods, answers that differ, both scores, both times and their ratio. --batch is the peer's.
+Tables on standard output, JSON in the last line.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def timed(model, spent: dict):
+    """Count the seconds of a model's own work."""
+    for name in ("loglikelihood", "generate_until"):
+        def work(*args, method=getattr(model, name), **named):
+            start = time.perf_counter()
+            try:
+                return method(*args, **named)
+            finally:
+                spent["seconds"] = spent.get("seconds", 0) + time.perf_counter() - start
+        setattr(model, name, work)
+    return model
+
+
+def responses(found: dict) -> list:
+    """What a model gave to every request: (log-likelihood, whether greedy) or a text."""
+    return [response for task in sorted(found["samples"])
+            for sample in sorted(found["samples"][task], key=lambda s: s["doc_id"]) if sample["filter"] in ("none", "strict-match")
+            for response in (of[0] for of in sample["resps"])]
+
+
+def compare(theirs: list, ours: list) -> dict:
+    pairs = list(zip(theirs, ours, strict=True))
+    logps = [(a, b) for a, b in pairs if not isinstance(a, str)]
+    return {"requests": len(pairs), "largest difference": max([abs(a[0] - b[0]) for a, b in logps], default=0.0),
+            "greedy differs": sum(a[1] != b[1] for a, b in logps),
+            "texts differ": sum(a != b for a, b in pairs if isinstance(a, str))}
+
+
+def main(args) -> dict:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from data import Common, processes, write_text
+    from eval.harness import Harness, evaluate, load_only
+    from eval.leaderboard import TASKS, Options, average, define, files_of, headline
+    from eval.report import table
+    o = Options(model=args.model, data=args.data, out=args.out, dtype=args.dtype, subjects=args.subjects)
+    spent = {"peer": {}, "us": {}}
+    with processes():
+        us = Harness(args.model, o, args.batch_tokens)
+        peer = timed(HFLM(pretrained=args.model, dtype=args.dtype, device="cpu" if args.cpu else None, batch_size=args.batch),
+                     spent["peer"])
+        us.weights(load_only)
+        timed(us, spent["us"])
+        rows = []
+        for name in args.tasks.split(","):
+            defined = define(name, files_of(TASKS[name], o), o)
+            folder = Path(args.out) / "tasks" / name
+            for task, text in defined.items():
+                write_text(folder / f"{task}.yaml", json.dumps(text))
+            found = {}
+            for who, model in (("peer", peer), ("us", us)):
+                spent[who].clear()
+                manager = TaskManager(include_path=str(folder), include_defaults=False)
+                found[who] = evaluate(model, [*defined], manager, args.limit, samples=True)
+            score = {who: average([headline(f, task, TASKS[name].metric)[0] for task in defined]) for who, f in found.items()}
+            seconds = {who: spent[who]["seconds"] for who in found}
+            rows.append({"task": name, **compare(responses(found["peer"]), responses(found["us"])),
+                         "score: peer": score["peer"], "us": score["us"], "seconds: peer": round(seconds["peer"], 1),
+                         "us ": round(seconds["us"], 1), "ratio": round(seconds["peer"] / seconds["us"], 2)})
+            print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+    total = {who: sum(row[key] for row in rows) for who, key in (("peer", "seconds: peer"), ("us", "us "))}
+    return {"tasks": len(rows), "limit": args.limit, "largest_difference": max(row["largest difference"] for row in rows),
+            "same_scores": sum(row["score: peer"] == row["us"] for row in rows),
+            "ratio": round(total["peer"] / total["us"], 2), **{f"ratio_{row['task']}": row["ratio"] for row in rows}}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="the tasks' files, as for eval/leaderboard.py")
+    parser.add_argument("--out", default="runs/bench-harness", help="where the tasks' definitions are written")
+    parser.add_argument("--tasks", default="arc_challenge,truthfulqa_mc2,mmlu,winogrande,gsm8k")
+    parser.add_argument("--limit", type=int, default=20, help="questions a task, and a subject of MMLU")
+    parser.add_argument("--subjects", type=int, default=3, help="of MMLU")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=4, help="requests a batch of the peer")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="ours")
+    parser.add_argument("--cpu", action="store_true", help="the peer on the CPU even where there is a GPU")
+    print(json.dumps(main(parser.parse_args())))
