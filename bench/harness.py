@@ -95,6 +95,6 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=int, default=20, help="questions a task, and a subject of MMLU")
     parser.add_argument("--subjects", type=int, default=3, help="of MMLU")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=1, help="requests a batch of the peer; on a CPU 1 is the fastest for questions")
+    parser.add_argument("--batch", type=int, default=1, help="requests a batch of the peer: 1 suits questions on a CPU")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="ours")
     print(json.dumps(main(parser.parse_args())))

@@ -123,7 +123,8 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable) -> d
                                                              if key in found}, indent=1, default=str))
         of = [headline(found, task, TASKS[name].metric if names else "") for task in names or [name]]
         questions = sum(n["effective"] for n in found["n-samples"].values())
-        return {"score": average([value for value, _ in of]), "se": spread([se for _, se in of]), "questions": questions}
+        return {"score": round(average([value for value, _ in of]), 4), "se": round(spread([se for _, se in of]), 4),
+                "questions": questions}
 
     return on_first(finish)
 
