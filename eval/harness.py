@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 
 from data import DEVICE, RANK, Chat, Common, InputError, clock, gather, load_json, share, spent
@@ -48,14 +47,17 @@ def optional(name: str):
 
 @contextmanager
 def own_luck():
-    """Python's and numpy's random numbers go on afterwards as if the body had drawn none and set no seed."""
+    """Seeds as lm_eval sets them inside; afterwards all random numbers go on as if nothing had been drawn."""
     states = random.getstate(), numpy.random.get_state()
-    random.seed(0)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
+    with torch.random.fork_rng():
+        random.seed(0)
+        numpy.random.seed(1234)
+        torch.manual_seed(1234)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
 
 
 # ---------------------------------------------------------------------------------------------- attention over a tree
@@ -209,12 +211,6 @@ class Harness(TemplateLM):
         self._eot_token_id = eos if eos is not None else min(self.chat.stops)
         self._prefix_token_id = bos if bos is not None else self._eot_token_id
         self.prefix = self.chat.tokenizer.decode([self._prefix_token_id], skip_special_tokens=False)
-        if {"add_bos_token", "add_eos_token"} & settings.keys():  # as transformers: this wins over tokenizer.json's own
-            around = [named[name] if settings.get(f"add_{name}") and token_id(name) is not None else ""
-                      for name in ("bos_token", "eos_token")]
-            self.chat.tokenizer.post_processor = TemplateProcessing(
-                single=" ".join(filter(None, [around[0], "$A", around[1]])),
-                special_tokens=[(text, self.chat.tokenizer.token_to_id(text)) for text in set(around) if text])
         self.model, self.kind = None, None
 
     eot_token_id = property(lambda self: self._eot_token_id)
@@ -240,7 +236,8 @@ class Harness(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
         text = self.chat.render(chat_history, add_generation_prompt)
         if not add_generation_prompt:  # the last message is the beginning of an answer that is to go on
-            content = chat_history[-1]["content"].strip()
+            content = chat_history[-1]["content"].lstrip()
+            content = content if content in text else content.rstrip()
             text = text[:text.rindex(content) + len(content)]
         return text
 
@@ -324,9 +321,15 @@ def generation(given: dict, limit: int) -> tuple[list[str], int, float, float]:
     return until, limit, temperature, float(given.get("top_p") or 1) if temperature else 1.0
 
 
-def evaluate(model, tasks: list, manager, limit: int = 0, chat: bool = False, samples: bool = False) -> dict | None:
-    """lm_eval's results of tasks, on the first rank; None on the others. model: a Harness, or any model of lm_eval's."""
-    lm_eval = optional("lm_eval")
-    with own_luck(), torch.random.fork_rng():  # it sets seeds: its few-shot examples and shuffled choices are always the same
-        return lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, limit=limit or None,
-                                       bootstrap_iters=100, apply_chat_template=chat, log_samples=samples)
+def evaluate(model, tasks: list[str], manager, limit: int = 0, chat: bool = False, samples: bool = False) -> dict:
+    """lm_eval's results of tasks that its TaskManager knows, on every rank. model: a Harness, or any model of lm_eval's."""
+    evaluator = optional("lm_eval.evaluator")
+    with own_luck():  # few-shot examples and shuffled choices are the same for every model
+        loaded = manager.load(tasks)
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234)
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+        # simple_evaluate() is this and a report on the machine, which takes seconds; iterations: for standard errors
+        return evaluator.evaluate(model, loaded, limit=limit or None, bootstrap_iters=100, apply_chat_template=chat,
+                                  fewshot_as_multiturn=chat, log_samples=samples)

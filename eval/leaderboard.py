@@ -116,7 +116,11 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable) -> d
                                                     include_defaults=not names)
     if not names and name not in manager.all_tasks:
         raise InputError(f"--tasks {name}: lm_eval has no such task; `lm_eval ls tasks` shows all")
-    found = evaluate(model(), names or [name], manager, o.limit, o.chat)
+    try:
+        found = evaluate(model(), names or [name], manager, o.limit, o.chat)
+    except OSError as error:  # of the data's files, or of the hub
+        raise InputError(f"--tasks {name}: lm_eval cannot have its data ({str(error).splitlines()[0]}); give --data DIR, or "
+                         "leave the task out") from None
 
     def finish():
         write_text(Path(o.out) / f"{name}.json", json.dumps({key: found[key] for key in ("results", "n-samples", "versions")
