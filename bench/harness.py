@@ -4,7 +4,8 @@
 
 Every task runs on the same questions through the peer (lm_eval's HFLM) and then through us, in one process; the seconds are
 those of log-likelihoods and generation, tokenising included, loading and building the requests not. For each task: the
-largest difference of two log-likelihoods, answers that differ, both scores, both times and their ratio. --batch is the peer's.
+largest difference of two log-likelihoods, answers that differ, both scores, both times and their ratio, of the clock and of the
+process's own CPU time: the second is the one to read where other programs run beside. --batch is the peer's.
 Tables on standard output, JSON in the last line.
 """
 import argparse
@@ -21,9 +22,10 @@ def timed(model, spent: dict):
     """Count the seconds of a model's own work."""
     def clocked(method):
         def work(*args, **named):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             results = method(*args, **named)
-            spent["seconds"] = spent.get("seconds", 0) + time.perf_counter() - start
+            for name, now, before in zip(("wall", "CPU"), (time.perf_counter(), time.process_time()), start, strict=True):
+                spent[name] = spent.get(name, 0) + now - before
             return results
         return work
 
@@ -74,16 +76,18 @@ def main(args) -> dict:
                 found[who] = evaluate(model, [*defined], manager, args.limit, samples=True)
             score = {who: average([float(headline(f, task, TASKS[name].metric)[0]) for task in defined])
                      for who, f in found.items()}
-            seconds = {who: spent[who]["seconds"] for who in found}
             rows.append({"task": name, **compare(responses(found["peer"]), responses(found["us"])),
-                         "score: peer": score["peer"], "us": score["us"], "seconds: peer": round(seconds["peer"], 1),
-                         "us ": round(seconds["us"], 1), "ratio": round(seconds["peer"] / seconds["us"], 2)})
+                         "score: peer": score["peer"], "us": score["us"]})
+            for clock, ratio in (("wall", "ratio"), ("CPU", "CPU ratio")):
+                theirs, ours = spent["peer"][clock], spent["us"][clock]
+                rows[-1] |= {f"{clock} s: peer": round(theirs, 1), f"us, {clock}": round(ours, 1), ratio: round(theirs / ours, 2)}
             print(json.dumps(rows[-1]), flush=True)
     print(table([{**row, "largest difference": f"{row['largest difference']:.1e}"} for row in rows]))
-    total = {who: sum(row[key] for row in rows) for who, key in (("peer", "seconds: peer"), ("us", "us "))}
+    total = lambda name: sum(row[name] for row in rows)  # noqa: E731
     return {"tasks": len(rows), "limit": args.limit, "largest_difference": max(row["largest difference"] for row in rows),
             "same_scores": sum(abs(row["score: peer"] - row["us"]) < 1e-4 for row in rows),
-            "ratio": round(total["peer"] / total["us"], 2), **{f"ratio_{row['task']}": row["ratio"] for row in rows}}
+            "ratio": round(total("wall s: peer") / total("us, wall"), 2),
+            "CPU_ratio": round(total("CPU s: peer") / total("us, CPU"), 2)}
 
 
 if __name__ == "__main__":
