@@ -80,7 +80,8 @@ def main(args) -> dict:
                          "score: peer": score["peer"], "us": score["us"]})
             for clock, ratio in (("wall", "ratio"), ("CPU", "CPU ratio")):
                 theirs, ours = spent["peer"][clock], spent["us"][clock]
-                rows[-1] |= {f"{clock} s: peer": round(theirs, 1), f"us, {clock}": round(ours, 1), ratio: round(theirs / ours, 2)}
+                rows[-1] |= {f"{clock} s: peer": round(theirs, 1), f"us, {clock}": round(ours, 1),
+                             ratio: round(theirs / ours, 2)}
             print(json.dumps(rows[-1]), flush=True)
     print(table([{**row, "largest difference": f"{row['largest difference']:.1e}"} for row in rows]))
     total = lambda name: sum(row[name] for row in rows)  # noqa: E731
