@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from data import DEVICE, Common, InputError, command, on_first, read_jsonl, read_text, rng, say, stage, write_text
-from eval.harness import optional
+from eval.optional import optional
 from eval.report import table
 
 

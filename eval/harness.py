@@ -8,18 +8,15 @@ Text: the sampler of sample.py, greedy unless a task asks for samples, cut at th
 
 Every rank builds all requests, the work is dealt out in micro-batches and chunks, and every rank gets all results.
 """
-import importlib
-import random
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import DEVICE, RANK, Chat, Common, InputError, clock, gather, load_json, share, spent
+from eval.optional import optional, own_luck
 from model import Config, Model, Packed, load, pack, use_flash, window_size
 from sample import Engine, Request, SampleOptions, digest_key
 
@@ -35,29 +32,6 @@ except ImportError:  # Harness() says so
 SHARE = 16  # a beginning of fewer tokens is computed again: that is cheaper than attention of its own
 CHUNK = 512  # rows of logits at a time
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names for one thing in lm_eval's tasks
-
-
-def optional(name: str):
-    """A module of a package that only evaluation needs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"{error.name or name} is not installed; pip install -r requirements-eval.txt") from None
-
-
-@contextmanager
-def own_luck():
-    """Seeds as lm_eval sets them inside; afterwards all random numbers go on as if nothing had been drawn."""
-    states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(0)
-        numpy.random.seed(1234)
-        torch.manual_seed(1234)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
 
 
 # ---------------------------------------------------------------------------------------------- attention over a tree

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import Common, InputError, command, on_first, part, read_jsonl, say, stage, write_jsonl
-from eval.harness import optional, own_luck
 from eval.heldout import mean, standard_error
+from eval.optional import optional, own_luck
 from eval.report import table
 from sample import SampleOptions, sample
 

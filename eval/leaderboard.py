@@ -22,6 +22,7 @@ from itertools import groupby
 from pathlib import Path
 
 from data import Common, InputError, command, on_first, part, say, stage, write_jsonl, write_text
+from eval.optional import optional
 from eval.report import table
 
 
@@ -71,7 +72,6 @@ def files_of(task: Task, o: Options) -> dict[str, Path]:
 
 def define(name: str, files: dict[str, Path], o: Options) -> dict[str, dict]:
     """Name -> definition of lm_eval's tasks that make up one of the six; MMLU's files are cut into subjects."""
-    from eval.harness import optional
     task, stock = TASKS[name], Path(optional("lm_eval.tasks").__file__).parent
     if name != "mmlu":
         return {name: definition(stock / task.stock, name, task.shots, files)}
@@ -103,7 +103,7 @@ def definition(stock: Path, name: str, shots: int, files: dict[str, Path]) -> di
 
 def measure(name: str, files: dict[str, Path], o: Options, model: Callable) -> dict:
     """Run one task; its results go to OUT/NAME.json. Returns score, se and the number of questions."""
-    from eval.harness import evaluate, optional
+    from eval.harness import evaluate
 
     def write_definitions():
         defined = define(name, files, o) if name in TASKS else {}

@@ -15,6 +15,7 @@ import eval.harness as harness
 from data import Chat, Common, InputError, rng
 from eval import leaderboard
 from eval.harness import SHARE, Tree, Until, common, cut, generation, score
+from eval.optional import optional
 from model import Packed, load
 from sample import Engine, Request, SampleOptions
 from train import response_logps
@@ -171,7 +172,7 @@ def test_what_a_task_asks_of_generation():
 
 def test_a_package_that_is_not_installed_is_named():
     with pytest.raises(InputError, match=r"no_such_package is not installed; pip install -r requirements-eval\.txt"):
-        harness.optional("no_such_package.inside")
+        optional("no_such_package.inside")
 
 
 # ---- against lm_eval's own model ----
@@ -343,6 +344,22 @@ def test_the_question_itself_is_never_an_example(roomy, tasks, tmp_path):
                if sample["filter"] == "strict-match"]
     assert len(prompts) == 12
     assert all(prompt.count(f"Question: {question}\n") == 1 and prompt.count("Question:") == 6 for question, prompt in prompts)
+
+
+def test_hellaswag_runs_on_local_files_too(roomy, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm_eval: pip install -r requirements-eval.txt")
+    from lm_eval.tasks import TaskManager
+    for split, n in (("train", 15), ("validation", 4)):
+        write_rows(tmp_path / f"hellaswag_{split}.jsonl", [
+            {"activity_label": "Reading", "ctx_a": text((split, i), 4), "ctx_b": text((i, split), 2), "label": str(i % 4),
+             "endings": [text((split, i, c), 3) for c in LABELS]} for i in range(n)])
+    o = options(roomy, tmp_path, tmp_path / "out", tasks="hellaswag")
+    assert 0 <= leaderboard.main(o)["hellaswag"] <= 1
+    manager = TaskManager(include_path=str(tmp_path / "out" / "tasks" / "hellaswag"), include_defaults=False)
+    found = harness.evaluate(harness.Harness(roomy, FP32), ["hellaswag"], manager, 3, samples=True)
+    assert [len(sample["arguments"]) for sample in found["samples"]["hellaswag"]] == [4] * 3
+    context = found["samples"]["hellaswag"][0]["arguments"][0][0]
+    assert context.count("Reading: ") == 11 and context.split("\n\n")[-1].startswith(f"Reading: {text(('validation', 0), 4)}")
 
 
 def test_a_finished_task_is_not_run_again(roomy, tasks, tmp_path, monkeypatch):
