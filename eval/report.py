@@ -182,7 +182,8 @@ def times(stages: list[dict]) -> list[dict]:
     for line in stages:
         first, _, rest = line["stage"].partition("/")
         where = first if re.fullmatch(r"iter\d+|controls", first) else "before"
-        what = "benchmarks" if rest.startswith("eval/") else groups.get(line["stage"].rpartition("/")[2], "other")
+        other = "benchmarks" if rest.startswith("eval/") else "training" if "steps" in line else "other"
+        what = groups.get(line["stage"].rpartition("/")[2], other)
         spent.setdefault((where, what), Counter()).update(seconds=line["seconds"], tokens=line.get("tokens", 0))
     return [{"where": where, "what": what, **sums} for (where, what), sums in spent.items()]
 
