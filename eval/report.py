@@ -176,12 +176,12 @@ def shares(made: dict[str, list[dict]]) -> dict[str, list]:
 
 
 def times(stages: list[dict]) -> list[dict]:
-    """Seconds and tokens by iteration (or what came before them, or the controls) and by what they were spent on."""
+    """Seconds and tokens by iteration (or of the controls, or of what is done once) and by what they were spent on."""
     groups = {"generator": "generator"} | {Path(file).stem: name for name, files in STAGES.items() for file in files}
     spent: dict[tuple, Counter] = {}
     for line in stages:
         first, _, rest = line["stage"].partition("/")
-        where = first if re.fullmatch(r"iter\d+|controls", first) else "before"
+        where = first if re.fullmatch(r"iter\d+|controls", first) else "once"
         other = "benchmarks" if rest.startswith("eval/") else "training" if "steps" in line else "other"
         what = groups.get(line["stage"].rpartition("/")[2], other)
         spent.setdefault((where, what), Counter()).update(seconds=line["seconds"], tokens=line.get("tokens", 0))
