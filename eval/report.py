@@ -207,7 +207,7 @@ def prompt_map(run: Path, o: dict, folders: list[Path]) -> dict:
             "they share words.", "points": [[*xy, *one] for xy, one in zip(plane, found, strict=True)]}
 
 
-def project(texts: list[str], most: int = 1000) -> tuple[list[list[float]], float]:
+def project(texts: list[str], most: int = 500) -> tuple[list[list[float]], float]:
     """Texts -> points of a plane, and the share of the variance that it holds: PCA of TF-IDF of the commonest words."""
     bags = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
     found = Counter(word for bag in bags for word in bag)
@@ -218,9 +218,10 @@ def project(texts: list[str], most: int = 1000) -> tuple[list[list[float]], floa
     X *= np.log(len(texts) / np.array([found[word] for word in words]))
     X /= np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
     X -= X.mean(0)
-    U, S, _ = np.linalg.svd(X, full_matrices=False)
-    signs = np.sign(U[np.abs(U).argmax(0), np.arange(len(S))])[:2]  # which SVD leaves open
-    return (U[:, :2] * S[:2] * signs).tolist(), float((S[:2] ** 2).sum() / max(1e-12, (S ** 2).sum()))
+    values, vectors = np.linalg.eigh(X.T @ X)  # ascending; an SVD of X gives the same in four times the time
+    plane = X @ vectors[:, :-3:-1]  # (texts, 2)
+    plane *= np.sign(plane[np.abs(plane).argmax(0), [0, 1]])  # signs are arbitrary: the largest coordinate shall be positive
+    return plane.tolist(), float(values[-2:].sum() / max(1e-12, values.sum()))
 
 
 def pair_rows(run: Path, T: int) -> Iterator[tuple[list, list]]:

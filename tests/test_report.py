@@ -270,7 +270,7 @@ def test_the_command_says_what_it_wants(tmp_path):
 # ---------------------------------------------------------------------------------------------- the map of prompts
 
 def test_the_plane_is_that_of_the_two_largest_principal_components():
-    """Against the covariance's eigenvectors, from a TF-IDF matrix made in another way."""
+    """Against a singular value decomposition of a TF-IDF matrix that is made in another way."""
     texts = ["red fox runs", "red owl sleeps", "the red fox sleeps", "blue owl runs runs", "the blue fox", "the owl"]
     points, share = report.project(texts)
     words = sorted({w for t in texts for w in t.split() if sum(w in o.split() for o in texts) > 1})
@@ -278,10 +278,10 @@ def test_the_plane_is_that_of_the_two_largest_principal_components():
     rows = np.array([[t.split().count(w) * x for w, x in zip(words, idf, strict=True)] for t in texts])
     rows /= np.sqrt((rows ** 2).sum(1))[:, None]
     rows -= rows.mean(0)
-    values, vectors = np.linalg.eigh(rows.T @ rows)
-    assert share == pytest.approx(values[-2:].sum() / values.sum())
-    for axis, vector in enumerate((vectors[:, -1], vectors[:, -2])):
-        found, wanted = np.array(points)[:, axis], rows @ vector
+    U, S, _ = np.linalg.svd(rows)
+    assert share == pytest.approx((S[:2] ** 2).sum() / (S ** 2).sum())
+    for axis in (0, 1):
+        found, wanted = np.array(points)[:, axis], U[:, axis] * S[axis]
         assert np.allclose(found, wanted) or np.allclose(found, -wanted)
         assert found[np.abs(found).argmax()] > 0, "the sign is settled"
 
@@ -702,6 +702,6 @@ def test_a_print_leaves_the_controls_out(chrome, fifty):
     page = Page(chrome, fifty, scheme="dark")
     page.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     shown = lambda selector: page.js("document.querySelector(arguments[0]).checkVisibility()", selector)  # noqa: E731
-    assert not any(map(shown, ("nav", ".tools", ".pages"))) and all(map(shown, ("h1", "#scores svg", "#detail", "#scores table")))
+    assert not any(map(shown, ("nav", ".tools", ".pages"))) and all(map(shown, ("h1", "figure", "#detail", "#scores table")))
     ground = page.js("getComputedStyle(document.querySelector('figure')).backgroundColor")
     assert luminance(ground) > 0.9, "paper is white"
