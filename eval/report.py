@@ -106,8 +106,8 @@ def draw(results: dict[str, dict], T: int) -> str:
 def page_data(run: Path, o: dict, T: int, results: dict, stages: list[dict], note: str) -> dict:
     """All that report.html shows but the texts of the pairs; eval/report.html reads these names."""
     folders = [run / f"iter{t}" for t in range(1, T + 1)]
-    made = {name: [counts_of(folder / f"{name}.jsonl") for folder in folders] for name in ("prompts", "pairs", "rewrites",
-                                                                                         "base_answers")}
+    made = {name: [counts_of(folder / f"{name}.jsonl") for folder in folders]
+            for name in ("prompts", "pairs", "rewrites", "base_answers")}
     return {"run": run.resolve().name, "T": T, "options": changed_options(o), "note": note,
             "config": {name: o[name] for name in ("model", "iters", "seed", "rejected", "start", "data", "one_shot")}
             | {"loss": o["policy"]["loss"], "scorer": o["filter"]["scorer"], "threshold": o["filter"]["threshold"]},
@@ -182,8 +182,8 @@ def times(stages: list[dict]) -> list[dict]:
     for line in stages:
         first, _, rest = line["stage"].partition("/")
         where = first if re.fullmatch(r"iter\d+|controls", first) else "once"
-        other = "benchmarks" if rest.startswith("eval/") else "training" if "steps" in line else "other"
-        what = groups.get(line["stage"].rpartition("/")[2], other)
+        known = groups.get(line["stage"].rpartition("/")[2], "training" if "steps" in line else "other")
+        what = "benchmarks" if rest.startswith("eval/") else known
         spent.setdefault((where, what), Counter()).update(seconds=line["seconds"], tokens=line.get("tokens", 0))
     return [{"where": where, "what": what, **sums} for (where, what), sums in spent.items()]
 

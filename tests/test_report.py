@@ -175,7 +175,7 @@ def test_times_are_summed_by_iteration_and_kind():
     rows = report.times([
         line("base", 9.0, steps=3, tokens=7), line("generator", 1.0, steps=1, tokens=5), line("iter0/eval", 1.0),
         line("iter1/answers", 2.0, tokens=10), line("iter1/base_answers", 3.0, tokens=20), line("iter1/policy", 4.0, steps=2),
-        line("iter2/eval/alpaca/result", 5.0), line("controls/one_shot/iter1/policy", 6.0),
+        line("iter2/eval/alpaca/answers", 5.0), line("controls/one_shot/iter1/policy", 6.0),
         line("controls/seed_sft", 7.0, steps=1), line("controls/seed_sft_eval", 0.5), line("diversity/map", 0.25)])
     assert {(row["where"], row["what"]): (row["seconds"], row["tokens"]) for row in rows} == {
         ("once", "training"): (9, 7), ("once", "generator"): (1, 5), ("once", "other"): (0.25, 0), ("iter0", "eval"): (1, 0),
