@@ -1,15 +1,33 @@
-"""What came out of a run, from its files alone: tables over iterations, held-out scores, examples, metrics.jsonl.
+"""What came out of a run, from its files alone: tables over iterations, held-out scores, examples, metrics.jsonl, report.html.
 
     python -m eval.report runs/demo
 
-loop.py calls report() at its end; its return value is the run's summary.
+loop.py calls report() at its end; its return value is the run's summary. report.html is one page that needs no network: curves,
+yields, times, and every pair with what the improver changed. Its template eval/report.html draws what page_data() collects.
 """
 import json
+import math
+import re
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from data import load_function, load_json, manifest_path, messages_of, read_jsonl, write_text
+import numpy as np
 
+from data import (InputError, leaves, load_function, load_json, manifest_path, messages_of, option_help, read_jsonl, read_text,
+                  rng, write_text)
+
+# What the time of an iteration goes to: name -> the results of its stages.
+STAGES = {"prompts": ["prompts.jsonl"], "answers": ["base_answers.jsonl", "answers.jsonl", "seed_answers.jsonl"],
+          "improver": ["improver"], "rewrites": ["rewrites.jsonl", "pairs.jsonl"], "policy": ["policy"],
+          "eval": ["heldout_answers.jsonl", "heldout_rewrites.jsonl", "eval.json", "eval_improver.json"]}
+BLOCK = 128  # pairs that the page parses at a time
+COLUMNS = ("t", "score_chosen", "score_rejected", "chosen", "rejected", "draft")  # of all pairs; the last three: words
+MAPPED = 2000  # prompts on the map
+
+
+# ---------------------------------------------------------------------------------------------- what is printed
 
 def counts_of(path: Path) -> dict:
     """The counts in a stage's manifest; empty where the stage did not run."""
@@ -20,15 +38,11 @@ def iteration_row(folder: Path, t: int, D: int) -> dict:
     """One line of the first table: yields, gap, mean words, scores, seconds by stage. D: pairs trained on."""
     prompts, pairs, policy, improver = (counts_of(folder / name) for name in (
         "prompts.jsonl", "pairs.jsonl", "eval.json", "eval_improver.json"))
-    seconds = lambda *names: round(sum(counts_of(folder / n).get("seconds", 0) for n in names))  # noqa: E731
+    seconds = {name: round(sum(counts_of(folder / n).get("seconds", 0) for n in some)) for name, some in STAGES.items()}
     return {"t": t, "lists": prompts["lists"], "prompts": prompts["prompts"], "valid": pairs["valid"],
             "pairs": pairs["pairs"], "D": D, "gap": pairs["mean_gap"], "words: chosen": pairs["chosen_words"],
             "rejected": pairs["rejected_words"], "M_t": policy.get("words", "-"), "score: R_t": improver.get("score", "-"),
-            "M_t ": policy.get("score", "-"), "seconds: prompts": seconds("prompts.jsonl"),
-            "answers": seconds("base_answers.jsonl", "answers.jsonl", "seed_answers.jsonl"),
-            "improver": seconds("improver"), "rewrites": seconds("rewrites.jsonl", "pairs.jsonl"),
-            "policy": seconds("policy"),
-            "eval": seconds("heldout_answers.jsonl", "heldout_rewrites.jsonl", "eval.json", "eval_improver.json")}
+            "M_t ": policy.get("score", "-"), "seconds: prompts": seconds.pop("prompts"), **seconds}
 
 
 def table(rows: list[dict]) -> str:
@@ -87,28 +101,207 @@ def draw(results: dict[str, dict], T: int) -> str:
             + "".join(parts) + "</svg>\n")
 
 
+# ---------------------------------------------------------------------------------------------- report.html
+
+def page_data(run: Path, o: dict, T: int, results: dict, stages: list[dict], note: str) -> dict:
+    """All that report.html shows but the texts of the pairs; eval/report.html reads these names."""
+    folders = [run / f"iter{t}" for t in range(1, T + 1)]
+    made = {name: [counts_of(folder / f"{name}.jsonl") for folder in folders]
+            for name in ("prompts", "pairs", "rewrites", "base_answers")}
+    return {"run": run.resolve().name, "T": T, "options": changed_options(o), "note": note,
+            "config": {name: o[name] for name in ("model", "iters", "seed", "rejected", "start", "data", "one_shot")}
+            | {"loss": o["policy"]["loss"], "scorer": o["filter"]["scorer"], "threshold": o["filter"]["threshold"]},
+            "seeds": counts_of(run / "generator").get("seeds"),
+            "processes": max((load_json(path).get("processes", 1) for path in run.glob("**/*manifest.json")), default=1),
+            "evaluations": [{"name": name, **numbers(result)} for name, result in results.items()],
+            "benchmarks": benchmarks(run, T), "curves": [curve for curve in (
+                curves(run / "generator"), *(curves(folder / name, t) for name in ("improver", "policy")
+                                             for t, folder in enumerate(folders, 1))) if curve],
+            "yields": {"prompts": [yields(counts, "lists", "prompts") for counts in made["prompts"]],
+                       "pairs": [yields(counts, "candidates", "valid") for counts in made["pairs"]]},
+            "shares": shares(made), "times": times(stages), "map": prompt_map(run, o, folders)}
+
+
+def numbers(result: dict) -> dict:
+    return {name: value for name, value in result.items() if isinstance(value, int | float)}
+
+
+def changed_options(o: dict) -> list[list]:
+    """[name, value, default, help] of every option of a run that is not loop.py's default."""
+    from loop import Options  # here: loop.py calls this file
+    rows = []
+    for name, owner, field, _ in leaves(Options()):
+        value = o
+        for key in name.split("."):
+            value = value.get(key, {})
+        if value not in ({}, getattr(owner, field.name)):
+            rows.append([name, value, getattr(owner, field.name), option_help(type(owner)).get(field.name, "")])
+    return rows
+
+
+def benchmarks(run: Path, T: int) -> dict[str, list]:
+    """Benchmark -> numbers of M_0 .. M_T, None where a model was not measured."""
+    files = {(path.parent.name, t): path for t in range(T + 1) for path in (run / f"iter{t}/eval").glob("*/result.json")}
+    return {name: [numbers(load_json(files[name, t])) if (name, t) in files else None for t in range(T + 1)]
+            for name in sorted({name for name, _ in files})}
+
+
+def curves(folder: Path, t: int = 0, most: int = 150) -> dict | None:
+    """A finished training stage's metrics as columns, of at most so many points: means over as many steps each."""
+    if not (folder / "metrics.jsonl").is_file() or not (folder / "manifest.json").is_file():
+        return None
+    rows = [json.loads(line) for line in read_text(folder / "metrics.jsonl").splitlines()]
+    width = max(1, math.ceil(len(rows) / most))
+    parts = [rows[i:i + width] for i in range(0, len(rows), width)]
+    columns = {name: [sum(row.get(name, math.nan) for row in part) / len(part) for part in parts] for name in rows[0]}
+    return {"stage": folder.name, "t": t, "width": width, "columns": columns}
+
+
+def yields(counts: dict, total: str, kept: str) -> dict:
+    """How many there were, how many were kept, and what the others were dropped for, in a manifest's order."""
+    names = list(counts)
+    dropped = {name: counts[name] for name in names[names.index(total) + 1:names.index(kept)]}
+    if counts[kept] > counts.get("pairs", counts[kept]):
+        dropped["surplus"] = counts[kept] - counts["pairs"]
+    return {"total": counts[total], "kept": counts.get("pairs", counts[kept]), "dropped": dropped}
+
+
+def shares(made: dict[str, list[dict]]) -> dict[str, list]:
+    """Shares by iteration that say how well a stage did its work; None where it was not counted."""
+    of = lambda name, part, whole: [c[part] / c[whole] if c.get(whole) and part in c else None for c in made[name]]  # noqa: E731
+    return {"prompts that use one of their keywords": [c.get("use_a_keyword") for c in made["prompts"]],
+            "rewrites that leave the draft as it was": of("rewrites", "unchanged", "rewrites"),
+            "rewrites cut off at the token limit": of("rewrites", "cut_off", "rewrites"),
+            "answers of M_0 cut off": of("base_answers", "cut_off", "answers")}
+
+
+def times(stages: list[dict]) -> list[dict]:
+    """Seconds and tokens by iteration (or of the controls, or of what is done once) and by what they were spent on."""
+    groups = {"generator": "generator"} | {Path(file).stem: name for name, files in STAGES.items() for file in files}
+    spent: dict[tuple, Counter] = {}
+    for line in stages:
+        first, _, rest = line["stage"].partition("/")
+        where = first if re.fullmatch(r"iter\d+|controls", first) else "once"
+        known = groups.get(line["stage"].rpartition("/")[2], "training" if "steps" in line else "other")
+        what = "benchmarks" if rest.startswith("eval/") else known
+        spent.setdefault((where, what), Counter()).update(seconds=line["seconds"], tokens=line.get("tokens", 0))
+    return [{"where": where, "what": what, **sums} for (where, what), sums in spent.items()]
+
+
+def prompt_map(run: Path, o: dict, folders: list[Path]) -> dict:
+    """Prompts as points of a plane: those of eval/diversity.py if it was run, else a cheap projection of their words."""
+    placed = run / "diversity/map.json"
+    if placed.is_file():
+        points = [[row["x"], row["y"], row["source"], row["prompt"]] for row in load_json(placed)]
+        return {"how": "Placed by eval/diversity.py.", "points": points}
+    texts = lambda path: [messages_of(row)[-1]["content"] for row in read_jsonl(path)]  # noqa: E731
+    found = [(f"iteration {t}", text) for t, folder in enumerate(folders, 1) for text in texts(folder / "prompts.jsonl")]
+    if Path(o["seeds"]).is_file():
+        found += [("seeds", text) for text in texts(o["seeds"])[:o["seeds_limit"] or None]]
+    total = len(found)
+    if total > MAPPED:
+        found = [found[i] for i in sorted(rng("map").sample(range(total), MAPPED))]
+    plane, share = project([text for _, text in found])
+    return {"how": f"{len(found):,} of {total:,} prompts as TF-IDF vectors of their words, projected on the two directions in "
+            f"which they differ most (PCA; {share:.0%} of their variance). Words only, no meaning: prompts lie close where "
+            "they share words.", "points": [[*xy, *one] for xy, one in zip(plane, found, strict=True)]}
+
+
+def project(texts: list[str], most: int = 500) -> tuple[list[list[float]], float]:
+    """Texts -> points of a plane, and the share of the variance that it holds: PCA of TF-IDF of the commonest words."""
+    bags = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    found = Counter(word for bag in bags for word in bag)
+    words = [word for word, n in sorted(found.items(), key=lambda item: (-item[1], item[0])) if n > 1][:most]
+    if len(words) < 2:
+        return [[0.0, 0.0] for _ in texts], 0.0
+    X = np.array([[bag[word] for word in words] for bag in bags], dtype=np.float64)  # (texts, words)
+    X *= np.log(len(texts) / np.array([found[word] for word in words]))
+    X /= np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
+    X -= X.mean(0)
+    values, vectors = np.linalg.eigh(X.T @ X)  # ascending; an SVD of X gives the same in four times the time
+    plane = X @ vectors[:, :-3:-1]  # (texts, 2)
+    plane *= np.sign(plane[np.abs(plane).argmax(0), [0, 1]])  # signs are arbitrary: the largest coordinate shall be positive
+    return plane.tolist(), float(values[-2:].sum() / max(1e-12, values.sum()))
+
+
+def pair_rows(run: Path, T: int) -> Iterator[tuple[list, list]]:
+    """Of every pair: (its numbers, by the names in COLUMNS; its texts: [id, prompt or turns, keywords, draft, chosen, rejected,
+    M_0's answer]). 0 stands for a draft or an answer of M_0's that is the rejected text again: each text is there once."""
+    for t in range(1, T + 1):
+        folder = run / f"iter{t}"
+        by_id = lambda name, field: {row["id"]: row.get(field) for row in read_jsonl(folder / name)} \
+            if (folder / name).is_file() else {}  # noqa: B023, E731
+        keywords, drafts, base = (by_id(f"{name}.jsonl", field) for name, field in (
+            ("prompts", "keywords"), ("rewrites", "draft"), ("base_answers", "response")))
+        for row in read_jsonl(folder / "pairs.jsonl"):
+            draft, chosen, rejected, answer = drafts.get(row["id"]), row["chosen"], row["rejected"], base.get(row["id"])
+            words = [None if text is None else len(text.split()) for text in (chosen, rejected, draft)]
+            once = lambda text: text if text != rejected else 0  # noqa: B023, E731
+            yield [t, row.get("score_chosen"), row.get("score_rejected"), *words], [
+                row["id"], row.get("messages") or row["prompt"], keywords.get(row["id"]), once(draft), chosen, rejected,
+                once(answer)]
+
+
+def plain(value):
+    """What JSON has a form for: six digits of a number, None for NaN and infinity, which JSON.parse refuses."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def script(value, attributes: str) -> str:
+    """A <script> element that holds a value as JSON. Model text may hold "</script>" or "<!--": no "<" stays as it is."""
+    text = re.sub("[<\u2028\u2029\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(plain(value), ensure_ascii=False))
+    return f'<script type="application/json" {attributes}>{text}</script>\n'
+
+
+def write_page(run: Path, data: dict) -> None:
+    """RUN/report.html: the template with the data in it. The texts of pairs come in blocks, to be parsed when shown."""
+    pairs = [*pair_rows(run, data["T"])]
+    columns = dict(zip(COLUMNS, zip(*[row for row, _ in pairs], strict=True), strict=True)) if pairs else {}
+    blocks = [[texts for _, texts in pairs[i:i + BLOCK]] for i in range(0, len(pairs), BLOCK)]
+    head, tail = read_text(Path(__file__).with_suffix(".html")).split("<!-- DATA -->\n")
+    write_text(run / "report.html", "".join([
+        head, script({**data, "pairs": columns, "block": BLOCK}, 'id="data"'),
+        *(script(block, 'class="pairs"') for block in blocks), tail]))
+
+
+# ---------------------------------------------------------------------------------------------- all of it
+
+def finished(run: Path, o: dict) -> int:
+    """How many iterations of a run are done, evaluation included."""
+    iters = 1 if o["one_shot"] else o["iters"]
+    last = "eval.json" if o["evaluate"] else "policy/manifest.json"
+    return max((t for t in range(1, iters + 1) if (run / f"iter{t}" / last).is_file()), default=0)
+
+
 def report(run: str | Path) -> dict:
-    """Print the tables and examples of a finished run, write its metrics.jsonl; returns the summary."""
-    run = Path(run)
+    """Print the tables and examples of a run, write its metrics.jsonl and report.html; returns the summary."""
+    run, note = Path(run), ""
     o = load_json(run / "config.json")
-    T = 1 if o["one_shot"] else max(t for t in range(1, o["iters"] + 1) if (run / f"iter{t}/policy/manifest.json").is_file())
+    T = finished(run, o)
     sizes = [counts_of(run / f"iter{t}/pairs.jsonl")["pairs"] for t in range(1, T + 1)]
     rows = [iteration_row(run / f"iter{t}", t, sum(sizes[:t]) if o["data"] == "cumulative" else sizes[t - 1])
             for t in range(1, T + 1)]
-    print(f"\niterations of {run}\n{table(rows)}")
+    print(f"\niterations of {run}\n{table(rows) if rows else 'none is finished'}")
     results = evaluations(run, T)
     if results:
         print(f"\nheld-out prompts, by {o['evaluate']}\n" + table(
             [{"": name, **{c: r.get(c, "-") for c in results["M_0"]}} for name, r in results.items()]))
         spec = o["evaluate"] if ".py:" in o["evaluate"] else f"eval/{o['evaluate']}.py:evaluate"
-        print(load_function(spec).__globals__.get("NOTE", ""))  # what its numbers do and do not show
-        write_text(run / "scores.svg", draw(results, T))
+        note = load_function(spec).__globals__.get("NOTE", "")  # what its numbers do and do not show
+        print(note)
+        if "score" in results["M_0"]:
+            write_text(run / "scores.svg", draw(results, T))
         show_examples(run, T, o["show"])
     stages = [{"stage": path.relative_to(run).as_posix().removesuffix("manifest.json").rstrip("./"), **manifest["counts"],
                "start_from": manifest["start_from"], "time": manifest["time"]}
               for path in run.glob("**/*manifest.json") for manifest in [load_json(path)]]
     stages.sort(key=lambda line: line["time"])
     write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in stages))
+    write_page(run, page_data(run, o, T, results, stages, note))
     tokens = sum(line.get("tokens", 0) for line in stages)
     scores = [results[f"M_{t}"].get("score") for t in range(T + 1)] if results else []
     return {"scores": scores, "pairs": sizes, "tokens": tokens,
@@ -118,4 +311,7 @@ def report(run: str | Path) -> dict:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    print(json.dumps(report(sys.argv[1])))
+    try:
+        print(json.dumps(report(sys.argv[1])))
+    except InputError as error:
+        sys.exit(f"error: {error}")
