@@ -557,7 +557,7 @@ BAD = {
     "evaluate without heldout": (lambda w, f: ["--heldout", ""], "--evaluate and --heldout go together"),
     "no such evaluation": (lambda w, f: ["--evaluate", "alpaka"], "alpaka.*no such file"),
     "no such function": (lambda w, f: ["--evaluate", "tests/micro.py:judge"], "micro.py has no function judge"),
-    "no such scorer": (lambda w, f: ["--filter.scorer", "reward-model"], "reward-model: no scorer has that name, and no directory"),
+    "no such scorer": (lambda w, f: ["--filter.scorer", "reward-model"], "reward-model: no scorer has that name"),
     "no such scorer of improvers": (lambda w, f: ["--improver.scorer", "mine.py:score"], "mine.py:score: no such file; write"),
     "scorer without a score": (lambda w, f: ["--filter.scorer", w["model"]], "a scorer needs a sequence-classification"),
 }
