@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import numpy
 import torch
 
+from data import InputError
+
 
 def optional(name: str):
     """A module of a package that only evaluation needs."""

@@ -62,12 +62,13 @@ def test_verdicts_of_answers_by_hand(nltk_data, tmp_path):
 
 
 def test_the_same_answers_always_score_the_same(nltk_data):
-    """The language detector draws: without its seed some of these short texts change their language."""
-    prompts = [{"key": i, "prompt": "", "instruction_id_list": ["language:response_language"], "kwargs": [{"language": "en"}]}
-               for i in range(40)]
-    answers = [{"response": text} for text in ["bon no la si de", "a la carte menu", "in die man", "per se et al"] * 10]
+    """The language detector draws: without its seed this text is English about every second time, else Italian."""
     import langdetect
+    wanted = {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "en"}]}
+    prompts = [{"id": i, "key": i, "prompt": "", **wanted} for i in range(40)]
+    answers = [{"response": "me no in on"}] * 40
     first = ifeval.check(prompts, answers, nltk_data)
+    assert len({row["prompt_level_strict_acc"] for row in first}) == 1
     langdetect.DetectorFactory.seed = 5
     state = random.getstate()
     try:
@@ -75,7 +76,6 @@ def test_the_same_answers_always_score_the_same(nltk_data):
         assert langdetect.DetectorFactory.seed == 5 and random.getstate() == state
     finally:
         langdetect.DetectorFactory.seed = None
-    assert all(len({row["prompt_level_strict_acc"] for row in first[i::4]}) == 1 for i in range(4))
 
 
 def test_missing_punkt_is_named(nltk_data, tmp_path, monkeypatch):
