@@ -579,4 +579,6 @@ def run_manifests(out: Path) -> list[Path]:
 
 
 def name_of(out: Path) -> str:
-    return f"{out.parent.name}/{out.name}" if out.parent.name.startswith("iter") else out.name
+    """iterT/... below an iteration's folder, else the last part."""
+    start = max((i for i, name in enumerate(out.parts) if re.fullmatch(r"iter\d+", name)), default=len(out.parts) - 1)
+    return "/".join(out.parts[start:])

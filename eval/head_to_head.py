@@ -1,8 +1,8 @@
 """Two checkpoints on any prompts: how often the answers of --model are better than those of --against.
 
 score is the win rate in percent, a draw counts one half. By a judge (--judge) both orders of each pair are played, a slight
-win counts as much as a large one, and a game without a verdict is a draw, counted as malformed; by a scorer (--scorer:
-likelihood, a reward-model directory or FILE.py:FUNCTION, as in reward.py) the answer with the higher score wins. Both models
+win counts as much as a large one, and a game without a verdict is a draw, counted as malformed; by a scorer (--scorer,
+as in reward.py) the answer with the higher score wins. Both models
 draw with the same random numbers.
 
 prompts.jsonl {prompt | messages} -> answers.jsonl, against.jsonl, games.jsonl, verdicts.jsonl, result.json in --out
@@ -19,7 +19,7 @@ from eval.answers import answer, first, need, place, words
 from eval.judge import Judge, JudgeOptions, pairwise, question_of
 from eval.report import table
 from eval.stats import standard_error
-from reward import load_scorer
+from reward import load_scorer, score_pairs
 from sample import SampleOptions
 
 
@@ -30,7 +30,7 @@ class Options(JudgeOptions, SampleOptions, Common):
     data: str = ""  # JSONL of {"prompt"} or {"messages"}
     out: str = ""  # directory to write; empty: eval/head_to_head in the model's
     limit: int = 0  # only the first so many prompts; 0: all
-    scorer: str = ""  # instead of --judge: likelihood, a reward-model directory, or FILE.py:FUNCTION
+    scorer: str = ""  # instead of --judge: a scorer of reward.py, such as likelihood or a reward-model directory
     base: str = ""  # the model that `likelihood` scores under; empty: --against
 
 
@@ -56,7 +56,7 @@ def main(o: Options) -> dict:
         games = pairwise(judge, [question_of(row) for row in rows], *texts, "verdict")
         said = [{"model_first": a, "other_first": b} for a, b in games]
     else:
-        scores = list(zip(scorer(ours), scorer(theirs), strict=True))
+        scores = list(zip(*score_pairs(scorer, ours, theirs), strict=True))
         games = [(0.5 + (a > b) / 2 - (a < b) / 2,) * 2 for a, b in scores]
         said = [{"score": a, "other_score": b} for a, b in scores]
     on_first(write_jsonl, out / "games.jsonl", [{"id": row["id"], **line} for row, line in zip(rows, said, strict=True)])

@@ -190,8 +190,8 @@ def times(stages: list[dict]) -> list[dict]:
 
 def prompt_map(run: Path, o: dict, folders: list[Path]) -> dict:
     """Prompts as points of a plane: those of eval/diversity.py if it was run, else a cheap projection of their words."""
-    placed = run / "diversity/map.json"
-    if placed.is_file():
+    placed = max(run.glob("iter*/eval/diversity/map.json"), key=lambda path: int(path.parts[-4][4:]), default=None)
+    if placed:
         points = [[row["x"], row["y"], row["source"], row["prompt"]] for row in load_json(placed)]
         return {"how": "Placed by eval/diversity.py.", "points": points}
     texts = lambda path: [messages_of(row)[-1]["content"] for row in read_jsonl(path)]  # noqa: E731
@@ -290,8 +290,7 @@ def report(run: str | Path) -> dict:
     if results:
         print(f"\nheld-out prompts, by {o['evaluate']}\n" + table(
             [{"": name, **{c: r.get(c, "-") for c in results["M_0"]}} for name, r in results.items()]))
-        spec = o["evaluate"] if ".py:" in o["evaluate"] else f"eval/{o['evaluate']}.py:evaluate"
-        note = load_function(spec).__globals__.get("NOTE", "")  # what its numbers do and do not show
+        note = load_function(o["evaluate"]).__globals__.get("NOTE", "")  # what its numbers do and do not show
         print(note)
         if "score" in results["M_0"]:
             write_text(run / "scores.svg", draw(results, T))

@@ -341,6 +341,39 @@ def test_two_processes_end_with_one_line_on_bad_input(world, tmp_path):
     assert "error: nowhere.jsonl: no such file" in errors
 
 
+# ---------------------------------------------------------------------------------------------- benchmarks
+
+def benchmark_options(tmp_path, world, **more) -> str:
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in read_rows(world["heldout"])[:4]])
+    options = {"data": str(prompts), "against": world["model"], "scorer": "likelihood", "max_new_tokens": 8, **more}
+    (tmp_path / "options.json").write_text(json.dumps({"head_to_head": options}))
+    return str(tmp_path / "options.json")
+
+
+def test_benchmarks_of_every_model(world, copy, tmp_path):
+    """--eval on a finished run adds what it names; the same prompts and seeds for every model."""
+    flags = "--eval", "head_to_head", "--eval-options", benchmark_options(tmp_path, world)
+    go(world, copy, *flags)
+    results = [json.loads((copy / f"iter{t}/eval/head_to_head/result.json").read_text()) for t in range(3)]
+    assert (results[0]["score"], results[0]["draws"], results[0]["prompts"]) == (50, 4, 4)  # M_0 against itself
+    assert all(r["prompts"] == 4 for r in results) and results[1]["words"] != results[0]["words"]
+    answers = [read_rows(copy / f"iter{t}/eval/head_to_head/against.jsonl") for t in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+    text = call(world, copy, *flags)[1]
+    assert len(re.findall(r"iter\d/eval/head_to_head/result.json +done before", text)) == 3
+    assert "head_to_head" in (copy / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("flags", "options", "message"), [
+    (["--eval", "alpaca"], {}, "--eval alpaca: no benchmark of eval/ has that name; there are alpaca_eval, arena_hard"),
+    (["--eval", "judge"], {}, "--eval judge: no benchmark"),
+    (["--eval", "head_to_head"], {"datta": "x"}, "unrecognized arguments: --datta=x"),
+    (["--eval", "ifeval"], {}, "options for head_to_head, which --eval does not name")])
+def test_benchmarks_that_do_not_exist(world, tmp_path, flags, options, message):
+    code, _, errors = call(world, tmp_path / "out", *flags, "--eval-options", benchmark_options(tmp_path, world, **options))
+    assert code == 2 and message in errors and not (tmp_path / "out" / "generator").exists()
+
+
 # ---------------------------------------------------------------------------------------------- switches
 
 def test_switches_of_the_cycle(world, tmp_path, monkeypatch):

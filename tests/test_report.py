@@ -304,8 +304,8 @@ def test_the_map_is_of_all_prompts_and_seeds_or_what_diversity_made(tmp_path, mo
     assert len(made["points"]) == 5 and "5 of 11 prompts" in made["how"]
     (out / "seeds.jsonl").unlink()
     assert {p[2] for p in report.prompt_map(out, o, folders)["points"]} == {"iteration 1", "iteration 2"}
-    (out / "diversity").mkdir()
-    (out / "diversity" / "map.json").write_text(json.dumps([{"prompt": "P", "source": "iter1/prompts", "x": 1, "y": 2}]))
+    (out / "iter1/eval/diversity").mkdir(parents=True)
+    (out / "iter1/eval/diversity/map.json").write_text(json.dumps([{"prompt": "P", "source": "iter1/prompts", "x": 1, "y": 2}]))
     made = report.prompt_map(out, o, folders)
     assert made["points"] == [[1, 2, "iter1/prompts", "P"]] and "eval/diversity.py" in made["how"]
 
@@ -416,8 +416,8 @@ def evil(tmp_path) -> Path:
         (out / f"iter{t}" / "eval" / "x <b>").mkdir(parents=True)
         (out / f"iter{t}" / "eval" / "x <b>" / "result.json").write_text(json.dumps(result))
         (out / f"iter{t}" / "eval.json").write_text(json.dumps(result))
-    (out / "diversity").mkdir()
-    (out / "diversity" / "map.json").write_text(json.dumps([
+    (out / "iter1/eval/diversity").mkdir(parents=True)
+    (out / "iter1/eval/diversity/map.json").write_text(json.dumps([
         {"prompt": text, "source": text, "x": i, "y": i} for i, text in enumerate((EVIL, LONG, "iter1/prompts"))]))
     config = json.loads((out / "config.json").read_text())
     config["model"], config["policy"]["loss"], config["filter"]["scorer"] = EVIL, EVIL, LONG
