@@ -500,3 +500,24 @@ def test_two_processes_ask_no_more_than_one(tiny, tmp_path):
     for result in results:
         del result["seconds"]
     assert results[0] == results[1] and results[0]["judge_replies"] == 8
+
+
+# ---- as a scorer of reward.py ----
+
+def test_an_endpoint_compares_for_reward_py(tmp_path, monkeypatch):
+    from reward import load_scorer, score_pairs
+    good, bad = ([{"id": str(i), "prompt": f"Question {i}?", "response": text * (i + 1)} for i in range(3)]
+                 for text in ("long ", "x"))
+    with Stub(longer_is_better) as stub:
+        monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        scorer = load_scorer("endpoint:stub", "", COMMON)
+        assert score_pairs(scorer, good, bad) == ([1, 1, 1], [0, 0, 0])
+        assert len(stub.bodies) == 6  # both orders
+        assert score_pairs(load_scorer("endpoint:stub", "", COMMON), good, bad)[0] == [1, 1, 1] and len(stub.bodies) == 6
+        assert score_pairs(scorer, bad, good)[0] == [0, 0, 0] and len(stub.bodies) == 6  # the same games
+    with Stub(always_first) as stub:
+        monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
+        assert score_pairs(load_scorer("endpoint:first", "", COMMON), good, bad)[0] == pytest.approx([0.5] * 3)
+    with pytest.raises(InputError, match="compares two answers"):
+        load_scorer("endpoint:stub", "", COMMON, alone=True)
