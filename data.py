@@ -178,8 +178,7 @@ def plugin(spec: str) -> dict[str, Path]:
 # ---------------------------------------------------------------------------------------------- processes
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0) \
-    if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 calls = itertools.count()  # of share()
 # By this process in its stage: "flop", "tokens" that models read, tokens "done", seconds "communicating", "waiting for data".
 spent: Counter = Counter()

@@ -153,8 +153,7 @@ class Novelty:
 def parse(text: str) -> str | None:
     """The question of G's output, or None."""
     found = re.search(r"<question>(.*?)</question>", text, re.DOTALL)
-    return found.group(1).strip() if found and "<question>" not in found.group(1) and "<solution>" not in found.group(1) \
-        else None
+    return found[1].strip() if found and not re.search("<question>|<solution>", found[1]) else None
 
 
 def accept(generated: list[dict], known: dict[str, list[str]], o: GeneratorOptions) -> tuple[list[dict], Counter]:

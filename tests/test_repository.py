@@ -15,7 +15,7 @@ CEILING = 2000
 # A file may import from files of a lower level only.
 LEVEL = {"data": 0, "model": 1, "sample": 2, "train": 2, "gen_prompts": 3, "reward": 3, "dpo": 3,
          "improve": 4, "loop": 5}
-OUTSIDE = {"eval", "demo", "tests", "world", "build", "heldout", "micro", "conftest"}
+OUTSIDE = {"eval", "scorers", "bench", "demo", "tests", "world", "build", "heldout", "micro", "conftest"}
 
 
 def code_lines(source: str) -> int:
@@ -92,6 +92,8 @@ def test_only_the_demo_and_eval_lie_outside_the_core():
     """Their files import the core, never each other."""
     for path in ROOT.glob("eval/*.py"):
         assert not imports(path) & (OUTSIDE - {"eval"})
+    for path in [*ROOT.glob("losses/*.py"), *ROOT.glob("scorers/*.py")]:
+        assert not imports(path) & (OUTSIDE - {"scorers"} - ({"eval"} if path.stem == "endpoint" else set()))
     for path in ROOT.glob("demo/*.py"):
         assert not imports(path) & (OUTSIDE - {"world"})
     assert imports(ROOT / "demo" / "build.py") & LEVEL.keys(), "or this test finds no imports at all"
