@@ -72,6 +72,7 @@ def main(args) -> dict:
             found = {}
             for who, model in (("peer", peer), ("us", us)):
                 spent[who].clear()
+                peer.batch_size_per_gpu = args.generate_batch if name == "gsm8k" else args.batch
                 manager = TaskManager(include_path=str(folder), include_defaults=False)
                 found[who] = evaluate(model, [*defined], manager, args.limit, samples=True)
             score = {who: average([float(headline(f, task, TASKS[name].metric)[0]) for task in defined])
@@ -101,5 +102,6 @@ if __name__ == "__main__":
     parser.add_argument("--subjects", type=int, default=3, help="of MMLU")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=1, help="requests a batch of the peer: 1 suits questions on a CPU")
+    parser.add_argument("--generate-batch", type=int, default=8, help="the same, of answers that are written")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="ours")
     print(json.dumps(main(parser.parse_args())))
