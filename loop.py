@@ -29,7 +29,7 @@ import gen_prompts
 import improve
 from data import (Chat, Common, InputError, command, load_function, messages_of, on_first, part, plugin, read_jsonl, say, stage,
                   write_text)
-from dpo import PolicyOptions, reads, train_policy
+from dpo import PolicyOptions, policy_options, reads, train_policy
 from model import Config, Weights
 from reward import FilterOptions, load_scorer, make_pairs, scorer_file
 from sample import SampleOptions, make_request, sample
@@ -61,7 +61,7 @@ class Options(Common):
     answers: SampleOptions = field(default_factory=SampleOptions)  # sampling from M_0 and M_{t-1}
     improver: improve.ImproverOptions = field(default_factory=improve.ImproverOptions)  # R_t
     filter: FilterOptions = field(default_factory=FilterOptions)  # pairs
-    policy: PolicyOptions = field(default_factory=PolicyOptions)  # M_t
+    policy: PolicyOptions = field(default_factory=policy_options)  # M_t
     seed_sft: TrainOptions = field(default_factory=TrainOptions)  # the control SFT on the seeds
 
     def at_once(self) -> "Options":

@@ -197,12 +197,13 @@ Objective = Callable[[list[Example], list[list[torch.Tensor]]], tuple[torch.Tens
 
 def fit(start: str | Path, out: str | Path, examples: list[Example], objective: Objective,
         count: Callable[[Example], int], o: TrainOptions, common: Common, check: Callable[[dict], None] = lambda line: None,
-        forward: Callable[[torch.nn.Module, list[Sequence]], list[torch.Tensor]] = response_logps) -> dict:
+        forward: Callable[[torch.nn.Module, list[Sequence]], list[torch.Tensor]] | None = None) -> dict:
     """Train the checkpoint `start` on examples and write the result to the directory `out`; returns counts.
 
     objective(examples, what forward gives, by example and sequence) -> (sum of losses, sums of metrics); both are divided by
-    the sum of count(example) over the global batch. check(first line of metrics) may raise. Goes on from out/checkpoint if an
-    earlier call was stopped. A loss that is not finite raises InputError and leaves that checkpoint as it was.
+    the sum of count(example) over the global batch. forward: response_logps unless given. check(first line of metrics) may
+    raise. Goes on from out/checkpoint if an earlier call was stopped. A loss that is not finite raises InputError and leaves
+    that checkpoint as it was.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -267,14 +268,14 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def train_step(model, optimizer, batch: list[Example], objective: Objective, count, o: TrainOptions,
-               forward=response_logps) -> dict:
+               forward=None) -> dict:
     """One optimizer step on a global batch; returns its metrics, the same on every rank."""
     total, sums, flop = sum(count(example) for example in batch), Counter(), spent["flop"]
     for ranks in micro_batches(batch, o):
         mine = ranks[RANK]
         # A rank without examples must still join the collectives: it runs one token with weight 0.
         sequences = [s for example in mine for s in example.sequences] or [([0, 0], 1)]
-        outputs = iter(forward(model, sequences))
+        outputs = iter((forward or response_logps)(model, sequences))
         if mine:
             loss, metrics = objective(mine, [[next(outputs) for _ in example.sequences] for example in mine])
             sums.update({"loss": loss.item(), **metrics})

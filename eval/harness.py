@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from cpu.pack import pack
 from data import DEVICE, RANK, Chat, Common, InputError, clock, gather, load_json, share, spent
 from eval.optional import optional, own_luck
-from model import Config, Model, Packed, load, pack, use_flash, window_size
+from model import Config, Model, Packed, load, use_flash, window_size
 from sample import Engine, Request, SampleOptions, digest_key
 
 try:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (InputError, leaves, load_function, load_json, manifest_path, messages_of, option_help, read_jsonl, read_text,
-                  rng, write_text)
+from data import (InputError, adapted, leaves, load_function, load_json, manifest_path, messages_of, option_help, read_jsonl,
+                  read_text, rng, write_text)
 
 # What the time of an iteration goes to: name -> the results of its stages.
 STAGES = {"prompts": ["prompts.jsonl"], "answers": ["base_answers.jsonl", "answers.jsonl", "seed_answers.jsonl"],
@@ -129,13 +129,14 @@ def numbers(result: dict) -> dict:
 def changed_options(o: dict) -> list[list]:
     """[name, value, default, help] of every option of a run that is not loop.py's default."""
     from loop import Options  # here: loop.py calls this file
-    rows = []
-    for name, owner, field, _ in leaves(Options()):
+    rows, loss = [], o.get("policy", {}).get("loss", "dpo")
+    for name, owner, field, _ in leaves(adapted(Options(), [f"--policy.loss={loss}"])):
         value = o
         for key in name.split("."):
             value = value.get(key, {})
         if value not in ({}, getattr(owner, field.name)):
-            rows.append([name, value, getattr(owner, field.name), option_help(type(owner)).get(field.name, "")])
+            said = field.metadata.get("help") or option_help(type(owner)).get(field.name, "")
+            rows.append([name, value, getattr(owner, field.name), said])
     return rows
 
 

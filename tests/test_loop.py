@@ -268,7 +268,8 @@ sys.path.insert(0, root)
 import data, loop  # once: a fork has it all
 pick = random.Random(int(seed))
 half = lambda: [str(p) for name in ("begun.json", "*.parts", "checkpoint") for p in Path(out).glob(f"**/{name}")]
-finished = lambda: len(list(Path(out).glob("**/*manifest.json")))
+# a walk, which does not mind a directory that is removed meanwhile
+finished = lambda: sum(name.endswith("manifest.json") for _, _, names in os.walk(out) for name in names)
 
 def start():
     pid = os.fork()

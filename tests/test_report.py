@@ -156,7 +156,10 @@ def test_options_that_differ_are_listed_with_their_help():
     del o["show"]  # a run of an older version lacks an option
     rows = {row[0]: row[1:] for row in report.changed_options(o)}
     assert rows == {"iters": [7, 4, "T"], "policy.beta": [0.25, loop.Options().policy.beta, rows["policy.beta"][2]]}
-    assert f"beta: float = 0.1  # {rows['policy.beta'][2]}\n" in (ROOT / "dpo.py").read_text()
+    assert rows["policy.beta"][2] == "parameter of dpo, see losses/published.py"
+    o["policy"] = {**o["policy"], "loss": "simpo", "gamma": 2.0, "beta": 2.0}  # compared with that loss's own defaults
+    rows = {row[0]: row[1:3] for row in report.changed_options(o)}
+    assert rows == {"iters": [7, 4], "policy.loss": ["simpo", "dpo"], "policy.gamma": [2.0, 1.6]}
     assert report.changed_options(asdict(loop.Options())) == []
 
 
