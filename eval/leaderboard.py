@@ -17,7 +17,7 @@ file from the other questions. Without --data, and for tasks that are not among 
 """
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -156,7 +156,7 @@ def spread(errors: list[float]) -> float:
 
 def main(o: Options) -> dict:
     from eval.harness import Harness
-    o.out = o.out or str(Path(o.model) / "eval" / "leaderboard")
+    o = replace(o, out=o.out or str(Path(o.model) / "eval" / "leaderboard"))
     names = [name.strip() for name in o.tasks.split(",") if name.strip()] or [*TASKS]
     if o.data and not Path(o.data).is_dir():
         raise InputError(f"--data {o.data}: no such directory; see --help for the files that it holds")
