@@ -89,9 +89,8 @@ def check(o: Options) -> None:
             make_request(row, number, 0, chat, config.context, o.answers, 0, path)
     gen_prompts.training_rows(read_jsonl(o.seeds)[:o.seeds_limit or None], o.generator, o.seed)
     gen_prompts.keyword_lists(gen_prompts.read_corpus(o.corpus), o.corpus, o.generator, o.seed, 1)
-    load_scorer(o.filter.scorer, o.model, o)
-    for spec in (o.improver.scorer, o.improver.pick):
-        load_scorer(spec, o.model, o, alone=True)
+    for spec, alone in ((o.filter.scorer, False), (o.improver.scorer, True), (o.improver.pick, True)):
+        load_scorer(spec, o.model, o, alone=alone)
     reads(o.policy)
     load_function("eval/benchmark.py:check")(o.eval, o.eval_options)
     if o.evaluate:

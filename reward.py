@@ -76,7 +76,8 @@ def load_scorer(spec: str, base: str | Path, common: Common, keep: Path | None =
         score = load_function("scorers/armorm.py:armorm")(spec, common)
     else:
         score = load_function("scorers/classifier.py:classifier")(spec, common)
-    return blockwise(score, [spec, *(fingerprint(path) for path in scorer_file(spec).values()), str(common)], keep)
+    reads = [base] if spec == "likelihood" else scorer_file(spec).values()
+    return blockwise(score, [spec, *map(fingerprint, reads), str(common)], keep)
 
 
 def scorer_file(*specs: str) -> dict[str, Path]:

@@ -209,6 +209,13 @@ def test_scoring_goes_on_where_it_stopped(tmp_path):
     assert calls[4:] == [4, 4, 1]
 
 
+def test_kept_scores_are_of_one_model(tiny, tmp_path):
+    other, keep = tiny_checkpoint(tmp_path / "other", seed=1), tmp_path / "keep"
+    first = load_scorer("likelihood", tiny, FP32, keep)(ROWS)
+    assert load_scorer("likelihood", other, FP32, keep)(ROWS) == pytest.approx(likelihood(other, FP32)(ROWS)) != first
+    assert load_scorer("likelihood", tiny, FP32, keep)(ROWS) == first and len(list(keep.iterdir())) == 2
+
+
 # ---- measuring ----
 
 def test_agreement_by_hand(tmp_path, capsys):
