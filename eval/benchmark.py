@@ -12,8 +12,7 @@ from data import ROOT, Common, InputError, as_flags, load_json, on_first, parse_
 
 def options_of(name: str, given: dict, **more):
     """The benchmark's module, and its options as its own command line would parse them."""
-    if not name.isidentifier() or not hasattr(module := importlib.import_module(f"eval.{name}"), "Options"):
-        raise InputError(f"--eval {name}: no benchmark of eval/ has that name; there are {', '.join(names())}")
+    module = importlib.import_module(f"eval.{name}")
     fields = {field.name for field in dataclasses.fields(module.Options)}
     return module, parse_options(module.Options, as_flags({**given, **{k: v for k, v in more.items() if k in fields}}))
 
@@ -23,7 +22,7 @@ def names() -> list[str]:
 
 
 def check(evals: str, options: str) -> dict[str, dict]:
-    """Name -> given options of the chosen benchmarks; InputError for names and options that do not exist."""
+    """Name -> given options of the chosen benchmarks; InputError for names, options and data that do not exist."""
     given = load_json(options) if options else {}
     chosen = [name.strip() for name in evals.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in names()]
@@ -32,7 +31,9 @@ def check(evals: str, options: str) -> dict[str, dict]:
     if given.keys() - set(chosen):
         raise InputError(f"{options}: options for {sorted(given.keys() - set(chosen))[0]}, which --eval does not name")
     for name in chosen:
-        options_of(name, given.get(name, {}), model="-", prompts="-", out="-")
+        o = options_of(name, given.get(name, {}), model="-", prompts="-", out="-")[1]
+        if getattr(o, "data", "") and not Path(o.data).exists():
+            raise InputError(f"{options}: {name}: no file or directory {o.data}; check the path")
     return {name: given.get(name, {}) for name in chosen}
 
 

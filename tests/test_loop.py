@@ -369,6 +369,7 @@ def test_benchmarks_of_every_model(world, copy, tmp_path):
     (["--eval", "alpaca"], {}, "--eval alpaca: no benchmark of eval/ has that name; there are alpaca_eval, arena_hard"),
     (["--eval", "judge"], {}, "--eval judge: no benchmark"),
     (["--eval", "head_to_head"], {"datta": "x"}, "unrecognized arguments: --datta=x"),
+    (["--eval", "head_to_head"], {"data": "nowhere.jsonl"}, "head_to_head: no file or directory nowhere.jsonl"),
     (["--eval", "ifeval"], {}, "options for head_to_head, which --eval does not name")])
 def test_benchmarks_that_do_not_exist(world, tmp_path, flags, options, message):
     code, _, errors = call(world, tmp_path / "out", *flags, "--eval-options", benchmark_options(tmp_path, world, **options))
