@@ -73,31 +73,27 @@ class Endpoint:
 
         known: replies that the caller has besides, for the bar.
         """
-        todo, running, error = deque(bodies.items()), {}, None
+        todo, running = deque(bodies.items()), {}
         self.stopped.clear()
         with tqdm(desc=f"judge {self.o.judge}", total=known + len(todo), initial=known, unit=" replies", leave=False) as bar, \
                 ThreadPoolExecutor(self.o.concurrency) as pool:
             try:
-                while running or (todo and not error):
-                    while todo and not error and len(running) < self.o.concurrency and self.affords(todo[0][1], running):
+                while running or todo:
+                    while todo and len(running) < self.o.concurrency and self.affords(todo[0][1], running):
                         key, body = todo.popleft()
                         running[pool.submit(self.call, key, body)] = self.dearest(body)
                     if not running:
-                        error = InputError(
+                        raise InputError(
                             f"--budget {self.o.budget:g}: {self.ledger.usd:.4f} USD are spent, the next reply may exceed it; "
                             f"{len(self.ledger.replies)} replies are kept in {self.ledger.path}, {len(todo)} are missing: give "
                             "more, and run the same command again")
                     for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
                         del running[future]
-                        if failure := future.exception():
-                            error = error or failure
-                            self.stopped.set()  # those that pause before another trial give up
-                        bar.update(not failure)
+                        future.result()  # raises what stopped it
+                        bar.update()
                     bar.set_postfix_str(f"{self.ledger.usd:.4f} USD {self.problem[:40]}")
             finally:
-                self.stopped.set()
-        if error:
-            raise error
+                self.stopped.set()  # who pauses before another trial gives up; the pool waits for replies under way
 
     def dearest(self, body: dict) -> float:
         """USD that a request costs at most: of English a token is about 4 bytes, here 3."""

@@ -119,12 +119,12 @@ def load_prompt(o: JudgeOptions, default: str) -> str:
 
 
 def read_choice(reply: dict) -> float | None:
-    """P(m) against M from the log-probs of the first token; else 1 or 0 by the first letter; else None."""
+    """P(m) against M from the log-probs of the first token; else 1 or 0 if the text names one of the two; else None."""
     mass = [sum(math.exp(logp) for token, logp in (reply["top"] or {}).items() if token.strip() == letter) for letter in "mM"]
     if sum(mass):
         return mass[0] / sum(mass)
-    found = re.match(r"\W*([mM])(?![\w'])", reply["text"])
-    return float(found[1] == "m") if found else None
+    named = {*re.findall(r"(?<![\w'])[mM](?![\w'])", reply["text"])}
+    return float("m" in named) if len(named) == 1 else None
 
 
 def read_verdict(reply: dict) -> float | None:
@@ -170,8 +170,8 @@ class Judge:
         """What is sent, and hashed. A further attempt differs in seed and temperature, or it would end the same."""
         body = {"model": self.name, "messages": request.messages, "temperature": 0.7 if attempt else 0.0,
                 "seed": self.common.seed + attempt, "max_tokens": self.o.judge_tokens}
-        if request.choice:  # a local model may begin with a space or a line break
-            body |= {"max_tokens": 4} if self.local else {"max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+        if request.choice:  # a small model likes to say "The better answer is m"
+            body |= {"max_tokens": 16} if self.local else {"max_tokens": 1, "logprobs": True, "top_logprobs": 5}
         changes = json.loads(self.o.judge_request or "{}")
         return {name: value for name, value in {**body, **changes}.items() if value is not None}
 

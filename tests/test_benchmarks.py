@@ -186,9 +186,9 @@ def test_alpaca_eval_leaves_out_a_pair_with_a_lost_game(tiny, tmp_path):
 # ---- Arena-Hard ----
 
 def test_a_much_better_answer_counts_three_times():
-    games = [(1.0, 0.75), (0.5, 0.25), (0.0, None)]  # wins: 3 and 1, a tie, losses: 1 and 3
+    games = [(1.0, 0.75), (0.5, 0.25), (0.75, None)]  # wins: 3 and 1, a tie, a loss, a win
     s = arena_hard.statistics(games, ["a"] * 3, ["b"] * 3)
-    assert s["score"] == pytest.approx(100 * (3 + 1 + 0.5) / (3 + 1 + 1 + 1 + 3)) and s["games"] == 5 and s["prompts"] == 3
+    assert s["score"] == pytest.approx(100 * (3 + 1 + 0.5 + 1) / (3 + 1 + 1 + 1 + 1)) and s["games"] == 5 and s["prompts"] == 3
 
 
 def test_the_score_is_that_of_bradley_terry_on_repeated_battles():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,7 @@ def impatient(monkeypatch):
 
 
 def options(stub: Stub, **changes) -> JudgeOptions:
-    return JudgeOptions(**{"judge": "stub", "base_url": stub.url, "concurrency": 1, "request_timeout": 5.0, **changes})
+    return JudgeOptions(**{"judge": "stub", "base_url": stub.url, "concurrency": 1, "request_timeout": 60.0, **changes})
 
 
 def requests(n: int, more: str = "") -> list[Request]:
@@ -56,8 +57,10 @@ NUMBERED = [1.0, 0.75, 0.25]
 @pytest.mark.parametrize("fault", IN_PASSING)
 def test_a_failure_in_passing_is_tried_again_and_the_right_reply_kept(fault, tmp_path):
     with Stub(numbered, faults=["", fault, fault]) as stub:
-        assert ask(stub, tmp_path, request_timeout=0.3 if fault == "timeout" else 5.0) == NUMBERED
-    assert [body["messages"][0]["content"][9] for body in stub.bodies] == ["0", "1", "1", "1", "2"]
+        assert ask(stub, tmp_path, request_timeout=1.0 if fault == "timeout" else 60.0) == NUMBERED
+    asked = [body["messages"][0]["content"][9] for body in stub.bodies]
+    assert asked.count("1") == 3 or (fault == "timeout" and asked.count("1") > 3)  # where the machine is slow
+    assert asked == sorted(asked) and {*asked} == {"0", "1", "2"}
     assert all(body == stub.bodies[1] for body in stub.bodies[2:4]), "the same request, not a further attempt"
 
 
@@ -88,7 +91,7 @@ def test_replies_under_way_when_something_fails_for_good_are_kept(tmp_path):
     """Request 0 fails once the others are in the server's hands; they are answered only after that."""
     together = threading.Barrier(3)
     with Stub(numbered, faults=lambda body: "401" if "0?" in body["messages"][0]["content"] else "",
-              inside=lambda: together.wait(10)) as stub:
+              inside=lambda: together.wait(60)) as stub:
         with pytest.raises(InputError, match="401"):
             ask(stub, tmp_path, concurrency=3)
     assert len(read_rows(tmp_path / "verdicts.jsonl")) == 2
@@ -104,7 +107,7 @@ class Clock:
         return self.now
 
     def time(self):
-        return __import__("time").time()
+        return time.time()
 
     def wait(self, seconds):
         self.waits.append(seconds)
@@ -163,7 +166,8 @@ def test_so_many_requests_are_under_way_at_a_time(tmp_path):
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        together.wait(10)  # breaks, and with it the test, if fewer than three ever meet
+        together.wait(60)  # breaks, and with it the test, if fewer than three ever meet
+        time.sleep(0.2)  # in which a fourth would come
         with lock:
             now[0] -= 1
 
@@ -274,10 +278,9 @@ def start(stub: Stub, out, *more) -> subprocess.Popen:
 def test_killed_half_way_nothing_that_was_answered_is_paid_for_again(tmp_path):
     with Stub(numbered, hold_after=3) as stub:
         process = start(stub, tmp_path)
-        while len(stub.bodies) < 5:  # three answered, two under way
+        while len(stub.bodies) < 5 or len(read_rows(tmp_path / "verdicts.jsonl")) < 3:  # three answered, two under way
             assert process.poll() is None
-        while len(read_rows(tmp_path / "verdicts.jsonl")) < 3:
-            assert process.poll() is None
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
         stub.hold_after = None
@@ -324,7 +327,7 @@ def test_verdicts(text, p):
 
 @pytest.mark.parametrize(("text", "top", "p"), [
     ("m", None, 1.0), ("M", None, 0.0), (" M.", None, 0.0), ("**m**", None, 1.0), ("m is better", None, 1.0),
-    ("Model m", None, None),
+    ("Model m", None, 1.0), ("The better one is M!", None, 0.0), ("m beats M", None, None), ("I'm sure", None, None),
     ("my view", None, None), ("m's", None, None), ("", None, None), ("A", {"A": -0.1}, None),
     ("m", {"m": math.log(0.6), "M": math.log(0.2), "x": -3.0}, 0.75), ("M", {" m": math.log(0.1), "M": math.log(0.3)}, 0.25),
     ("m", {"m": -0.1}, 1.0), ("x", {"x": -0.1, "M": -5.0}, 0.0)])
@@ -447,6 +450,8 @@ def test_a_local_judge_writes_greedily_and_only_once(tiny, tmp_path, monkeypatch
     sample(tiny, rows, tmp_path / "direct.jsonl", SampleOptions(temperature=0.0, max_new_tokens=12), COMMON)
     direct = [row["response"] for row in read_rows(tmp_path / "direct.jsonl")]
     assert values == [len(text) for text in direct] and len(set(direct)) > 1
+    Judge(replace(o, judge_tokens=32), COMMON, tmp_path / "b").ask([replace(r, choice=True) for r in requests(3)], length)
+    assert max(row["out"] for row in read_rows(tmp_path / "b/verdicts.jsonl")) == 16, "a letter needs no more"
     monkeypatch.setattr(judge, "sample", lambda *args, **kw: pytest.fail("was written before"))
     again = Judge(o, COMMON, tmp_path / "a")
     assert again.ask(requests(3), length) == values
