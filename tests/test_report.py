@@ -573,6 +573,7 @@ def test_tab_reaches_everything_in_the_order_of_the_page(chrome, two):
 def test_charts_are_read_by_arrow_keys_and_pointer(chrome, two):
     page = Page(chrome, two / "report.html")
     tip, svg = "#scores .tip", "#scores svg"
+    assert page.count("#scores circle.fill") == 5 and page.count("#scores path.line") == 2 + 5, "points, lines and intervals"
     assert page.js("document.querySelector(arguments[0]).hidden", tip)
     page.js("document.querySelector(arguments[0]).focus()", svg)
     said = []
@@ -665,7 +666,8 @@ def test_a_page_for_every_run(chrome, tmp_path, name):
     for size in (WIDE, NARROW):
         view = Page(chrome, page(tmp_path, pairs, **changes), size)
         assert not view.troubles() and "undefined" not in view.text("body > main") and "NaN" not in view.text("body > main")
-        assert "NaN" not in view.js("[...document.querySelectorAll('svg')].map(svg => svg.outerHTML).join()")
+        drawn = view.js("[...document.querySelectorAll('svg')].map(svg => svg.outerHTML).join()")
+        assert not re.search("NaN|Infinity|undefined|object", drawn)
         sections = view.js("[...document.querySelectorAll('main > section')].map(s => s.id)")
         T = len(pairs)
         wanted = ["scores"] * changes.get("scored", True) + ["pairs"] + ["yields"] * bool(T) + ["training", "map", "time"]
