@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,11 @@ def numbers(result: dict) -> dict:
 def changed_options(o: dict) -> list[list]:
     """[name, value, default, help] of every option of a run that is not loop.py's default."""
     from loop import Options  # here: loop.py calls this file
-    rows, loss = [], o.get("policy", {}).get("loss", "dpo")
-    for name, owner, field, _ in leaves(adapted(Options(), [f"--policy.loss={loss}"])):
+    rows, default, loss = [], Options(), o.get("policy", {}).get("loss", "dpo")
+    with suppress(InputError):  # a loss of somebody's own may be gone
+        default = adapted(default, [f"--policy.loss={loss}"])
+        default.policy.loss = Options().policy.loss
+    for name, owner, field, _ in leaves(default):
         value = o
         for key in name.split("."):
             value = value.get(key, {})
