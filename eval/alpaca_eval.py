@@ -3,7 +3,7 @@
 score is the length-controlled win rate in percent, win_rate the plain mean preference (a draw counts one half). The former
 is fitted: logit P(win) = theta * tanh((len_baseline - len_model) / std of that difference) + psi * difficulty + phi, then
 averaged with the length term at 0. Without --difficulty there is no psi, and a model far from the baseline comes out too
-high: by 6.9 points on average over 11 published models (largest 22.8), by 0.7 (1.8) with estimated difficulties
+high: by 6.9 points on average over 11 published models (largest 22.7), by 0.7 (1.8) with estimated difficulties
 (--annotations prints it). For prompts of your own use a baseline of similar length, and look at the win rate too.
 
 What differs from the official evaluator: both orders of a pair are judged and their mean is the preference (official: one,
