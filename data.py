@@ -59,7 +59,7 @@ class Common:
 @cache
 def option_help(options: type) -> dict[str, str]:
     """The comment behind each field, base classes included: the help text of its flag."""
-    sources = [inspect.getsource(cls) for cls in reversed(options.__mro__[:-1]) if vars(cls).get("written", True)]
+    sources = [inspect.getsource(cls) for cls in reversed(options.__mro__[:-1]) if vars(cls).get("in_source", True)]
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", "\n".join(sources), re.MULTILINE))
 
 

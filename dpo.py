@@ -42,7 +42,7 @@ class PolicyOptions(TrainOptions):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument(f"--{prefix}loss", dest="loss", default=self.loss)
         chosen = parser.parse_known_args(flags)[0].loss
-        bare = next(cls for cls in type(self).__mro__ if vars(cls).get("written", True))  # without another loss's parameters
+        bare = next(cls for cls in type(self).__mro__ if vars(cls).get("in_source", True))  # without another loss's parameters
         return with_parameters(bare, chosen)(**{n: getattr(self, n) for n in bare.__dataclass_fields__} | {"loss": chosen})
 
 

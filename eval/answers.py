@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import Common, InputError, part, read_jsonl, read_text, stage
+from eval.stats import mean
 from sample import SampleOptions, sample
 
 
@@ -55,6 +56,6 @@ def answer(o, rows: list[dict], source: str | Path, out: Path, model: str = "", 
     return read_jsonl(out)
 
 
-def words(rows: list[dict]) -> float:
-    """Mean number of words of responses."""
-    return sum(len(row["response"].split()) for row in rows) / len(rows)
+def words(texts: list[str]) -> float:
+    """Mean number of words."""
+    return mean([len(text.split()) for text in texts])

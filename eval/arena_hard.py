@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Common, InputError, command, digest, on_first, read_jsonl, say, write_jsonl, write_text
-from eval.answers import answer, first, need, place, read_lines
+from eval.answers import answer, first, need, place, read_lines, words
 from eval.judge import Judge, JudgeOptions, pairwise
 from eval.report import table
 from eval.stats import bootstrap, logistic, sigmoid
@@ -129,8 +129,8 @@ def main(o: Options) -> dict:
     said = [p for pair in games for p in pair if p is not None]
     shares = {name: said.count(p) for name, p in (("much_better", 1.0), ("better", 0.75), ("tie", 0.5), ("worse", 0.25),
                                                   ("much_worse", 0.0))}
-    mean = lambda texts: sum(len(text.split()) for text in texts) / len(texts)  # noqa: E731
-    result = {**statistics(games, ours, theirs), **shares, "words": mean(ours), "baseline_words": mean(theirs), **judge.usage()}
+    result = {**statistics(games, ours, theirs), **shares, "words": words(ours), "baseline_words": words(theirs),
+              **judge.usage()}
     say(table([{"Arena-Hard": name, "score": result[f"{prefix}score"], "95 % interval":
                 f"{result[f'{prefix}low']:.1f} to {result[f'{prefix}high']:.1f}", "words": result["words"],
                 "baseline's": result["baseline_words"], "games": result["games"], "malformed": result["malformed"]}

@@ -24,6 +24,7 @@ import torch
 from data import DEVICE, Common, InputError, command, on_first, read_jsonl, read_text, rng, say, stage, write_text
 from eval.optional import optional
 from eval.report import table
+from eval.stats import plane
 
 
 @dataclass(kw_only=True)
@@ -69,14 +70,6 @@ def distinct(texts: list[str], n: int) -> float:
     return len({*grams}) / max(1, len(grams))
 
 
-def plane(embeddings: torch.Tensor) -> torch.Tensor:
-    """(N, 2): coordinates along the two directions of greatest variance; signs so that the largest weight is positive."""
-    centred = embeddings.double() - embeddings.double().mean(0)
-    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]  # (2, C)
-    directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-    return centred @ directions.T
-
-
 def compare(sources: dict[str, list[str]], out: Path) -> list[dict]:
     """Measure sources of prompts; write the map and the table's rows."""
     embeddings = embed([text for texts in sources.values() for text in texts])
@@ -85,8 +78,9 @@ def compare(sources: dict[str, list[str]], out: Path) -> list[dict]:
              **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
              "words": sum(len(text.split()) for text in texts) / len(texts)} for name, texts in sources.items()]
     labels = [(name, text) for name, texts in sources.items() for text in texts]
+    points = plane(embeddings)[0].tolist()
     write_text(out / "map.json", json.dumps([{"prompt": text, "source": name, "x": round(x, 4), "y": round(y, 4)}
-                                             for (name, text), (x, y) in zip(labels, plane(embeddings).tolist(), strict=True)]))
+                                             for (name, text), (x, y) in zip(labels, points, strict=True)]))
     write_text(out / "scores.json", json.dumps(rows, indent=1))
     return rows
 

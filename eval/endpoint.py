@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from data import InputError
 
-
 FIELDS = ("key", "text", "finish", "top", "in", "out", "usd")
 
 
@@ -73,20 +72,20 @@ class Endpoint:
 
         known: replies that the caller has besides, for the bar.
         """
-        todo, running = deque(bodies.items()), {}
+        waiting, running = deque(bodies.items()), {}
         self.stopped.clear()
-        with tqdm(desc=f"judge {self.o.judge}", total=known + len(todo), initial=known, unit=" replies", leave=False) as bar, \
-                ThreadPoolExecutor(self.o.concurrency) as pool:
+        with tqdm(desc=f"judge {self.o.judge}", total=known + len(waiting), initial=known, unit=" replies",
+                  leave=False) as bar, ThreadPoolExecutor(self.o.concurrency) as pool:
             try:
-                while running or todo:
-                    while todo and len(running) < self.o.concurrency and self.affords(todo[0][1], running):
-                        key, body = todo.popleft()
+                while running or waiting:
+                    while waiting and len(running) < self.o.concurrency and self.affords(waiting[0][1], running):
+                        key, body = waiting.popleft()
                         running[pool.submit(self.call, key, body)] = self.dearest(body)
                     if not running:
                         raise InputError(
                             f"--budget {self.o.budget:g}: {self.ledger.usd:.4f} USD are spent, the next reply may exceed it; "
-                            f"{len(self.ledger.replies)} replies are kept in {self.ledger.path}, {len(todo)} are missing: give "
-                            "more, and run the same command again")
+                            f"{len(self.ledger.replies)} replies are kept in {self.ledger.path}, {len(waiting)} are missing: "
+                            "give more, and run the same command again")
                     for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
                         del running[future]
                         future.result()  # raises what stopped it

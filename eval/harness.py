@@ -18,13 +18,9 @@ from tqdm import tqdm
 from cpu.pack import pack
 from data import DEVICE, RANK, Chat, Common, InputError, clock, gather, load_json, share, spent
 from eval.optional import optional, own_luck
-from model import Config, Model, Packed, load, use_flash, window_size
+from model import Config, Model, Packed, flash_attn_varlen_func, load, use_flash, window_size
 from sample import Engine, Request, SampleOptions, digest_key
 
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:  # then use_flash() is false
-    flash_attn_varlen_func = None
 try:
     from lm_eval.api.model import TemplateLM
 except ImportError:  # Harness() says so

@@ -18,7 +18,7 @@ from data import Common, InputError, command, find_model, on_first, read_jsonl, 
 from eval.answers import answer, first, need, place, words
 from eval.judge import Judge, JudgeOptions, pairwise, question_of
 from eval.report import table
-from eval.stats import standard_error
+from eval.stats import mean, standard_error
 from reward import load_scorer, score_pairs
 from sample import SampleOptions
 
@@ -51,8 +51,8 @@ def main(o: Options) -> dict:
     scorer = load_scorer(o.scorer, o.base or other, o) if o.scorer else None
     ours, theirs = (answer(o, rows, o.data, out / name, model) for model, name in (
         (o.model, "answers.jsonl"), (other, "against.jsonl")))
+    texts = [[row["response"] for row in side] for side in (ours, theirs)]
     if judge:
-        texts = ([row["response"] for row in side] for side in (ours, theirs))
         games = pairwise(judge, [question_of(row) for row in rows], *texts, "verdict")
         said = [{"model_first": a, "other_first": b} for a, b in games]
     else:
@@ -61,9 +61,9 @@ def main(o: Options) -> dict:
         said = [{"score": a, "other_score": b} for a, b in scores]
     on_first(write_jsonl, out / "games.jsonl", [{"id": row["id"], **line} for row, line in zip(rows, said, strict=True)])
     wins = [sum(map(win, pair)) / 2 for pair in games]
-    result = {"score": 100 * sum(wins) / len(wins), "se": 100 * standard_error(wins), "prompts": len(rows),
+    result = {"score": 100 * mean(wins), "se": 100 * standard_error(wins), "prompts": len(rows),
               "wins": sum(w > 0.5 for w in wins), "draws": wins.count(0.5), "losses": sum(w < 0.5 for w in wins),
-              "words": words(ours), "other_words": words(theirs), **(judge.usage() if judge else {})}
+              "words": words(texts[0]), "other_words": words(texts[1]), **(judge.usage() if judge else {})}
     say(table([{"head to head": f"{Path(o.model).name} against {Path(o.against).name}", "win rate": result["score"],
                 **{name: value for name, value in result.items() if name not in ("score", "judge_replies", "judge_usd")}}]))
     on_first(lambda: write_text(out / "result.json", json.dumps(result, indent=1)))

@@ -6,6 +6,7 @@ one half). Neither is a measure of helpfulness: the first falls when a model mov
 the second rises when answers become plainer or more typical.
 """
 from data import Common
+from eval.stats import mean, standard_error
 from reward import load_scorer
 
 NOTE = "Neither number is a measure of helpfulness (eval/heldout.py)."
@@ -27,13 +28,3 @@ def evaluate(answers: list[dict], heldout: list[dict], base_answers: list[dict],
         gold = load_scorer("likelihood", model, common)(heldout)
         result = {"score": mean(gold), "se": standard_error(gold), **result}
     return result
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def standard_error(values: list[float]) -> float:
-    """Of the mean; 0 for a single value."""
-    m = mean(values)
-    return (sum((v - m) ** 2 for v in values) / max(1, len(values) - 1) / len(values)) ** 0.5

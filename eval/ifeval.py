@@ -16,13 +16,13 @@ sentences and words with NLTK's punkt_tab (`python -m nltk.downloader punkt_tab`
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from data import Common, InputError, command, on_first, part, read_jsonl, say, stage, write_jsonl
-from eval.heldout import mean, standard_error
+from data import Common, InputError, command, on_first, read_jsonl, say, stage, write_jsonl
+from eval.answers import answer, place
 from eval.optional import optional, own_luck
 from eval.report import table
-from sample import SampleOptions, sample
+from eval.stats import mean, standard_error
+from sample import SampleOptions
 
 METRICS = {"score": "prompt_level_strict_acc", "prompt_loose": "prompt_level_loose_acc",
            "instruction_strict": "inst_level_strict_acc", "instruction_loose": "inst_level_loose_acc"}
@@ -99,13 +99,11 @@ def by_kind(scores: list[dict]) -> list[dict]:
 
 
 def main(o: Options) -> dict:
-    out = Path(o.out or Path(o.model) / "eval" / "ifeval")
+    out = place(o, "ifeval")
     prompts = on_first(read_prompts, o.data, o.limit)
     on_first(check, [], [], o.nltk_data)  # what is not installed is said before answers are paid for
     asked = [{"id": row["id"], "prompt": row["prompt"]} for row in prompts]
-    options = {**part(o, SampleOptions), **part(o, Common), "limit": o.limit}
-    stage(out / "answers.jsonl", {"model": o.model, "data": o.data}, options,
-          lambda: sample(o.model, asked, out / "answers.jsonl", o, o, purpose="ifeval", source=o.data))
+    answer(o, asked, o.data, out / "answers.jsonl", purpose="ifeval")
 
     def work():
         def count():

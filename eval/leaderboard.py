@@ -22,8 +22,10 @@ from itertools import groupby
 from pathlib import Path
 
 from data import Common, InputError, command, on_first, part, say, stage, write_jsonl, write_text
+from eval.answers import place
 from eval.optional import optional
 from eval.report import table
+from eval.stats import mean
 
 
 @dataclass
@@ -127,7 +129,7 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable) -> d
                                                              if key in found}, indent=1, default=str))
         of = [headline(found, task, TASKS[name].metric if names else "") for task in names or [name]]
         questions = sum(n["effective"] for n in found["n-samples"].values())
-        return {"score": round(average([value for value, _ in of]), 4), "se": round(spread([se for _, se in of]), 4),
+        return {"score": round(mean([value for value, _ in of]), 4), "se": round(spread([se for _, se in of]), 4),
                 "questions": questions}
 
     return on_first(finish)
@@ -145,10 +147,6 @@ def headline(found: dict, task: str, metric: str) -> tuple[float, float]:
     return numbers[metric], se if isinstance(se, float) else 0.0
 
 
-def average(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def spread(errors: list[float]) -> float:
     """Standard error of an average of independent values with these."""
     return sum(se ** 2 for se in errors) ** 0.5 / len(errors)
@@ -156,7 +154,7 @@ def spread(errors: list[float]) -> float:
 
 def main(o: Options) -> dict:
     from eval.harness import Harness
-    o = replace(o, out=o.out or str(Path(o.model) / "eval" / "leaderboard"))
+    o = replace(o, out=str(place(o, "leaderboard")))
     names = [name.strip() for name in o.tasks.split(",") if name.strip()] or [*TASKS]
     if o.data and not Path(o.data).is_dir():
         raise InputError(f"--data {o.data}: no such directory; see --help for the files that it holds")
@@ -184,7 +182,7 @@ def main(o: Options) -> dict:
         examples = "its own" if name not in TASKS or not o.data else files[name].get("train", files[name]["test"]).name
         rows.append({"task": name, "score": done["score"], "se": done["se"], "questions": done["questions"],
                      "shots": TASKS[name].shots if name in TASKS else "-", "examples": examples})
-    result = {"score": average([score for score, _ in scores.values()]), "se": spread([se for _, se in scores.values()]),
+    result = {"score": mean([score for score, _ in scores.values()]), "se": spread([se for _, se in scores.values()]),
               **{name: score for name, (score, _) in scores.items()}, "tasks": len(scores)}
     say(table([*rows, {"task": f"mean of {len(scores)}", "score": result["score"], "se": result["se"],
                        "questions": sum(row["questions"] for row in rows), "shots": "", "examples": ""}]))

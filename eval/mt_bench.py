@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import Common, InputError, command, digest, on_first, say, write_jsonl, write_text
-from eval.answers import answer, first, need, place, read_lines
+from eval.answers import answer, first, need, place, read_lines, words
 from eval.judge import Judge, JudgeOptions, Request, fill
 from eval.report import table
 from eval.stats import standard_error
@@ -129,7 +129,7 @@ def main(o: Options) -> dict:
                for name, s in [*categories.items(), (Path(o.model).name, total)]]))
     texts = [text for pair in answers.values() for text in pair]
     result = {**total, **{name: s["score"] for name, s in categories.items() if "score" in s}, "questions": len(questions),
-              "words": sum(len(text.split()) for text in texts) / len(texts), **judge.usage()}
+              "words": words(texts), **judge.usage()}
     on_first(lambda: write_text(out / "result.json", json.dumps(result, indent=1)))
     return result
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from data import (InputError, adapted, leaves, load_function, load_json, manifest_path, messages_of, option_help, read_jsonl,
                   read_text, rng, write_text)
+from eval.stats import plane
 
 # What the time of an iteration goes to: name -> the results of its stages.
 STAGES = {"prompts": ["prompts.jsonl"], "answers": ["base_answers.jsonl", "answers.jsonl", "seed_answers.jsonl"],
@@ -206,10 +207,10 @@ def prompt_map(run: Path, o: dict, folders: list[Path]) -> dict:
     total = len(found)
     if total > MAPPED:
         found = [found[i] for i in sorted(rng("map").sample(range(total), MAPPED))]
-    plane, share = project([text for _, text in found])
+    points, share = project([text for _, text in found])
     return {"how": f"{len(found):,} of {total:,} prompts as TF-IDF vectors of their words, projected on the two directions in "
             f"which they differ most (PCA; {share:.0%} of their variance). Words only, no meaning: prompts lie close where "
-            "they share words.", "points": [[*xy, *one] for xy, one in zip(plane, found, strict=True)]}
+            "they share words.", "points": [[*xy, *one] for xy, one in zip(points, found, strict=True)]}
 
 
 def project(texts: list[str], most: int = 500) -> tuple[list[list[float]], float]:
@@ -222,11 +223,8 @@ def project(texts: list[str], most: int = 500) -> tuple[list[list[float]], float
     X = np.array([[bag[word] for word in words] for bag in bags], dtype=np.float64)  # (texts, words)
     X *= np.log(len(texts) / np.array([found[word] for word in words]))
     X /= np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
-    X -= X.mean(0)
-    values, vectors = np.linalg.eigh(X.T @ X)  # ascending; an SVD of X gives the same in four times the time
-    plane = X @ vectors[:, :-3:-1]  # (texts, 2)
-    plane *= np.sign(plane[np.abs(plane).argmax(0), [0, 1]])  # signs are arbitrary: the largest coordinate shall be positive
-    return plane.tolist(), float(values[-2:].sum() / max(1e-12, values.sum()))
+    points, share = plane(X)
+    return points.tolist(), share
 
 
 def pair_rows(run: Path, T: int) -> Iterator[tuple[list, list]]:
@@ -295,7 +293,8 @@ def report(run: str | Path) -> dict:
     if results:
         print(f"\nheld-out prompts, by {o['evaluate']}\n" + table(
             [{"": name, **{c: r.get(c, "-") for c in results["M_0"]}} for name, r in results.items()]))
-        note = load_function(o["evaluate"]).__globals__.get("NOTE", "")  # what its numbers do and do not show
+        with suppress(InputError):  # the file may be gone, or named as an earlier version did
+            note = load_function(o["evaluate"]).__globals__.get("NOTE", "")  # what its numbers do and do not show
         print(note)
         if "score" in results["M_0"]:
             write_text(run / "scores.svg", draw(results, T))

@@ -1,5 +1,9 @@
-"""The statistics that benchmarks share: standard errors, bootstraps and a logistic regression, in numpy."""
+"""The statistics that benchmarks share: standard errors, bootstraps, a logistic regression, a plane, in numpy."""
 import numpy as np
+
+
+def mean(values) -> float:
+    return sum(values) / len(values)
 
 
 def standard_error(values) -> float:
@@ -41,3 +45,16 @@ def bootstrap(statistic, n: int, rounds: int = 100, seed: int = 0) -> np.ndarray
     """statistic(indices) of `rounds` draws of n out of n with replacement."""
     generator = np.random.default_rng(seed)
     return np.array([statistic(generator.integers(0, n, n)) for _ in range(rounds)])
+
+
+def plane(X) -> tuple[np.ndarray, float]:
+    """Points (N, 2) of X (N, C) in the plane of its two directions of greatest variance, and the share of it that they hold.
+
+    By the eigenvectors of the covariance: an SVD of X gives the same, in four times the time where N is some thousands.
+    """
+    X = np.asarray(X, float)
+    X = X - X.mean(0)
+    values, vectors = np.linalg.eigh(X.T @ X)  # ascending
+    points = X @ vectors[:, :-3:-1]
+    points *= np.sign(points[np.abs(points).argmax(0), [0, 1]])  # signs are arbitrary: the largest coordinate shall be positive
+    return points, float(values[-2:].sum() / max(1e-12, values.sum()))

@@ -272,7 +272,7 @@ def with_parameters(options: type, loss: str) -> type:
         raise InputError(f"--loss {loss}: its parameter {taken[0]} is the name of an option already; call it otherwise")
     return make_dataclass(options.__name__, [
         (name, type(default), field(default=default, metadata={"help": f"parameter of {loss}, see losses/published.py"}))
-        for name, default in parameters.items()], bases=(options,), kw_only=True, namespace={"written": False})
+        for name, default in parameters.items()], bases=(options,), kw_only=True, namespace={"in_source": False})
 
 
 class Watched(PairLogps):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from data import DEVICE, Chat, Common, load_json, messages_of
 from model import Config, Linear, Model, fill
 from reward import Scorer
-from scorers.classifier import conversation, packed
+from scorers.classifier import conversations, packed
 
 
 class Gating(nn.Module):
@@ -70,8 +70,7 @@ def armorm(directory: str, common: Common) -> Scorer:
 
     @torch.no_grad()
     def score(rows: list[dict]) -> list[float]:
-        scores, config = [0.0] * len(rows), net().config
-        ids = [conversation(chat, row, row["response"], config, directory) for row in rows]
+        scores, ids = [0.0] * len(rows), conversations(chat, rows, net().config.context)
         prompts = [len(chat.encode(chat.render(messages_of(row), False))) for row in rows]
         for micro, tokens, context in packed(ids):
             starts = context.last - torch.tensor([len(ids[i]) - 1 for i in micro], device=DEVICE)

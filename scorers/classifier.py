@@ -26,11 +26,17 @@ from reward import Scorer
 from train import Example, Sequence, TrainOptions, fit, plan
 
 
-def conversation(chat: Chat, row: dict, response: str, config: Config, model: str | Path) -> list[int]:
+def conversation(chat: Chat, row: dict, response: str) -> list[int]:
     """Token ids of a whole conversation with its answer."""
-    ids = chat.encode(chat.render([*messages_of(row), {"role": "assistant", "content": response}], False))
-    if len(ids) > config.context:
-        raise InputError(f"record {row['id']}: {len(ids)} tokens, the context of {model} is {config.context}; remove it")
+    return chat.encode(chat.render([*messages_of(row), {"role": "assistant", "content": response}], False))
+
+
+def conversations(chat: Chat, rows: list[dict], context: int) -> list[list[int]]:
+    """Those of records {prompt | messages, response}; InputError where one is longer than the model's context."""
+    ids = [conversation(chat, row, row["response"]) for row in rows]
+    for row, one in zip(rows, ids, strict=True):
+        if len(one) > context:
+            raise InputError(f"record {row['id']}: {len(one)} tokens, the context of {chat.directory} is {context}; remove it")
     return ids
 
 
@@ -51,7 +57,7 @@ def classifier(model: str | Path, common: Common) -> Scorer:
     @torch.no_grad()
     def score(rows: list[dict]) -> list[float]:
         scores = [0.0] * len(rows)
-        for micro, tokens, context in packed([conversation(chat, row, row["response"], config, model) for row in rows]):
+        for micro, tokens, context in packed(conversations(chat, rows, config.context)):
             for i, [one] in zip(micro, net()(tokens, context, context.last).float().tolist(), strict=True):
                 scores[i] = one
         return scores
@@ -100,12 +106,12 @@ def start_reward_model(model: str | Path, out: Path, chat: Chat, last: int, seed
 
 def train_reward(model: str | Path, pairs: list[dict], out: str | Path, o: RewardOptions, common: Common) -> dict:
     """Make a language model's checkpoint into one of a reward model, trained on pairs; returns counts."""
-    chat, config, start = Chat(model, common.chat_template), Config.load(model), Path(out) / "start"
-    sides = [[conversation(chat, row, row[side], config, model) for side in ("chosen", "rejected")] for row in pairs]
+    chat, start, longest = Chat(model, common.chat_template), Path(out) / "start", min(o.max_length, Config.load(model).context)
+    sides = [[conversation(chat, row, row[side]) for side in ("chosen", "rejected")] for row in pairs]
     examples = [Example(row["id"], [(ids, len(ids) - 1) for ids in two]) for row, two in zip(pairs, sides, strict=True)
-                if max(map(len, two)) <= o.max_length]  # a conversation without its end has no token to score
+                if max(map(len, two)) <= longest]  # a conversation without its end has no token to score
     if not examples:
-        raise InputError(f"{out}: no pair fits --max-length {o.max_length}; raise it")
+        raise InputError(f"{out}: no pair fits --max-length {o.max_length} and the model's context; shorten the pairs")
     on_first(start_reward_model, model, start, chat, sides[0][0][-1], common.seed)
     counts = fit(start, out, examples, bradley_terry, lambda example: 1, o, common, forward=last_scores)
     on_first(shutil.rmtree, start)

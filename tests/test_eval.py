@@ -1,6 +1,8 @@
 """The held-out measures, the demo's rubric as an evaluation, and the recipes."""
 import json
+import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,3 +184,29 @@ def test_the_papers_recipes_have_the_papers_values(name, lr, max_length):
     wanted = {**PAPER, "policy.lr": lr, "policy.max_length": max_length, "out": f"runs/{name}"}
     assert {option: parsed[option] for option in wanted} == wanted
     assert not parsed["prepare"] and not parsed["model"]
+
+
+# ---- TensorBoard ----
+
+def test_tensorboard_gets_every_metric_and_voids_what_is_repeated(tmp_path, monkeypatch):
+    """A stand-in for the package, which is no requirement: what it is told, in which order."""
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, value, step))
+
+        def flush(self):
+            told.append("flush")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    add = load_function("eval/tensorboard.py:add")
+    add(tmp_path, {"step": 3, "loss": 0.5})
+    add(tmp_path, {"step": 4, "loss": 0.25})
+    assert told == [(str(tmp_path / "tensorboard"), 3), ("step", 3, 3), ("loss", 0.5, 3), "flush", ("step", 4, 4),
+                    ("loss", 0.25, 4), "flush"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an import now fails
+    add(tmp_path / "other", {"step": 1})
+    assert not (tmp_path / "other").exists()

@@ -13,6 +13,7 @@ from conftest import ROOT, last_json, read_rows, tiny_checkpoint, write_rows
 
 from data import InputError
 from eval import diversity, ifeval
+from eval.stats import plane
 
 # instructions, their arguments, an answer, and whether each is kept: strictly, loosely
 CASES = [
@@ -133,11 +134,11 @@ def test_distinct_by_hand():
 def test_the_plane_is_that_of_greatest_variance():
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(60, 6, generator=generator) * torch.tensor([0.1, 3.0, 0.2, 0.3, 2.0, 0.1]) + 5
-    xy = diversity.plane(rows)
+    xy = torch.from_numpy(plane(rows)[0])
     values, vectors = torch.linalg.eigh(torch.cov(rows.double().T))
     wanted = (rows.double() - rows.double().mean(0)) @ vectors[:, [-1, -2]]
     assert torch.allclose(xy.abs(), wanted.abs(), atol=1e-6) and torch.allclose(xy.var(0), values[[-1, -2]])
-    assert torch.allclose(diversity.plane(rows.flip(1)), xy, atol=1e-6)  # signs do not hang on the order of columns
+    assert torch.allclose(torch.from_numpy(plane(rows.flip(1))[0]), xy, atol=1e-6)  # signs do not hang on the order of columns
 
 
 def test_sources_have_names_that_differ(tmp_path):

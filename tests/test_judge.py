@@ -526,3 +526,7 @@ def test_an_endpoint_compares_for_reward_py(tmp_path, monkeypatch):
         assert score_pairs(load_scorer("endpoint:first", "", COMMON), good, bad)[0] == pytest.approx([0.5] * 3)
     with pytest.raises(InputError, match="compares two answers"):
         load_scorer("endpoint:stub", "", COMMON, alone=True)
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(InputError, match="set OPENAI_API_KEY"):  # when it is named, not when the first pair is there
+        load_scorer("endpoint:stub", "", COMMON)

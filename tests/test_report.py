@@ -270,6 +270,14 @@ def test_the_command_says_what_it_wants(tmp_path):
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("evaluate", ["heldout", "gone.py:evaluate"])
+def test_a_run_whose_evaluation_is_gone_is_reported_all_the_same(two, tmp_path, evaluate):
+    out = shutil.copytree(two, tmp_path / "run")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "evaluate": evaluate}))
+    assert report.report(out)["pairs"] == report.report(two)["pairs"]
+
+
 # ---------------------------------------------------------------------------------------------- the map of prompts
 
 def test_the_plane_is_that_of_the_two_largest_principal_components():

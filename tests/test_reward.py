@@ -13,7 +13,7 @@ import reward as reward_file
 from reward import FilterOptions, likelihood, load_scorer, make_pairs, quantiles, repetition, scorer_file
 from scorers.agreement import agreement, read_labelled, wilson
 from scorers.armorm import ArmoRM
-from scorers.classifier import classifier
+from scorers.classifier import RewardOptions, classifier, start_reward_model, train_reward
 from scorers.judge import TEMPLATE, judge as chat_judge
 
 FP32 = Common(dtype="float32")
@@ -288,9 +288,18 @@ def test_reward_model_is_trained_and_transformers_scores_alike(tiny, tmp_path, n
     assert batch == pytest.approx(scores, abs=1e-4)
 
 
+def test_pairs_that_do_not_fit_are_counted(tiny, tmp_path):
+    """Neither those over --max-length nor those over the model's context, of 512 tokens, can be scored at their end."""
+    long = [{**BETTER[0], "id": f"long{n}", "rejected": "x" * n} for n in (120, 900)]
+    for most, fitting in ((100, 8), (2048, 9)):
+        counts = train_reward(tiny, BETTER + long, tmp_path / f"{most}", RewardOptions(max_length=most, batch=8), FP32)
+        assert (counts["pairs"], counts["examples"], counts["too_long"]) == (10, fitting, 10 - fitting)
+    with pytest.raises(InputError, match="no pair fits --max-length 2048 and the model's context"):
+        train_reward(tiny, long[1:], tmp_path / "none", RewardOptions(), FP32)
+
+
 def test_first_step_of_bradley_terry_by_hand(tiny, tmp_path):
     """The new output is drawn from the seed, the loss is that of its scores."""
-    from scorers.classifier import RewardOptions, start_reward_model, train_reward
     start_reward_model(tiny, tmp_path / "start", Chat(tiny), 0, 0)
     score = classifier(tmp_path / "start", FP32)
     gaps = [a - b for a, b in (score([{**row, "response": row[s]} for s in ("chosen", "rejected")]) for row in BETTER)]
