@@ -106,7 +106,7 @@ def parse_options(options: type, argv: list[str], default_config: str = ""):
     """Options from defaults, then the --config JSON file, then flags: --max-new-tokens for max_new_tokens, --policy.lr for
     lr in the section policy. A field without default is required; an unknown name is an error in either place."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default=default_config, help="JSON file of options; flags win over it")
+    first.add_argument("--config", default=default_config, help="JSON file of options, '' for none; flags win over it")
     parser = Parser(description=sys.modules[options.__module__].__doc__, allow_abbrev=False, parents=[first],
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     missing = dataclasses.MISSING
@@ -119,9 +119,9 @@ def parse_options(options: type, argv: list[str], default_config: str = ""):
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if typing.get_origin(kind) is typing.Literal:
             how = {"choices": typing.get_args(kind)}
-        parser.add_argument("--" + name.replace("_", "-"), dest=name, default=default, required=default is None,
-                            help=field.metadata.get("help", option_help(type(owner)).get(field.name, "")).replace("%", "%%"),
-                            **how)
+        text = field.metadata.get("help", option_help(type(owner)).get(field.name, "")).replace("%", "%%")
+        parser.add_argument("--" + name.replace("_", "-"), dest=name, default=default, required=default is None, **how,
+                            help=text + ("" if default in (None, "") else " (default: %(default)s)"))
     for name, value in vars(parser.parse_args(flags)).items():
         if name in known:
             setattr(*known[name], value)
@@ -401,7 +401,7 @@ class Chat:
         """fallback: Common.chat_template. Raises InputError where there is no tokenizer or no template."""
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
-            raise InputError(f"{directory}: no tokenizer.json; save the tokenizer into the checkpoint directory")
+            raise InputError(f"{directory}: no tokenizer.json there; check the path, or save the tokenizer with the checkpoint")
         try:
             self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             self.tokenizer.no_truncation()  # trainers leave such settings in the file

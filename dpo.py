@@ -157,10 +157,12 @@ def train_policy(start: str | Path, pairs: list[dict], out: str | Path, o: Polic
     second: another reference; samples: JSONL of the model's own answers, joined by id. Only what the loss reads is used.
     """
     chat, read = Chat(start, common.chat_template), reads(o, second, samples)
-    own = {row["id"]: row for row in read_jsonl(samples, "response")} if "sample" in read else {}
+    sampled = read_jsonl(samples, "response") if "sample" in read else []
+    own = {row["id"]: row for row in sampled}
     lacking = [row["id"] for row in pairs if own and row["id"] not in own]
-    if lacking:
-        raise InputError(f"{samples}: no record with id {lacking[0]}, nor of {len(lacking) - 1} other pairs; sample them too")
+    if lacking or len(own) < len(sampled):
+        raise InputError(f"{samples}: {len(lacking)} pairs have no answer there ({', '.join(lacking[:1]) or 'none'}), "
+                         f"{len(sampled) - len(own)} have further ones; give one to each pair's prompt (sample.py --samples 1)")
     examples = [e for row in pairs if (e := make_example(chat, row, own.get(row["id"]), read, o))]
     if not examples:
         raise InputError(f"{out}: no pair fits --max-length {o.max_length}; raise it")
@@ -169,6 +171,8 @@ def train_policy(start: str | Path, pairs: list[dict], out: str | Path, o: Polic
     for name, prefix, model in (("reference", "ref_", reference), ("reference2", "ref2_", second)):
         wanted = [one for one in read if one.startswith(prefix)]
         if wanted:
+            if Chat(model, common.chat_template).tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+                raise InputError(f"{model}: its tokenizer is not that of {start}, so its log-probs are of other tokens")
             logps = reference_logps(model, groups, cache, common, any(one.endswith("token_logp") for one in wanted))
             for example in examples:
                 example.extra[name] = [logps[key(s)] for s in example.sequences]
@@ -176,8 +180,6 @@ def train_policy(start: str | Path, pairs: list[dict], out: str | Path, o: Polic
 
     def check(line: dict) -> None:
         """Policy and reference are the same model at step 0: any difference is a fault in how they are scored."""
-        if not same:
-            return
         known = f" (ln 2 = {math.log(2):.6f})" if o.loss == "dpo" else ""
         say(f"  step 0: loss {line['preference_loss']:.6f}{known}, margin {line['rewards/margins']:+.6f}")
         # not 0 in bf16 where an earlier iteration filled the cache: it rounded in other batches
@@ -185,7 +187,7 @@ def train_policy(start: str | Path, pairs: list[dict], out: str | Path, o: Polic
             raise InputError(f"{out}: at step 0 policy and reference, the same model, are {line['drift']:.4f} nats a token "
                              f"apart (loss {line['preference_loss']:.4f}{known}); delete the cache {cache}, which does not fit")
 
-    counts = fit(start, out, examples, preference_objective(o), lambda example: 1, o, common, check)
+    counts = fit(start, out, examples, preference_objective(o), lambda example: 1, o, common, check if same else None)
     return {"pairs": len(pairs), "too_long": len(pairs) - len(examples), **counts}
 
 

@@ -8,7 +8,7 @@ What differs from the paper
 3. The template is not part of the loss (not stated there; --loss-on-prompt is the other reading).
 
 seeds.jsonl, seed_answers.jsonl -> improver/: a checkpoint, always trained from M_0
-prompts.jsonl, answers.jsonl of M_{t-1} -> rewrites.jsonl {id, prompt, response, draft, finish_reason}
+prompts.jsonl, answers.jsonl of M_{t-1} -> rewrites.candidates.jsonl, rewrites.jsonl {id, prompt, response, draft, finish_reason}
 
     python improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR
     torchrun --nproc-per-node 8 improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import Common, InputError, command, digest, messages_of, on_first, part, read_jsonl, stage, write_jsonl
-from reward import Scorer, load_scorer, quantiles
+from reward import Scorer, load_scorer, quantiles, scorer_file
 from sample import SampleOptions, sample
 from train import TrainOptions, sft
 
@@ -81,20 +81,25 @@ def train_improver(model: str | Path, seeds: list[dict], answers: list[dict], ou
     return {**counts, **sft(model, rows, out, o, common)}
 
 
-def rewrite(model: str | Path, improver: str | Path, answers: list[dict], out: str | Path, o: ImproverOptions,
-            common: Common, iteration: int = 1) -> dict:
-    """Sample rewrites of every answer and keep the best candidate; model is M_0, under which `likelihood` scores."""
-    requests = [{"id": row["id"], "prompt": improver_prompt(row, row["response"], o)} for row in answers]
-    candidates = Path(out).with_suffix(".candidates.jsonl")
-    counts = sample(improver, requests, candidates, o, common, f"rewrites {iteration}", o.rewrites, "drafts")
+def rewrite(model: str | Path, improver: Path, answers: Path, out: Path, o: ImproverOptions, common: Common, shared: dict,
+            iteration: int = 1) -> dict:
+    """Two stages: candidates for every answer, then the best of each. model is M_0, under which `likelihood` scores."""
+    rows, candidates = read_jsonl(answers), Path(out).with_suffix(".candidates.jsonl")
+    requests = [{"id": row["id"], "prompt": improver_prompt(row, row["response"], o)} for row in rows]
+    stage(candidates, {"model": improver, "answers": answers}, shared,
+          lambda: sample(improver, requests, candidates, o, common, f"rewrites {iteration}", o.rewrites, "drafts"))
+    return stage(out, {"model": improver, "base": model, "answers": answers, **scorer_file(o.pick)}, shared,
+                 lambda: pick(model, rows, candidates, out, o, common))
+
+
+def pick(model: str | Path, answers: list[dict], candidates: Path, out: Path, o: ImproverOptions, common: Common) -> dict:
+    """The best candidate of each answer becomes its rewrite."""
     texts: dict[str, list[dict]] = {row["id"]: [] for row in answers}
-    for row in read_jsonl(candidates):
-        texts[row["id"]].append({"response": row["response"], "finish_reason": row["finish_reason"]})
-    for row in answers if o.draft_competes else ():
+    for row in read_jsonl(candidates) + (answers if o.draft_competes else []):
         texts[row["id"]].append({"response": row["response"], "finish_reason": row["finish_reason"]})
     asked = {row["id"]: {name: row[name] for name in ("id", "prompt", "messages") if name in row} for row in answers}
     flat = [{**asked[name], **candidate} for name, some in texts.items() for candidate in some]
-    keep = Path(out).with_suffix(".scores")
+    keep = out.with_suffix(".scores")
     scorer = load_scorer(o.pick, model, common, keep, alone=True)
     scores = iter(scorer(flat) if scorer else [0.0] * len(flat))
     rows = []
@@ -105,7 +110,7 @@ def rewrite(model: str | Path, improver: str | Path, answers: list[dict], out: s
     on_first(write_jsonl, out, rows)
     on_first(shutil.rmtree, keep, True)
     unchanged = sum(row["response"].split() == row["draft"].split() for row in rows)
-    return {"drafts": len(answers), "rewrites": len(rows), "unchanged": unchanged, "tokens": counts["tokens"],
+    return {"drafts": len(answers), "rewrites": len(rows), "unchanged": unchanged,
             "cut_off": sum(row["finish_reason"] == "length" for row in rows)}
 
 
@@ -128,8 +133,7 @@ def main(o: Options) -> dict:
           lambda: train_improver(o.model, seeds, read_jsonl(out / "seed_answers.jsonl"), out / "improver", o, o))
     stage(out / "answers.jsonl", {"model": policy, "prompts": o.prompts}, shared,
           lambda: sample(policy, prompts, out / "answers.jsonl", o, o, "answers", source=o.prompts))
-    return stage(out / "rewrites.jsonl", {"model": out / "improver", "base": o.model, "answers": out / "answers.jsonl"}, shared,
-                 lambda: rewrite(o.model, out / "improver", read_jsonl(out / "answers.jsonl"), out / "rewrites.jsonl", o, o))
+    return rewrite(o.model, out / "improver", out / "answers.jsonl", out / "rewrites.jsonl", o, o, shared)
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ from train import TrainOptions
 @dataclass(kw_only=True)
 class Options(Common):
     out: str = "runs/demo"  # run directory; the same command again goes on where it stopped
-    prepare: str = ""  # FILE.py:FUNCTION that makes model, seeds, corpus and held-out data first (the demo's)
+    prepare: str = ""  # FILE.py:FUNCTION that makes model, seeds, corpus and held-out data first, as demo/build.py:prepare
     model: str = ""  # M_0: checkpoint directory or hub id of a chat model
     seeds: str = ""  # JSONL of {"prompt", "response"}
     seeds_limit: int = 0  # use only the first so many of them; 0 is all
     corpus: str = ""  # text file for keywords, blank lines between paragraphs
     heldout: str = ""  # JSONL of {"prompt", "response"} to evaluate on
     heldout_limit: int = 0  # use only the first so many of them; 0 is all
-    evaluate: str = ""  # how answers to --heldout are scored: FILE.py:FUNCTION; with --heldout alone, eval/heldout.py
+    evaluate: str = ""  # how answers to --heldout are scored: FILE.py:FUNCTION, unless given eval/heldout.py:evaluate
     eval: str = ""  # benchmarks to run on M_0 and every M_t: names of files in eval/, such as alpaca_eval,ifeval
     eval_options: str = ""  # JSON file of their options, by name: see eval/benchmark.py
     iters: int = 4  # T
@@ -185,10 +185,8 @@ class Cycle:
 
     def rewrite(self, t: int, answers: Path, out: Path) -> Path:
         """y^ ~ R_t(. | x, y)."""
-        o, improver = self.o, self.folder(t) / "improver"
-        inputs = {"model": improver, "base": self.M_0, "answers": answers, **scorer_file(o.improver.pick)}
-        stage(out, inputs, {**asdict(o.improver), **self.common},
-              lambda: improve.rewrite(self.M_0, improver, read_jsonl(answers), out, o.improver, o, t))
+        improve.rewrite(self.M_0, self.folder(t) / "improver", answers, out, self.o.improver, self.o,
+                        {**asdict(self.o.improver), **self.common}, t)
         return out
 
     def make_pairs(self, t: int) -> None:
@@ -254,8 +252,8 @@ def main(o: Options) -> dict:
     if o.prepare:
         given = [name for name in ("model", "seeds", "corpus") if getattr(o, name) and not getattr(o, name).startswith(o.out)]
         if given:
-            raise InputError(f"--{given[0]} {getattr(o, given[0])}: --prepare {o.prepare} makes its own; give a --config "
-                             "of another recipe, or --prepare ''")
+            raise InputError(f"--{given[0]} {getattr(o, given[0])}: --prepare {o.prepare} makes its own; give --config "
+                             "another recipe, or --config '' for no recipe")
         o = replace(o, **load_function(o.prepare)(o))
     o.evaluate = o.evaluate or ("eval/heldout.py:evaluate" if o.heldout else "")
     out = Path(o.out)

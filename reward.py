@@ -41,7 +41,7 @@ Scorer = Callable[..., list[float]]
 @dataclass(kw_only=True)
 class FilterOptions:
     scorer: str = "likelihood"  # none, random, likelihood, a reward-model directory, judge:DIR, endpoint:NAME, FILE.py:FUNCTION
-    threshold: float = 0.0  # least score of chosen minus rejected (the paper: 0.20 for PairRM, 0.02 for ArmoRM)
+    threshold: float = 0.0  # pairs need a gap of scores above this; of judges 2 P - 1 (paper: 0.20 PairRM, 0.02 ArmoRM)
     repetition: float = 0.5  # largest share of repeated word trigrams in either text
     keep_cut_off: bool = False  # keep pairs whose chosen text ended at the token limit
     pairs: int = 10_000  # keep at most so many, at random
@@ -55,12 +55,11 @@ def load_scorer(spec: str, base: str | Path, common: Common, keep: Path | None =
     keep: a directory for the scores of finished blocks of records, from which a stopped call goes on. alone: the answers have
     no counterpart, so that a scorer which compares raises InputError.
     """
-    if alone and spec.startswith(("judge:", "endpoint:")):
+    own = load_function(spec) if ".py:" in spec else None
+    if alone and (spec.startswith(("judge:", "endpoint:")) or getattr(own, "pairwise", False)):
         raise InputError(f"scorer {spec} compares two answers; the improver needs one that scores each, such as likelihood")
-    if spec == "none":
-        return None
-    if ".py:" in spec:
-        return load_function(spec)
+    if own or spec == "none":
+        return own
     kind, _, name = spec.partition(":")
     if kind == "endpoint":
         return load_function("scorers/endpoint.py:endpoint")(name, common)
@@ -77,7 +76,7 @@ def load_scorer(spec: str, base: str | Path, common: Common, keep: Path | None =
     else:
         score = load_function("scorers/classifier.py:classifier")(spec, common)
     reads = [base] if spec == "likelihood" else scorer_file(spec).values()
-    return blockwise(score, [spec, *map(fingerprint, reads), str(common)], keep)
+    return blockwise(score, [spec, *map(fingerprint, reads), part(common, Common)], keep)
 
 
 def scorer_file(*specs: str) -> dict[str, Path]:
@@ -138,31 +137,31 @@ def score_pairs(scorer: Scorer | None, good: list[dict], bad: list[dict]) -> tup
 
 def make_pairs(chosen: list[dict], rejected: list[dict], out: str | Path, base: str | Path, o: FilterOptions, common: Common,
                iteration: int = 1) -> dict:
-    """Join two lists of answers by id, drop what the filter rejects, write the pairs; returns counts by reason.
+    """Join two lists of answers by id and sample, drop what the filter rejects, write the pairs; returns counts by reason.
 
     Raises InputError with the distribution of score gaps if nothing is left.
     """
-    keep, other = Path(out).with_suffix(".scores"), {row["id"]: row for row in rejected}
+    keep, name = Path(out).with_suffix(".scores"), lambda row: digest(row["id"], n) if (n := row.get("sample")) else row["id"]
+    other = {name(row): row for row in rejected}
     scorer = load_scorer(o.scorer, base, common, keep)
-    joined = [(row, other[row["id"]]) for row in chosen if row["id"] in other]
+    joined = [(row, other[name(row)]) for row in chosen if name(row) in other]
     scores = score_pairs(scorer, *([pair[side] for pair in joined] for side in (0, 1)))
-    kept, dropped, gaps = [], Counter(), []
+    kept, dropped, gaps = [], Counter(), [a - b for a, b in zip(*scores, strict=True)] if scorer else []
     for (good, bad), score_good, score_bad in zip(joined, *scores, strict=True):
-        if scorer:
-            gaps.append(score_good - score_bad)
         if good["response"].split() == bad["response"].split():
             dropped["identical"] += 1
         elif not (good["response"] and bad["response"]):
             dropped["empty"] += 1
-        elif good["finish_reason"] == "length" and not o.keep_cut_off:
+        elif good.get("finish_reason") == "length" and not o.keep_cut_off:
             dropped["cut_off"] += 1
         elif max(repetition(good["response"]), repetition(bad["response"])) > o.repetition:
             dropped["repetitive"] += 1
         elif scorer and not score_good - score_bad > o.threshold:
             dropped["small_gap"] += 1
         else:
-            asked = {name: good[name] for name in ("prompt", "messages") if name in good}
-            kept.append({"id": good["id"], **asked, "chosen": good["response"], "rejected": bad["response"],
+            known = {field: good[field] for field in ("prompt", "messages") if field in good}
+            known |= {"preference": score_good} if getattr(scorer, "pairwise", False) else {}
+            kept.append({"id": name(good), **known, "chosen": good["response"], "rejected": bad["response"],
                          "score_chosen": score_good, "score_rejected": score_bad, "iteration": iteration})
     if not kept:
         raise InputError(f"{out}: no pair of {len(joined)} left ({dict(dropped)}); score gaps {quantiles(gaps)}; lower "
@@ -188,8 +187,8 @@ def quantiles(values: list[float]) -> str:
 class Options(FilterOptions, Common):
     model: str = ""  # M_0: the model that `likelihood` scores under
     measure: str = ""  # labelled pairs to measure the scorer on: LLMBar's JSON, or JSONL of {"prompt", "chosen", "rejected"}
-    chosen: str = ""  # JSONL of answers {"prompt", "response", "finish_reason"}
-    rejected: str = ""  # JSONL of answers to the same prompts, joined by id
+    chosen: str = ""  # JSONL of answers {"prompt", "response"}
+    rejected: str = ""  # JSONL of answers to the same prompts, joined by id (and sample)
     out: str = ""  # JSONL of pairs to write
 
 
@@ -200,7 +199,7 @@ def main(o: Options) -> dict:
         return load_function("scorers/agreement.py:agreement")(o.measure, load_scorer(o.scorer, o.model, o))
     if not (o.chosen and o.rejected and o.out.endswith(".jsonl")):
         raise InputError("--chosen, --rejected and --out NAME.jsonl are needed, or --measure; see --help")
-    chosen, rejected = read_jsonl(o.chosen, "prompt"), read_jsonl(o.rejected, "prompt")
+    chosen, rejected = (read_jsonl(path, "prompt") for path in (o.chosen, o.rejected))
     inputs = {"chosen": o.chosen, "rejected": o.rejected, **({"model": o.model} if o.model else {}), **scorer_file(o.scorer)}
     return stage(o.out, inputs, {**part(o, FilterOptions), **part(o, Common)},
                  lambda: make_pairs(chosen, rejected, o.out, o.model, o, o))

@@ -196,7 +196,7 @@ Objective = Callable[[list[Example], list[list[torch.Tensor]]], tuple[torch.Tens
 
 
 def fit(start: str | Path, out: str | Path, examples: list[Example], objective: Objective,
-        count: Callable[[Example], int], o: TrainOptions, common: Common, check: Callable[[dict], None] = lambda line: None,
+        count: Callable[[Example], int], o: TrainOptions, common: Common, check: Callable[[dict], None] | None = None,
         forward: Callable[[torch.nn.Module, list[Sequence]], list[torch.Tensor]] | None = None) -> dict:
     """Train the checkpoint `start` on examples and write the result to the directory `out`; returns counts.
 
@@ -229,7 +229,7 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
                              "this stage over")
         log(out, line)
         spent["done"] += sum(example.tokens for example in batch) if RANK == 0 else 0
-        if step == 0:
+        if step == 0 and check:
             check(line)
         bar.update()
         bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)

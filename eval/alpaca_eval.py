@@ -11,6 +11,10 @@ drawn at random); the fit is a plain logistic regression, without the penalty an
 with the leaderboard only with the official prompt (--judge-prompt) and judge. As there, a pair is left out where a game has no
 verdict, and counted as malformed.
 
+--data is results/gpt4_1106_preview/model_outputs.json of the repository tatsu-lab/alpaca_eval. The three files of the last line
+below are tables to be made from the same repository: a judge's preferences for published models, those models' published
+rates, and how hard each prompt is (estimated from such preferences).
+
 gpt4_1106_preview_outputs.json -> answers.jsonl, model_outputs.json, games.jsonl, verdicts.jsonl, result.json in --out
 
     python -m eval.alpaca_eval --model DIR --data gpt4_1106_preview_outputs.json --judge gpt-4-1106-preview
@@ -35,6 +39,7 @@ from sample import SampleOptions
 
 SOURCE = ("the baseline's outputs as a JSON list of {instruction, output}, from the repository tatsu-lab/alpaca_eval: "
           "results/gpt4_1106_preview/model_outputs.json")
+NEEDS = ("data", "judge")  # what a run of loop.py must give in --eval-options
 
 
 @dataclass(kw_only=True)
@@ -88,7 +93,7 @@ def read_difficulty(path: str, n: int) -> np.ndarray | None:
     if not path:
         return None
     rows = read_csv(path, "index")
-    name = next(column for column in rows[0] if column != "index")
+    name = next(column for column in rows[0] if column not in ("index", ""))
     values = {int(row["index"]): float(row[name]) for row in rows}
     if n and values.keys() != set(range(n)):
         raise InputError(f"{path}: holds {len(values)} difficulties for {n} prompts; give one for each, or none")
@@ -123,9 +128,11 @@ def reproduce(o: Options) -> dict[str, float]:
 
 def read_baseline(path: str) -> list[dict]:
     rows = load_json(need(path, "--data", SOURCE))
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: no JSON list; give {SOURCE}")
     for number, row in enumerate(rows, 1):
         for field in ("instruction", "output"):
-            if not isinstance(row.get(field), str):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise InputError(f"{path}: record {number}: field {field!r} is missing or no text; give {SOURCE}")
     return rows
 

@@ -8,11 +8,13 @@ bold. Intervals are of 100 bootstraps.
 What differs from the official evaluator: bootstraps draw prompts, as the games of one prompt are not independent; lengths are
 counted in words; the judge's prompt is our own unless --judge-prompt gives the official one, and only with that and the
 official judge is a score comparable with the leaderboard's. As there, a game without a verdict is left out, and counted.
+--data and --baseline are question.jsonl and model_answer/gpt-4-0314.jsonl in data/arena-hard-v0.1 of the repository
+lmarena/arena-hard-auto.
 
-question.jsonl, answer_gpt-4-0314.jsonl -> answers.jsonl, model_answer.jsonl, games.jsonl, verdicts.jsonl, result.json in --out
+question.jsonl, gpt-4-0314.jsonl -> answers.jsonl, model_answer.jsonl, games.jsonl, verdicts.jsonl, result.json in --out
 
-    python -m eval.arena_hard --model DIR --data question.jsonl --baseline answer_gpt-4-0314.jsonl --judge gpt-4-1106-preview
-    torchrun --nproc-per-node 8 -m eval.arena_hard --model DIR --data question.jsonl --baseline answer.jsonl --judge JUDGE_DIR
+    python -m eval.arena_hard --model DIR --data question.jsonl --baseline gpt-4-0314.jsonl --judge gpt-4-1106-preview
+    torchrun --nproc-per-node 8 -m eval.arena_hard --model DIR --data question.jsonl --baseline gpt-4-0314.jsonl --judge DIR
 """
 import json
 import re
@@ -29,6 +31,7 @@ from eval.stats import bootstrap, logistic, sigmoid
 from sample import SampleOptions
 
 SOURCE = "from the repository lmarena/arena-hard-auto: data/arena-hard-v0.1/"
+NEEDS = ("data", "baseline", "judge")  # what a run of loop.py must give in --eval-options
 
 
 @dataclass(kw_only=True)

@@ -14,16 +14,18 @@ def options_of(name: str, given: dict, **more):
     """The benchmark's module, and its options as its own command line would parse them."""
     module = importlib.import_module(f"eval.{name}")
     fields = {field.name for field in dataclasses.fields(module.Options)}
-    return module, parse_options(module.Options, as_flags({**given, **{k: v for k, v in more.items() if k in fields}}))
+    return module, parse_options(module.Options, as_flags({**{k: v for k, v in more.items() if k in fields}, **given}))
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "eval").glob("*.py") if "class Options" in path.read_text())
+    return sorted(path.stem for path in (ROOT / "eval").glob("*.py") if "\nclass Options" in path.read_text())
 
 
 def check(evals: str, options: str) -> dict[str, dict]:
     """Name -> given options of the chosen benchmarks; InputError for names, options and data that do not exist."""
     given = load_json(options) if options else {}
+    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
+        raise InputError(f"{options}: no options by name; write {{\"ifeval\": {{\"data\": \"input_data.jsonl\"}}}}")
     chosen = [name.strip() for name in evals.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in names()]
     if unknown:
@@ -31,7 +33,13 @@ def check(evals: str, options: str) -> dict[str, dict]:
     if given.keys() - set(chosen):
         raise InputError(f"{options}: options for {sorted(given.keys() - set(chosen))[0]}, which --eval does not name")
     for name in chosen:
-        o = options_of(name, given.get(name, {}), model="-", prompts="-", out="-")[1]
+        if taken := given.get(name, {}).keys() & {"model", "prompts", "out"}:
+            raise InputError(f"{options}: {name}: {min(taken)} is the run's to say; leave it out")
+        module, o = options_of(name, given.get(name, {}), model="-", prompts="-", out="-")
+        absent = [flag for flag in getattr(module, "NEEDS", ()) if not getattr(o, flag)]
+        if absent:
+            raise InputError(f"--eval {name}: its option {absent[0]} is missing; give --eval-options FILE.json with "
+                             f"{json.dumps({name: {absent[0]: '...'}})}")
         if getattr(o, "data", "") and not Path(o.data).exists():
             raise InputError(f"{options}: {name}: no file or directory {o.data}; check the path")
     return {name: given.get(name, {}) for name in chosen}

@@ -50,20 +50,36 @@ class Ledger:
             self.usd += usd
 
 
+def address(o) -> str:
+    """Where the endpoint is; empty for OpenAI's own."""
+    return o.base_url or os.environ.get("OPENAI_BASE_URL", "")
+
+
+def key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()  # with a newline at its end, errors would quote it
+
+
+def hidden(text: str) -> str:
+    """A text on one line without the key, which endpoints like to repeat."""
+    return " ".join((text.replace(key(), "***") if key() else text).split())[:200]
+
+
+def connect(o):
+    """(the openai package, a client of it); InputError where package or key is missing. Nothing is asked."""
+    try:
+        import openai
+    except ImportError:
+        raise InputError(f"judge {o.judge}: no such directory, and a judge behind an endpoint needs the openai package: "
+                         "pip install -r requirements-eval.txt") from None
+    if not key() and not address(o):
+        raise InputError(f"judge {o.judge}: no such directory; for an endpoint set OPENAI_API_KEY, or with OPENAI_BASE_URL "
+                         "or --base-url the address of one that wants no key")
+    return openai, openai.OpenAI(api_key=key() or "none", base_url=address(o) or None, timeout=o.request_timeout, max_retries=0)
+
+
 class Endpoint:
     def __init__(self, o, ledger: Ledger):
-        """Raises InputError where the openai package or the key is missing."""
-        try:
-            import openai
-        except ImportError:
-            raise InputError(f"--judge {o.judge}: no such directory, and a judge behind an endpoint needs the openai package: "
-                             "pip install -r requirements-eval.txt") from None
-        key = os.environ.get("OPENAI_API_KEY", "")
-        if not key and not o.base_url:
-            raise InputError(f"--judge {o.judge}: no such directory; for an endpoint set OPENAI_API_KEY, or give --base-url")
-        self.o, self.ledger, self.openai = o, ledger, openai
-        self.client = openai.OpenAI(api_key=key or "none", base_url=o.base_url or None, timeout=o.request_timeout,
-                                    max_retries=0)
+        self.o, self.ledger, (self.openai, self.client) = o, ledger, connect(o)
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.next, self.problem = 0.0, ""  # when a request may start, by time.monotonic(); the last failure, for the bar
 
@@ -126,7 +142,7 @@ class Endpoint:
                 reply = read_reply(json.loads(raw.http_response.text), body)
                 return self.ledger.record(key, *reply, self.price(*reply[-2:]))
             except openai.APIStatusError as error:
-                status, said = error.status_code, " ".join(str(error.message).split())[:200]
+                status, said = error.status_code, hidden(str(error.message))
                 if unsaid := unanswerable(error.code, said):
                     return self.ledger.record(key, said, unsaid, None, 0, 0)
                 self.problem = f"{status} {said}"
@@ -138,7 +154,7 @@ class Endpoint:
                     with self.lock:  # it is meant for all requests; take_turn() waits
                         self.next = max(self.next, time.monotonic() + asked)
             except (openai.APIConnectionError, ValueError) as error:  # ValueError: no JSON, or no completion
-                self.problem = f"{type(error).__name__}: {error.__cause__ or error}"
+                self.problem = hidden(f"{type(error).__name__}: {error.__cause__ or error}")
             if trial < o.retries:
                 self.stopped.wait(pause)
         raise InputError(f"--judge {o.judge}: no answer in {o.retries + 1} trials, at last {self.problem}; {kept}: "
@@ -152,14 +168,20 @@ def read_reply(answer, body: dict) -> tuple[str, str, dict | None, int, int]:
     """
     if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
         raise ValueError(f"no chat completion: {str(answer)[:200]}")
-    choice = answer["choices"][0] if answer["choices"] else {}
+    choice = (answer["choices"] or [None])[0] or {}
     message, usage = choice.get("message") or {}, answer.get("usage") or {}
     text = message.get("content") or message.get("refusal") or ""
+    if isinstance(text, list):  # of parts
+        text = "".join(part.get("text") or "" for part in text if isinstance(part, dict))
+    if not isinstance(text, str):
+        raise ValueError(f"no text in the reply: {str(text)[:200]}")
+    text = text.encode(errors="replace").decode()  # half a surrogate pair can be sent, but not written
     finish = "refusal" if message.get("refusal") else choice.get("finish_reason") or "no choice"
     tokens = (choice.get("logprobs") or {}).get("content") or [{}]
-    top = {t["token"]: t["logprob"] for t in tokens[0].get("top_logprobs") or ()} or None
+    top = {str(t["token"]).encode(errors="replace").decode(): t["logprob"] for t in tokens[0].get("top_logprobs") or ()
+           if isinstance(t["logprob"], int | float)} or None
     size = len(json.dumps(body["messages"])) // 4  # where the endpoint counts nothing
-    return text, finish, top, usage.get("prompt_tokens", size), usage.get("completion_tokens", len(text) // 4)
+    return text, finish, top, usage.get("prompt_tokens") or size, usage.get("completion_tokens") or len(text) // 4
 
 
 def unanswerable(code, said: str) -> str:

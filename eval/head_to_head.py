@@ -22,6 +22,8 @@ from eval.stats import mean, standard_error
 from reward import load_scorer, score_pairs
 from sample import SampleOptions
 
+NEEDS = ("against", "data")  # what a run of loop.py must give in --eval-options
+
 
 @dataclass(kw_only=True)
 class Options(JudgeOptions, SampleOptions, Common):

@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from data import Common, InputError, command, on_first, read_jsonl, say, stage, write_jsonl
-from eval.answers import answer, place
+from eval.answers import answer, first, place
 from eval.optional import optional, own_luck
 from eval.report import table
 from eval.stats import mean, standard_error
 from sample import SampleOptions
 
+NEEDS = ("data",)  # what a run of loop.py must give in --eval-options
 METRICS = {"score": "prompt_level_strict_acc", "prompt_loose": "prompt_level_loose_acc",
            "instruction_strict": "inst_level_strict_acc", "instruction_loose": "inst_level_loose_acc"}
 
@@ -49,7 +50,7 @@ def read_prompts(path: str, limit: int) -> list[dict]:
         if not (isinstance(names, list) and isinstance(values, list) and 0 < len(names) == len(values) and "key" in row):
             raise InputError(f"{path}: line {number}: fields 'key', 'instruction_id_list' and 'kwargs' must be there, the "
                              "lists equally long; give IFEval's own input_data.jsonl")
-    return [{**row, "id": str(row["key"])} for row in rows[:limit or None]]
+    return [{**row, "id": str(row["key"])} for row in first(rows, limit)]
 
 
 @contextmanager

@@ -5,16 +5,18 @@ endpoint --base-url, with the key in the environment variable OPENAI_API_KEY. An
 
 Every reply is kept in a JSONL file under the hash of its request, written the moment it arrives: the same command again
 asks, and pays, only for what is missing. A reply that holds no verdict (nonsense, a refusal, filtered or empty content) is
-kept in malformed.jsonl beside it, with its request, and asked for again with another seed at temperature 0.7; where the last of
---attempts holds none either, the verdict is None, which each benchmark counts and treats as its official code does. Errors
-in passing (429, 5xx, time-outs, cut or invalid bodies) are tried again after a pause; others (400, 401, 404) stop at once.
+kept in verdicts.malformed.jsonl beside it, with its request, and asked for again with another seed at temperature 0.7; where
+the last of --attempts holds none either, the verdict is None, which each benchmark counts and treats as its official code
+does. Errors in passing (429, 5xx, time-outs, cut or invalid bodies) are tried again after a pause; others (400, 401, 404) stop
+at once.
 
 Two forms of a pairwise verdict: "choice" asks for one letter, m for the first answer or M for the second, and where the
 endpoint gives log-probs it is the probability of m against M; "verdict" asks for reasons and [[A>>B]], [[A>B]], [[A=B]],
 [[B>A]] or [[B>>A]]. Both prompts are this file's own; --judge-prompt FILE takes another, such as an official one, and only with
 the official prompt and judge is a score comparable with a published one. Both orders of every pair are judged.
 
-questions, answers -> verdicts.jsonl {key, text, finish, top, in, out, usd}, malformed.jsonl {key, messages, text, finish}
+questions, answers -> verdicts.jsonl {key, text, finish, top, in, out, usd},
+verdicts.malformed.jsonl {key, messages, text, finish}
 """
 import json
 import math
@@ -25,7 +27,7 @@ from pathlib import Path
 
 from data import (Chat, Common, InputError, digest, fingerprint, messages_of, on_first, read_jsonl, read_text,
                   write_jsonl)
-from eval.endpoint import Endpoint, Ledger
+from eval.endpoint import Endpoint, Ledger, address
 from model import Config
 from sample import SampleOptions, sample
 
@@ -33,13 +35,13 @@ from sample import SampleOptions, sample
 @dataclass(kw_only=True)
 class JudgeOptions:
     judge: str = ""  # a model's name at the endpoint, or the directory of a local chat model
-    base_url: str = ""  # of an OpenAI-compatible endpoint; empty is OpenAI's own
+    base_url: str = ""  # of an OpenAI-compatible endpoint; empty: OPENAI_BASE_URL, or OpenAI's own
     judge_prompt: str = ""  # text file with {question}, {answer_a}, {answer_b}, or the names of an official prompt
     judge_cache: str = ""  # JSONL of verdicts to share between runs; empty: verdicts.jsonl in --out
     judge_tokens: int = 1024  # most tokens of a verdict with reasons
     judge_request: str = ""  # JSON object: more fields of every request; null leaves one out, such as {"seed": null}
     attempts: int = 3  # asks for a verdict at most so often while replies hold none
-    retries: int = 8  # of a request that fails in passing; pauses double from 1 to 60 seconds
+    retries: int = 8  # how often a request is sent again after a failure that may pass; pauses double from 1 to 60 seconds
     request_timeout: float = 180.0  # seconds
     concurrency: int = 8  # requests under way at a time
     requests_per_minute: float = 0.0  # at most; 0: no limit
@@ -155,11 +157,12 @@ class Judge:
         check(o)
         self.o, self.common, self.local = o, common, Path(o.judge).is_dir()
         self.path = Path(o.judge_cache or Path(out) / "verdicts.jsonl")
-        self.bad_path = self.path.with_name("malformed.jsonl")
+        self.bad_path, self.sampled = (self.path.with_suffix(f".{name}.jsonl") for name in ("malformed", "sampled"))
         self.used, self.unread = set(), 0  # keys of replies; how many requests never had a verdict
         if self.local:
             Chat(o.judge, common.chat_template), Config.load(o.judge)
         self.name = fingerprint(o.judge) if self.local else o.judge
+        self.where = [common.dtype, common.chat_template] if self.local else address(o)  # the same name elsewhere is another
         on_first(self.open)
 
     def open(self) -> None:
@@ -179,15 +182,14 @@ class Judge:
         """read(reply) of every request, None where no attempt gave a reply with a verdict in it."""
         values, left = [None] * len(requests), list(range(len(requests)))
         for attempt in range(self.o.attempts):
-            bodies, bad = [self.body(requests[i], attempt) for i in left], []
+            bodies, bad = [self.body(requests[i], attempt) for i in left], {}
             for i, body, reply in zip(left, bodies, self.complete(bodies), strict=True):
                 if reply["finish"] not in UNSAID:
                     values[i] = read({**reply, "text": re.sub(r"^.*</think>", "", reply["text"], flags=re.DOTALL)})
                 if values[i] is None:
-                    bad.append({**reply, "messages": body["messages"]})
-            on_first(self.keep_bad, bad)
-            too_long = {row["key"] for row in bad if row["finish"] == "too_long"}
-            left = [i for i, body in zip(left, bodies, strict=True) if values[i] is None and digest(body) not in too_long]
+                    bad[i] = {**reply, "messages": body["messages"]}
+            on_first(self.keep_bad, [*bad.values()])
+            left = [i for i, reply in bad.items() if reply["finish"] != "too_long"]
         self.unread += values.count(None)
         if requests and values.count(None) == len(requests):
             raise InputError(f"--judge {self.o.judge}: no verdict in any of {len(requests)} replies; they are in "
@@ -201,7 +203,7 @@ class Judge:
 
     def complete(self, bodies: list[dict]) -> list[dict]:
         """A reply {key, text, finish, top, in, out, usd} for every body, from the ledger where it has one."""
-        keys = [digest(body) for body in bodies]
+        keys = [digest(body, self.where) for body in bodies]
         self.used |= set(keys)
         missing = on_first(lambda: {k: body for k, body in zip(keys, bodies, strict=True) if k not in self.ledger.replies})
         if missing and self.local:
@@ -213,14 +215,14 @@ class Judge:
     def generate(self, bodies: dict[str, dict]) -> None:
         """Replies of a local model into the ledger."""
         chat, context = Chat(self.o.judge, self.common.chat_template), Config.load(self.o.judge).context
-        out, done = self.path.with_name("judge.jsonl"), []
+        done = []
         rows = [{"id": key, "messages": body["messages"]} for key, body in bodies.items()]
         fitting = [row for row in rows if len(chat.prompt_ids(row)) < context]
         if fitting:
             body = next(iter(bodies.values()))  # all are of one attempt
             o = SampleOptions(temperature=body["temperature"], max_new_tokens=body["max_tokens"])
-            sample(self.o.judge, fitting, out, o, self.common, f"judge {body['seed']}")
-            done = read_jsonl(out)
+            sample(self.o.judge, fitting, self.sampled, o, self.common, f"judge {body['seed']}")
+            done = read_jsonl(self.sampled)
 
         def keep():
             for row in done:

@@ -13,16 +13,19 @@ DIR/*.jsonl -> OUT/TASK.json, one a task, kept when the command runs again; OUT/
 --data holds JSONL with the fields of the data sets on the hub: arc_challenge_test, hellaswag_validation, truthfulqa_mc,
 mmlu_test (each question with its `subject`), winogrande_dev, gsm8k_test; a name may go on, as in mmlu_test_some.jsonl.
 Examples come from arc_challenge_train, hellaswag_train, mmlu_dev, winogrande_train and gsm8k_train, or where there is no such
-file from the other questions. Without --data, and for tasks that are not among the six, lm_eval asks the hub.
+file from the other questions. On the hub they are allenai/ai2_arc (ARC-Challenge), Rowan/hellaswag, truthfulqa/truthful_qa
+(multiple_choice), cais/mmlu, allenai/winogrande (winogrande_xl) and openai/gsm8k (main). Without --data, and for tasks that are
+not among the six, lm_eval asks the hub.
 """
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 from data import Common, InputError, command, on_first, part, say, stage, write_jsonl, write_text
-from eval.answers import place
+from eval.answers import place, read_lines
 from eval.optional import optional
 from eval.report import table
 from eval.stats import mean
@@ -78,10 +81,11 @@ def define(name: str, files: dict[str, Path], o: Options) -> dict[str, dict]:
     if name != "mmlu":
         return {name: definition(stock / task.stock, name, task.shots, files)}
     folder = Path(o.out) / "tasks" / "mmlu"
+    shutil.rmtree(folder, ignore_errors=True)  # of other data, perhaps
     if files:
         for split, path in files.items():
             of = lambda row: row["subject"]  # noqa: E731
-            for subject, rows in groupby(sorted(map(json.loads, open(path)), key=of), key=of):
+            for subject, rows in groupby(sorted(read_lines(path, "subject"), key=of), key=of):
                 write_jsonl(folder / f"{subject}_{split}.jsonl", list(rows))
         subjects = sorted(path.name.removesuffix("_test.jsonl") for path in folder.glob("*_test.jsonl"))
     else:

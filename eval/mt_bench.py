@@ -3,7 +3,9 @@
 score is the mean over all judged turns; se is that of the mean over questions, as the two turns of one are not independent.
 The second turn is generated after the first; math, reasoning and coding are graded against a reference answer. Prompts and
 references are the official files; comparable with published grades only where the judge is the same. As officially, a turn
-whose verdict has no grade is left out, and counted as malformed.
+whose verdict has no grade is left out, and counted as malformed. --data holds three files of fastchat/llm_judge/data in the
+repository lm-sys/FastChat: mt_bench/question.jsonl, judge_prompts.jsonl, and mt_bench/reference_answer/gpt-4.jsonl under the
+name reference_answer_gpt-4.jsonl.
 
 question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl in --data -> turn1-T.jsonl, turn2-T.jsonl (T: temperature),
 model_answer.jsonl, grades.jsonl, verdicts.jsonl, result.json in --out
@@ -27,6 +29,7 @@ from sample import SampleOptions
 SOURCE = ("a directory with question.jsonl, judge_prompts.jsonl and reference_answer_gpt-4.jsonl, from the repository "
           "lm-sys/FastChat, fastchat/llm_judge/data: mt_bench/question.jsonl, judge_prompts.jsonl and "
           "mt_bench/reference_answer/gpt-4.jsonl")
+NEEDS = ("data", "judge")  # what a run of loop.py must give in --eval-options
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # 0 for the others
 WITH_REFERENCE = ("math", "reasoning", "coding")
 
@@ -44,6 +47,8 @@ class Options(JudgeOptions, SampleOptions, Common):
 
 def read_data(o: Options) -> tuple[list[dict], dict, dict]:
     """Questions, prompts by name, both turns of reference answers by question."""
+    if o.judge_prompt:
+        raise InputError("--judge-prompt: MT-Bench's prompts are those of --data; leave it out")
     folder = need(o.data, "--data", SOURCE)
     questions, prompts, references = (read_lines(need(str(folder / name), "--data", SOURCE), *fields) for name, *fields in (
         ("question.jsonl", "question_id", "category", "turns"),

@@ -5,6 +5,7 @@
 loop.py calls report() at its end; its return value is the run's summary. report.html is one page that needs no network: curves,
 yields, times, and every pair with what the improver changed. Its template eval/report.html draws what page_data() collects.
 """
+import inspect
 import json
 import math
 import re
@@ -22,8 +23,9 @@ from eval.stats import plane
 
 # What the time of an iteration goes to: name -> the results of its stages.
 STAGES = {"prompts": ["prompts.jsonl"], "answers": ["base_answers.jsonl", "answers.jsonl", "seed_answers.jsonl"],
-          "improver": ["improver"], "rewrites": ["rewrites.jsonl", "pairs.jsonl"], "policy": ["policy"],
-          "eval": ["heldout_answers.jsonl", "heldout_rewrites.jsonl", "eval.json", "eval_improver.json"]}
+          "improver": ["improver"], "rewrites": ["rewrites.candidates.jsonl", "rewrites.jsonl", "pairs.jsonl"],
+          "policy": ["policy"], "eval": ["heldout_answers.jsonl", "heldout_rewrites.candidates.jsonl", "heldout_rewrites.jsonl",
+                                         "eval.json", "eval_improver.json"]}
 BLOCK = 128  # pairs that the page parses at a time
 COLUMNS = ("t", "score_chosen", "score_rejected", "chosen", "rejected", "draft")  # of all pairs; the last three: words
 MAPPED = 2000  # prompts on the map
@@ -157,6 +159,8 @@ def curves(folder: Path, t: int = 0, most: int = 150) -> dict | None:
     if not (folder / "metrics.jsonl").is_file() or not (folder / "manifest.json").is_file():
         return None
     rows = [json.loads(line) for line in read_text(folder / "metrics.jsonl").splitlines()]
+    if not rows:  # 0 epochs
+        return None
     width = max(1, math.ceil(len(rows) / most))
     parts = [rows[i:i + width] for i in range(0, len(rows), width)]
     columns = {name: [sum(row.get(name, math.nan) for row in part) / len(part) for part in parts] for name in rows[0]}
@@ -189,7 +193,7 @@ def times(stages: list[dict]) -> list[dict]:
         first, _, rest = line["stage"].partition("/")
         where = first if re.fullmatch(r"iter\d+|controls", first) else "once"
         known = groups.get(line["stage"].rpartition("/")[2], "training" if "steps" in line else "other")
-        what = "benchmarks" if rest.startswith("eval/") else known
+        what = "benchmarks" if "eval/" in rest else known  # of a model, too: iter1/policy/eval/ifeval
         spent.setdefault((where, what), Counter()).update(seconds=line["seconds"], tokens=line.get("tokens", 0))
     return [{"where": where, "what": what, **sums} for (where, what), sums in spent.items()]
 
@@ -280,6 +284,20 @@ def finished(run: Path, o: dict) -> int:
     return max((t for t in range(1, iters + 1) if (run / f"iter{t}" / last).is_file()), default=0)
 
 
+def finished_stages(run: Path) -> list[dict]:
+    """A line for every manifest, oldest first. A benchmark inside a run is a stage of stages: the time of the whole is its
+    result's, the tokens are those of the parts."""
+    lines, paths = [], sorted(run.glob("**/*manifest.json"))
+    whole = {path.parent for path in paths if path.name == "result.manifest.json"}
+    for path in paths:
+        manifest = load_json(path)
+        counts = manifest["counts"] | ({"tokens" if path.name == "result.manifest.json" else "seconds": 0}
+                                       if path.parent in whole else {})
+        lines.append({"stage": path.relative_to(run).as_posix().removesuffix("manifest.json").rstrip("./"), **counts,
+                      "start_from": manifest["start_from"], "time": manifest["time"]})
+    return sorted(lines, key=lambda line: line["time"])
+
+
 def report(run: str | Path) -> dict:
     """Print the tables and examples of a run, write its metrics.jsonl and report.html; returns the summary."""
     run, note = Path(run), ""
@@ -293,16 +311,13 @@ def report(run: str | Path) -> dict:
     if results:
         print(f"\nheld-out prompts, by {o['evaluate']}\n" + table(
             [{"": name, **{c: r.get(c, "-") for c in results["M_0"]}} for name, r in results.items()]))
-        with suppress(InputError):  # the file may be gone, or named as an earlier version did
-            note = load_function(o["evaluate"]).__globals__.get("NOTE", "")  # what its numbers do and do not show
+        with suppress(Exception):  # the file may be gone, or not be imported here: no reason to have no report
+            note = inspect.unwrap(load_function(o["evaluate"])).__globals__.get("NOTE", "")  # what its numbers do not show
         print(note)
         if "score" in results["M_0"]:
             write_text(run / "scores.svg", draw(results, T))
         show_examples(run, T, o["show"])
-    stages = [{"stage": path.relative_to(run).as_posix().removesuffix("manifest.json").rstrip("./"), **manifest["counts"],
-               "start_from": manifest["start_from"], "time": manifest["time"]}
-              for path in run.glob("**/*manifest.json") for manifest in [load_json(path)]]
-    stages.sort(key=lambda line: line["time"])
+    stages = finished_stages(run)
     write_text(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in stages))
     write_page(run, page_data(run, o, T, results, stages, note))
     tokens = sum(line.get("tokens", 0) for line in stages)
@@ -312,7 +327,7 @@ def report(run: str | Path) -> dict:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     try:
         print(json.dumps(report(sys.argv[1])))

@@ -3,7 +3,6 @@
 Notation: pc, pr are sums of log-probs over the response's tokens, the end token included, of chosen and rejected; rc, rr
 the same under the frozen reference; mc, mr means per token; h = (pc - pr) - (rc - rr); uc = pc - rc, ur = pr - rr.
 """
-import math
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -81,7 +80,7 @@ def pair_logps(examples: list, logps: list[list[torch.Tensor]]) -> PairLogps:
 def preference_of(row: dict) -> float:
     """P(chosen is better): the pair's own, or as Bradley and Terry have it of a reward model's scores."""
     if row.get("score_chosen") is not None and row.get("score_rejected") is not None and "preference" not in row:
-        return 1 / (1 + math.exp(row["score_rejected"] - row["score_chosen"]))
+        return torch.tensor(row["score_chosen"] - row["score_rejected"], dtype=torch.float64).sigmoid().item()
     if not isinstance(row.get("preference"), int | float) or not 0 <= row["preference"] <= 1:
         raise InputError(f"pair {row['id']}: field 'preference': give P(chosen is better), from 0 to 1, or both scores")
     return row["preference"]

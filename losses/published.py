@@ -256,7 +256,8 @@ def find_loss(spec: str) -> tuple[Callable[..., torch.Tensor], dict[str, float]]
     if spec not in LOSSES and ".py:" not in spec:
         raise InputError(f"--loss {spec}: give FILE.py:FUNCTION, or one of {', '.join(LOSSES)}")
     loss = LOSSES[spec] if spec in LOSSES else load_function(spec)
-    parameters = {name: one.default for name, one in [*inspect.signature(loss).parameters.items()][1:]}
+    parameters = {name: float(one.default) if one.annotation in (float, "float") and type(one.default) is int else one.default
+                  for name, one in [*inspect.signature(loss).parameters.items()][1:]}  # beta: float = 1
     wrong = [name for name, default in parameters.items() if not isinstance(default, bool | int | float | str)]
     if wrong:
         raise InputError(f"--loss {spec}: parameter {wrong[0]} needs a number as its default; write {wrong[0]}: float = 0.1")
@@ -271,7 +272,7 @@ def with_parameters(options: type, loss: str) -> type:
     if taken:
         raise InputError(f"--loss {loss}: its parameter {taken[0]} is the name of an option already; call it otherwise")
     return make_dataclass(options.__name__, [
-        (name, type(default), field(default=default, metadata={"help": f"parameter of {loss}, see losses/published.py"}))
+        (name, type(default), field(default=default, metadata={"help": f"parameter of the loss {loss}"}))
         for name, default in parameters.items()], bases=(options,), kw_only=True, namespace={"in_source": False})
 
 

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from data import InputError, digest, read_jsonl, read_text, say
+from data import InputError, digest, messages_of, read_jsonl, read_text, say
 from reward import Scorer, score_pairs
 
 
@@ -14,10 +14,12 @@ def read_labelled(path: str) -> list[tuple[dict, dict]]:
         try:
             rows = [({"prompt": row["input"]}, *(row[f"output_{i}"] for i in (row["label"], 3 - row["label"])))
                     for row in json.loads(read_text(path))]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if not rows:
+                raise ValueError("it is empty")
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: no list of {{input, output_1, output_2, label: 1 or 2}} ({error!r}); mend it, or give "
                              "JSONL of {prompt, chosen, rejected}") from None
-    return [tuple({**row, "id": digest(row["prompt"], good, bad), "response": text} for text in (good, bad))
+    return [tuple({**row, "id": digest(messages_of(row), good, bad), "response": text} for text in (good, bad))
             for row, good, bad in rows]
 
 

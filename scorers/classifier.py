@@ -71,6 +71,8 @@ class RewardOptions(TrainOptions):
     lr: float = 1e-5  # peak learning rate
     epochs: int = 1  # passes over the pairs; more of them fit the labels' noise
     batch: int = 64  # pairs per optimizer step, over all processes
+    max_length: int = 2048  # tokens of a conversation; a pair with a longer one is left out, and counted
+    loss_on_prompt: bool = False  # of no use here: a score has no tokens to leave out
 
 
 def bradley_terry(examples: list[Example], scores: list[list[torch.Tensor]]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -106,6 +108,8 @@ def start_reward_model(model: str | Path, out: Path, chat: Chat, last: int, seed
 
 def train_reward(model: str | Path, pairs: list[dict], out: str | Path, o: RewardOptions, common: Common) -> dict:
     """Make a language model's checkpoint into one of a reward model, trained on pairs; returns counts."""
+    if o.loss_on_prompt:
+        raise InputError("--loss-on-prompt: a reward model is scored at the last token only; leave it out")
     chat, start, longest = Chat(model, common.chat_template), Path(out) / "start", min(o.max_length, Config.load(model).context)
     sides = [[conversation(chat, row, row[side]) for side in ("chosen", "rejected")] for row in pairs]
     examples = [Example(row["id"], [(ids, len(ids) - 1) for ids in two]) for row, two in zip(pairs, sides, strict=True)

@@ -31,7 +31,7 @@ Reply with one letter, A or B, and nothing else."""
 def judge(directory: str, common: Common) -> Scorer:
     """The pairwise scorer of a chat model's checkpoint directory: two lists of records -> P(the first is better), by place."""
     chat, context_length = Chat(directory, common.chat_template), Config.load(directory).context
-    letters = [chat.encode(letter)[0] for letter in "AB"]
+    letters = [chat.encode(letter)[-1] for letter in "AB"]  # some tokenizers put a mark of the word's start before it
     net = cache(lambda: load(directory, common.torch_dtype, DEVICE))
 
     def ids_of(first: dict, second: dict) -> list[int]:

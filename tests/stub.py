@@ -45,10 +45,16 @@ FAULTS = {
     "too long": (400, {}, error("This model's maximum context length is 8 tokens.", "context_length_exceeded")),
     "empty": (200, {}, completion("")), "null": (200, {}, completion(None)),
     "no choices": (200, {}, {**completion(), "choices": []}), "nonsense": (200, {}, completion("Both are fine.")),
+    "null choice": (200, {}, {**completion(), "choices": [None]}), "half a pair": (200, {}, completion("Hm \ud83d")),
+    "parts": (200, {}, completion([{"type": "text", "text": "Both are"}, {"type": "image"}, {"text": " fine."}])),
+    "null usage": (200, {}, {**completion("Hm."), "usage": {"prompt_tokens": None, "completion_tokens": None}}),
+    "null log-prob": (200, {}, completion("Hm.", top={"\ud83d": -0.1, "m": None})), "number": (200, {}, completion(7)),
+    "key": (401, {}, error("no key sk-not-to-be-written is known", "invalid_api_key")),
 }
-IN_PASSING = ["429", "500", "503", "invalid JSON", "error with 200", "cut", "drop", "timeout"]
+IN_PASSING = ["429", "500", "503", "invalid JSON", "number", "error with 200", "cut", "drop", "timeout"]
 FOR_GOOD = ["400", "401", "403", "404", "quota"]
-UNREADABLE = ["refusal", "content filter", "filter with 400", "empty", "null", "no choices", "nonsense"]
+UNREADABLE = ["refusal", "content filter", "filter with 400", "empty", "null", "no choices", "nonsense", "null choice",
+              "half a pair", "parts", "null usage", "null log-prob"]
 
 
 class Stub:

@@ -333,6 +333,11 @@ def test_mt_bench_from_checkpoint_to_score(tiny, tmp_path, capsys):
                                         {"role": "user", "content": f"Then {i}?"}]
 
 
+def test_mt_bench_has_prompts_of_its_own():
+    with pytest.raises(InputError, match="--judge-prompt: MT-Bench's prompts are those of --data"):
+        mt_bench.read_data(mt_bench.Options(model="x", data="y", judge_prompt="mine.txt"))
+
+
 def test_mt_bench_official_files(shared_data):
     o = mt_bench.Options(model="x", data=str(shared_data / "mt_bench"))
     questions, prompts, references = mt_bench.read_data(o)
@@ -469,3 +474,14 @@ def test_official_data_goes_in(shared_data, tmp_path):
     assert len(rows) == 805 and len(alpaca_eval.read_difficulty(difficulty, 805)) == 805
     with pytest.raises(InputError, match="holds 805 difficulties for 5 prompts"):
         alpaca_eval.read_difficulty(difficulty, 5)
+
+
+def test_tables_and_baselines_in_other_forms(tmp_path):
+    path = tmp_path / "difficulty.csv"
+    for text in ("index,difficulty\n0,-1.5\n1,2.5\n", ",index,difficulty\n0,0,-1.5\n1,1,2.5\n"):  # as pandas saves it
+        path.write_text(text)
+        assert [*alpaca_eval.read_difficulty(str(path), 2)] == [-1.5, 2.5]
+    for text in ('{"instruction": "x", "output": "y"}', "[7]"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"difficulty.csv: (no JSON list|record 1)"):
+            alpaca_eval.read_baseline(str(path))

@@ -129,7 +129,7 @@ def test_help_is_the_comment_behind_the_field(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and "Records and their errors" in text  # this file's docstring
-    for words in ("peak learning rate, 100% of it", "--top-k TOP_K so many", "--policy.lr", "--no-keep",
+    for words in ("peak learning rate, 100% of it (default: 5e-07)", "--top-k TOP_K so many", "--policy.lr", "--no-keep",
                   "all randomness follows from it"):
         assert words in text
 

@@ -86,6 +86,8 @@ def test_reference_equals_a_forward_pass_and_is_computed_once(tiny, tmp_path, mo
     sequences = sequences_of(tiny)
     first = reference_logps(tiny, [*alone(sequences[:6]), sequences[4:]], tmp_path, FP32, block=5)
     assert first.keys() == {key(s) for s in sequences} and "0 cached  12 computed" in capsys.readouterr().out
+    tokens = reference_logps(tiny, [sequences], tmp_path, FP32, per_token=True)
+    assert {name: sum(tokens[name]) for name in first} == pytest.approx(first) and len(tokens[key(sequences[0])]) > 1
     model = dpo.load(tiny, torch.float32)
     for s in sequences:
         assert first[key(s)] == pytest.approx(score_sequences(model, [s])[0].sum().item(), rel=1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, last_json, random_model, llama_config, tiny_checkpoint, tokenizer_json, write_rows
+from conftest import ROOT, last_json, read_rows, random_model, llama_config, tiny_checkpoint, tokenizer_json, write_rows
 
 import eval.harness as harness
 from data import Chat, Common, InputError, rng
@@ -398,6 +398,18 @@ def test_missing_data_and_unknown_tasks_are_named(roomy, tasks, tmp_path):
                           ({"tasks": "no_such_task"}, "no such task")):
         with pytest.raises(InputError, match=what):
             leaderboard.main(options(roomy, tasks, tmp_path / "out", **changes))
+
+
+def test_subjects_of_other_data_are_not_asked(tasks, tmp_path):
+    o = options("m", tasks, tmp_path / "out")
+    names = lambda: [*leaderboard.define("mmlu", leaderboard.files_of(leaderboard.TASKS["mmlu"], o), o)]  # noqa: E731
+    assert names() == ["mmlu_anatomy", "mmlu_virology"]
+    for path in tasks.glob("mmlu_*.jsonl"):
+        write_rows(path, [row for row in read_rows(path) if row["subject"] == "anatomy"])
+    assert names() == ["mmlu_anatomy"]
+    path.write_text(path.read_text() + "\n\n")
+    with pytest.raises(InputError, match=f"{path.name}: line .* is no JSON object"):
+        names()
 
 
 def test_two_processes_give_the_numbers_of_one(roomy, tasks, tmp_path):

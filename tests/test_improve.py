@@ -80,8 +80,10 @@ def rewrites(monkeypatch, tmp_path):
             return {"tokens": 99}
 
         monkeypatch.setattr(improve, "sample", sample)
-        drafts = [{**row, "finish_reason": draft_reason} for row in answers]
-        counts = rewrite("M0", "R", drafts, tmp_path / "out.jsonl", options(rewrites=len(a), **changes), FP32, iteration=2)
+        monkeypatch.setattr(improve, "stage", lambda out, inputs, options, work: work())
+        drafts = write_rows(tmp_path / "drafts.jsonl", [{**row, "finish_reason": draft_reason} for row in answers])
+        o, out = options(rewrites=len(a), **changes), tmp_path / "out.jsonl"
+        counts = rewrite("M0", "R", drafts, out, o, FP32, {}, iteration=2)
         return read_rows(tmp_path / "out.jsonl"), counts, asked
     return run
 
@@ -100,7 +102,7 @@ def test_one_rewrite_is_taken_as_it_is(rewrites):
         {"id": "a", "prompt": "Why?", "draft": "It is so", "response": "Because it  is", "finish_reason": "stop"},
         {"id": "b", "messages": [{"role": "user", "content": "How?"}], "draft": "Do it", "response": "Do",
          "finish_reason": "length"}]
-    assert counts == {"drafts": 2, "rewrites": 2, "unchanged": 0, "tokens": 99, "cut_off": 1}
+    assert counts == {"drafts": 2, "rewrites": 2, "unchanged": 0, "cut_off": 1}
     assert (model, purpose, samples) == ("R", "rewrites 2", 1)
     assert requests == [{"id": "a", "prompt": "Q: Why?\nA: It is so\nBetter:"},
                         {"id": "b", "prompt": "Q: How?\nA: Do it\nBetter:"}]
@@ -136,7 +138,7 @@ def test_draft_competes_with_its_rewrites(rewrites, most_words):
 
 # ---- the command ----
 
-def test_stages_from_seeds_to_rewrites(tiny, tmp_path):
+def test_stages_from_seeds_to_rewrites(tiny, tmp_path, monkeypatch):
     seeds = write_rows(tmp_path / "seeds.jsonl", SEEDS)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Prompt {i}?"} for i in range(3)])
     o = improve.Options(model=str(tiny), seeds=str(seeds), prompts=str(prompts), out=str(tmp_path / "run"), dtype="float32",
@@ -153,4 +155,7 @@ def test_stages_from_seeds_to_rewrites(tiny, tmp_path):
         own = [c["response"] for c in candidates if c["id"] == row["id"]]
         assert row["response"] in [*own, draft["response"]]
     assert (tmp_path / "run" / "improver" / "model.safetensors").is_file()
+    monkeypatch.setattr(improve, "sample", None)
     assert improve.main(o) == counts  # done is done
+    (tmp_path / "run" / "rewrites.manifest.json").unlink()  # a stop while candidates were scored: they are not sampled again
+    assert improve.main(o)["unchanged"] == counts["unchanged"] and read_rows(tmp_path / "run" / "rewrites.jsonl") == rows

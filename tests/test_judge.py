@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, last_json, read_rows, tiny_checkpoint, write_rows
 
+import data
 from data import Common, InputError
 from eval import endpoint, judge
 from eval.judge import (Judge, JudgeOptions, Request, compare, fill, load_prompt, pairwise, read_choice, read_verdict,
@@ -188,7 +189,7 @@ def test_a_reply_without_a_verdict_is_kept_and_asked_for_again_otherwise(fault, 
     first, again = stub.bodies[1], stub.bodies[3]
     assert first["messages"] == again["messages"]
     assert first["seed"] != again["seed"] and first["temperature"] == 0 < again["temperature"]
-    [bad] = read_rows(tmp_path / "malformed.jsonl")
+    [bad] = read_rows(tmp_path / "verdicts.malformed.jsonl")
     assert bad["messages"] == first["messages"] and bad["finish"] and bad["key"]
 
 
@@ -198,10 +199,10 @@ def test_a_verdict_that_never_comes_is_counted_and_none(fault, tmp_path):
         one = Judge(options(stub, attempts=3), COMMON, tmp_path)
         assert one.ask(requests(3), read_verdict) == [1.0, None, 0.25]
         assert one.usage()["malformed"] == 1 and len(stub.bodies) == 5
-        assert len(read_rows(tmp_path / "malformed.jsonl")) == 3
+        assert len(read_rows(tmp_path / "verdicts.malformed.jsonl")) == 3
         again = Judge(options(stub, attempts=3), COMMON, tmp_path)
         assert again.ask(requests(3), read_verdict) == [1.0, None, 0.25] and again.usage() == one.usage()
-        assert len(stub.bodies) == 5 and len(read_rows(tmp_path / "malformed.jsonl")) == 3
+        assert len(stub.bodies) == 5 and len(read_rows(tmp_path / "verdicts.malformed.jsonl")) == 3
         more = Judge(options(stub, attempts=4), COMMON, tmp_path)
         stub.faults = iter(())
         assert more.ask(requests(3), read_verdict) == NUMBERED and len(stub.bodies) == 6
@@ -211,7 +212,7 @@ def test_what_is_too_long_is_not_asked_for_again(tmp_path):
     with Stub(numbered, faults=lambda body: "too long" if "1?" in body["messages"][0]["content"] else "") as stub:
         assert ask(stub, tmp_path) == [1.0, None, 0.25]
         assert len(stub.bodies) == 3
-    assert [row["finish"] for row in read_rows(tmp_path / "malformed.jsonl")] == ["too_long"]
+    assert [row["finish"] for row in read_rows(tmp_path / "verdicts.malformed.jsonl")] == ["too_long"]
 
 
 def test_a_judge_without_a_single_verdict_is_an_error(tmp_path):
@@ -240,6 +241,26 @@ def test_nothing_is_paid_for_twice(tmp_path):
         assert len(stub.bodies) == 14
     assert stub.keys == {"Bearer sk-not-to-be-written"}
     assert not any("sk-not" in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_the_key_is_in_no_message(tmp_path, monkeypatch):
+    with Stub(numbered, faults=["key"]) as stub:
+        with pytest.raises(InputError, match=r"401 .*no key \*\*\* is known") as caught:
+            ask(stub, tmp_path)
+        assert "sk-not" not in str(caught.value)
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-written\n")  # as `$(cat key.txt)` in some files leaves it
+        assert ask(stub, tmp_path) == NUMBERED and stub.keys == {"Bearer sk-not-to-be-written"}
+
+
+def test_a_name_at_another_address_is_another_judge(tmp_path):
+    for verdict, value in (("[[A>>B]]", 1.0), ("[[B>>A]]", 0.0)):
+        with Stub(lambda body, verdict=verdict: verdict) as stub:
+            assert ask(stub, tmp_path, n=1) == [value] and len(stub.bodies) == 1
+
+
+def test_content_in_parts_is_joined(tmp_path):
+    with Stub(lambda body: completion([{"type": "text", "text": "I say [[A"}, {"type": "text", "text": ">B]]"}])) as stub:
+        assert ask(stub, tmp_path, n=1) == [0.75]
 
 
 def test_a_half_written_last_line_is_dropped_and_its_reply_asked_for_again(tmp_path):
@@ -414,9 +435,10 @@ def test_more_fields_of_a_request_are_sent_and_nulls_left_out(tmp_path):
     ({"attempts": 0}, "--attempts"),
     ({"concurrency": 0}, "--concurrency"), ({"judge_request": "[1]"}, "--judge-request: not a JSON object"),
     ({"judge_request": "{"}, "--judge-request"), ({"judge_prompt": "gone.txt"}, "gone.txt: no such file"),
-    ({"base_url": ""}, "set OPENAI_API_KEY, or give --base-url")])
+    ({"base_url": ""}, "set OPENAI_API_KEY, or with OPENAI_BASE_URL or --base-url")])
 def test_options_that_will_not_do_are_errors_before_anything_is_asked(changes, message, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with Stub() as stub:
         with pytest.raises(InputError, match=message) as caught:
             Judge(options(stub, **changes), COMMON, tmp_path)
@@ -465,6 +487,20 @@ def test_a_changed_local_judge_is_asked_anew(tmp_path):
     tiny_checkpoint(tmp_path / "model", seed=5)
     Judge(o, COMMON, tmp_path / "a").ask(requests(2), length)
     assert len(read_rows(tmp_path / "a/verdicts.jsonl")) == 4
+    Judge(o, replace(COMMON, dtype="bfloat16"), tmp_path / "a").ask(requests(2), length)
+    assert len(read_rows(tmp_path / "a/verdicts.jsonl")) == 6
+
+
+@pytest.mark.parametrize("name", ["judge", "verdicts", "malformed", "sampled", "judge.sampled"])
+def test_any_name_will_do_for_the_verdicts(name, tiny, tmp_path):
+    """What is written beside them never takes their place."""
+    o = JudgeOptions(judge=str(tiny), judge_tokens=12, judge_cache=str(tmp_path / f"{name}.jsonl"), attempts=1)
+    none_for_the_first = lambda reply: None if reply["key"] == first else 0.5  # noqa: E731
+    first = ""
+    for n in (2, 3):
+        assert Judge(o, COMMON, tmp_path).ask(requests(n), none_for_the_first).count(0.5) == 2
+        first = first or read_rows(tmp_path / f"{name}.jsonl")[0]["key"]
+        assert len(read_rows(tmp_path / f"{name}.jsonl")) == n
 
 
 def test_what_does_not_fit_a_local_judge_is_malformed_and_the_rest_judged(tiny, tmp_path):
@@ -472,7 +508,7 @@ def test_what_does_not_fit_a_local_judge_is_malformed_and_the_rest_judged(tiny, 
     one = Judge(JudgeOptions(judge=str(tiny), judge_tokens=12), COMMON, tmp_path)
     values = one.ask([requests(1)[0], long], length)
     assert values[0] > 0 and values[1] is None and one.usage()["malformed"] == 1
-    assert [row["finish"] for row in read_rows(tmp_path / "malformed.jsonl")] == ["too_long"]
+    assert [row["finish"] for row in read_rows(tmp_path / "verdicts.malformed.jsonl")] == ["too_long"]
 
 
 def test_a_local_judges_nonsense_is_asked_for_again_at_a_temperature(tiny, tmp_path, monkeypatch):
@@ -516,7 +552,9 @@ def test_an_endpoint_compares_for_reward_py(tmp_path, monkeypatch):
     with Stub(longer_is_better) as stub:
         monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        scorer = load_scorer("endpoint:stub", "", COMMON)
+        with monkeypatch.context() as alone:  # loop.py checks on rank 0 alone, where nothing may wait for the others
+            alone.setattr(data.dist, "broadcast_object_list", lambda *_, **__: pytest.fail("waits for other ranks"))
+            scorer = load_scorer("endpoint:stub", "", COMMON)
         assert score_pairs(scorer, good, bad) == ([1, 1, 1], [0, 0, 0])
         assert len(stub.bodies) == 6  # both orders
         assert score_pairs(load_scorer("endpoint:stub", "", COMMON), good, bad)[0] == [1, 1, 1] and len(stub.bodies) == 6

@@ -99,8 +99,9 @@ def test_the_cycle_runs_from_end_to_end(finished):
 
 def test_every_stage_leaves_a_manifest_and_a_line_of_metrics(finished, world):
     out, _ = finished
-    every = ["prompts.jsonl", "seed_answers.jsonl", "improver", "base_answers.jsonl", "rewrites.jsonl", "pairs.jsonl", "policy",
-             "heldout_answers.jsonl", "heldout_rewrites.jsonl", "eval.json", "eval_improver.json"]
+    every = ["prompts.jsonl", "seed_answers.jsonl", "improver", "base_answers.jsonl", "rewrites.candidates.jsonl",
+             "rewrites.jsonl", "pairs.jsonl", "policy", "heldout_answers.jsonl", "heldout_rewrites.candidates.jsonl",
+             "heldout_rewrites.jsonl", "eval.json", "eval_improver.json"]
     wanted = ["generator", "iter0/heldout_answers.jsonl", "iter0/eval.json", "iter2/answers.jsonl",
               *(f"iter{t}/{name}" for t in (1, 2) for name in every)]
     assert {str(data.manifest_path(out / name).relative_to(out)) for name in wanted} == stamps(out).keys()
@@ -358,6 +359,9 @@ def test_benchmarks_of_every_model(world, copy, tmp_path):
     results = [json.loads((copy / f"iter{t}/eval/head_to_head/result.json").read_text()) for t in range(3)]
     assert (results[0]["score"], results[0]["draws"], results[0]["prompts"]) == (50, 4, 4)  # M_0 against itself
     assert all(r["prompts"] == 4 for r in results) and results[1]["words"] != results[0]["words"]
+    measured = [manifest(copy / f"iter{t}/eval/head_to_head/result.json")["inputs"]["model"] for t in range(3)]
+    models = world["model"], copy / "iter1/policy", copy / "iter2/policy"
+    assert measured == [data.content_hash(Path(path)) for path in models]
     answers = [read_rows(copy / f"iter{t}/eval/head_to_head/against.jsonl") for t in range(3)]
     assert answers[0] == answers[1] == answers[2]
     text = call(world, copy, *flags)[1]
@@ -365,9 +369,23 @@ def test_benchmarks_of_every_model(world, copy, tmp_path):
     assert "head_to_head" in (copy / "report.html").read_text()
 
 
+def test_options_of_benchmarks(tmp_path):
+    from eval.benchmark import check, options_of
+    path = tmp_path / "options.json"
+    for text, message in (("[1]", "no options by name"), ('{"ifeval": 1}', "no options by name"),
+                          ('{"ifeval": {"model": "m"}}', "ifeval: model is the run's to say; leave it out")):
+        path.write_text(text)
+        with pytest.raises(data.InputError, match=message):
+            check("ifeval", str(path))
+    o = options_of("ifeval", {"seed": 7, "data": "d"}, model="m", **vars(data.Common(seed=1, dtype="float32")))[1]
+    assert (o.model, o.data, o.seed, o.dtype) == ("m", "d", 7, "float32")  # a benchmark's own seed is its own
+
+
 @pytest.mark.parametrize(("flags", "options", "message"), [
     (["--eval", "alpaca"], {}, "--eval alpaca: no benchmark of eval/ has that name; there are alpaca_eval, arena_hard"),
-    (["--eval", "judge"], {}, "--eval judge: no benchmark"),
+    (["--eval", "judge"], {}, "--eval judge: no benchmark"), (["--eval", "benchmark"], {}, "--eval benchmark: no benchmark"),
+    (["--eval", "head_to_head"], {"against": ""}, "--eval head_to_head: its option against is missing; give --eval-options"),
+    (["--eval", "ifeval,head_to_head"], {}, "--eval ifeval: its option data is missing"),
     (["--eval", "head_to_head"], {"datta": "x"}, "unrecognized arguments: --datta=x"),
     (["--eval", "head_to_head"], {"data": "nowhere.jsonl"}, "head_to_head: no file or directory nowhere.jsonl"),
     (["--eval", "ifeval"], {}, "options for head_to_head, which --eval does not name")])
@@ -569,8 +587,8 @@ BAD = {
     "not a record": (seeds_with('["a", "b"]'), "seeds.jsonl: line 3: field 'prompt' is .*; mend or remove"),
     "long prompt": (seeds_with(LONG), r"seeds.jsonl: line 3: field 'prompt' has \d+ tokens .* context is 128; shorten"),
     "no heldout file": (lambda w, f: ["--heldout", "nowhere.jsonl"], "nowhere.jsonl: no such file; check the path"),
-    "no checkpoint": (lambda w, f: ["--model", str(f)], r"no tokenizer.json; save the tokenizer"),
-    "no directory": (lambda w, f: ["--model", str(f / "a" / "b")], "a/b: no tokenizer.json; save"),
+    "no checkpoint": (lambda w, f: ["--model", str(f)], r"no tokenizer.json there; check the path, or save"),
+    "no directory": (lambda w, f: ["--model", str(f / "a" / "b")], "a/b: no tokenizer.json there; check the path"),
     "no config": (model_with(lambda m: (m / "config.json").unlink()), "no config.json, so this is no checkpoint .*; give"),
     "no weights": (model_with(lambda m: (m / "model.safetensors").unlink()), "model.safetensors: missing; complete"),
     "missing shard": (model_with(without_shard), "model-00002-of-00002.safetensors: missing; complete"),
@@ -592,6 +610,7 @@ BAD = {
     "evaluate without heldout": (lambda w, f: ["--heldout", ""], "--evaluate and --heldout go together"),
     "no such evaluation": (lambda w, f: ["--evaluate", "alpaka"], "alpaka.*no such file"),
     "no such function": (lambda w, f: ["--evaluate", "tests/micro.py:judge"], "micro.py has no function judge"),
+    "loss without its samples": (lambda w, f: ["--policy.loss", "selm"], "--loss selm reads sample; give dpo.py --samples"),
     "no such scorer": (lambda w, f: ["--filter.scorer", "reward-model"], "reward-model: no scorer has that name"),
     "no such scorer of improvers": (lambda w, f: ["--improver.scorer", "mine.py:score"], "mine.py:score: no such file; write"),
     "scorer without a score": (lambda w, f: ["--filter.scorer", w["model"]], "a scorer needs a sequence-classification"),

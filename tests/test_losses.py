@@ -10,7 +10,8 @@ from test_dpo import EXAMPLES, FP32, LOGPS, PAIRS, distance
 from torch.autograd import gradcheck
 
 import dpo
-from data import Chat, InputError, parse_options
+import loop
+from data import ROOT, Chat, InputError, parse_options
 from dpo import Options, policy_options, preference_objective, reads, train_policy
 from losses.pairs import PairLogps, differences, pair_logps, preference_of
 from losses.published import LOSSES, fields_read, find_loss, log_odds
@@ -282,6 +283,7 @@ def test_differences_are_the_edit(tiny):
 
 
 def test_preference_is_the_pairs_own_or_of_its_scores():
+    assert preference_of({"id": "a", "score_chosen": -1e3, "score_rejected": 1e3}) == 0  # and no overflow
     assert preference_of({"id": "a", "preference": 0.25, "score_chosen": 9, "score_rejected": 0}) == 0.25
     assert preference_of({"id": "a", "score_chosen": 1.0, "score_rejected": 0.0}) == pytest.approx(0.7310585786)
     for row in ({}, {"preference": 1.5}, {"preference": "yes"}, {"score_chosen": 1.0, "score_rejected": None}):
@@ -338,9 +340,13 @@ def test_samples_are_joined_by_id(tiny, tmp_path):
         train_policy(tiny, PAIRS, tmp_path / name, o, FP32, tiny, tmp_path / "cache", samples=samples)
     first, second = (read_rows(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("in_order", "turned"))
     assert first == second < LN2 - 1
-    with pytest.raises(InputError, match=f"short.jsonl: no record with id {PAIRS[2]['id']}, nor of 3 other pairs"):
+    with pytest.raises(InputError, match=fr"4 pairs have no answer there \({PAIRS[2]['id']}\), 0 have further ones"):
         short = write_rows(tmp_path / "short.jsonl", [{"id": r["id"], "prompt": "x", "response": "y"} for r in PAIRS[:2]])
         train_policy(tiny, PAIRS, tmp_path / "no", o, FP32, tiny, tmp_path / "cache", samples=short)
+    twice = write_rows(tmp_path / "twice.jsonl", [{"id": r["id"], "prompt": "x", "response": "y", "sample": i}
+                                                  for r in PAIRS for i in range(2)])
+    with pytest.raises(InputError, match=fr"twice.jsonl: 0 pairs have no answer there \(none\), {len(PAIRS)} have further"):
+        train_policy(tiny, PAIRS, tmp_path / "no", o, FP32, tiny, tmp_path / "cache", samples=twice)
 
 
 # ---- options ----
@@ -361,7 +367,15 @@ def test_options_are_the_parameters_of_the_chosen_loss(capsys):
     with pytest.raises(SystemExit):
         parsed("--loss", "asft", "--help")
     text = capsys.readouterr().out
-    assert "--weight" in text and "parameter of asft" in text and "--gamma GAMMA" not in text
+    assert "--weight" in text and "parameter of the loss asft (default: 1.0)" in text and "--gamma GAMMA" not in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.json")), ids=lambda path: path.stem)
+def test_every_loss_can_replace_a_recipes_own(path):
+    """A recipe gives no parameter that only its own loss has, so that another loss comes with its own published ones."""
+    for name in LOSSES:
+        o = parse_options(loop.Options, ["--config", str(path), "--policy.loss", name]).policy
+        assert dpo.loss_parameters(o) == find_loss(name)[1]
 
 
 def test_every_parameter_of_every_loss_reaches_it(monkeypatch):
@@ -408,6 +422,8 @@ def mine(tmp_path):
 
 def test_own_loss_is_a_loss_like_any_other(tiny, tmp_path, mine):
     o = parsed("--loss", mine, "--push", "0.5")
+    (tmp_path / "whole.py").write_text(MINE.replace("0.1", "1"))  # beta: float = 1
+    assert parsed("--loss", f"{tmp_path / 'whole.py'}:my_loss", "--beta", "0.5").beta == 0.5
     assert (o.beta, o.push) == (0.1, 0.5) and reads(o) >= {"ref_chosen", "mean_rejected"}
     pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
     command = ["dpo.py", "--model", tiny, "--pairs", pairs, "--dtype", "float32", "--lr", "1e-3", "--batch", "3"]

@@ -157,7 +157,7 @@ def test_options_that_differ_are_listed_with_their_help():
     del o["show"]  # a run of an older version lacks an option
     rows = {row[0]: row[1:] for row in report.changed_options(o)}
     assert rows == {"iters": [7, 4, "T"], "policy.beta": [0.25, loop.Options().policy.beta, rows["policy.beta"][2]]}
-    assert rows["policy.beta"][2] == "parameter of dpo, see losses/published.py"
+    assert rows["policy.beta"][2] == "parameter of the loss dpo"
     o["policy"] = {**o["policy"], "loss": "simpo", "gamma": 2.0, "beta": 2.0}  # compared with that loss's own defaults
     rows = {row[0]: row[1:3] for row in report.changed_options(o)}
     assert rows == {"iters": [7, 4], "policy.loss": ["simpo", "dpo"], "policy.gamma": [2.0, 1.6]}
@@ -185,6 +185,25 @@ def test_times_are_summed_by_iteration_and_kind():
         ("once", "training"): (9, 7), ("once", "generator"): (1, 5), ("once", "other"): (0.25, 0), ("iter0", "eval"): (1, 0),
         ("iter1", "answers"): (5, 30), ("iter1", "policy"): (4, 0), ("iter2", "benchmarks"): (5, 0),
         ("controls", "policy"): (6, 0), ("controls", "training"): (7, 0), ("controls", "other"): (0.5, 0)}
+
+
+def test_a_benchmark_in_a_run_is_counted_once(tmp_path):
+    """The stage around it took the time of its parts, too; what was measured of a model outside a run has no such stage."""
+    folder = tmp_path / "iter1/eval/ifeval"
+    seal(folder / "answers.jsonl", {"tokens": 100}, 4.0)
+    seal(folder / "scores.jsonl", {}, 1.0)
+    seal(folder / "result.json", {"tokens": 30}, 6.0)
+    seal(tmp_path / "iter1/policy/eval/ifeval/answers.jsonl", {"tokens": 50}, 3.0)
+    seal(tmp_path / "iter1/answers.jsonl", {"tokens": 7}, 2.0)
+    stages = report.finished_stages(tmp_path)
+    assert [line["stage"].rpartition("/")[2] for line in stages] == ["scores", "answers", "answers", "answers", "result"]
+    rows = {row["what"]: (row["seconds"], row["tokens"]) for row in report.times(stages)}
+    assert rows == {"benchmarks": (9, 150), "answers": (2, 7)}
+
+
+def test_a_training_without_a_step_has_no_curve(tmp_path):
+    train(tmp_path / "policy", 0, loss=float)
+    assert report.curves(tmp_path / "policy") is None
 
 
 def test_benchmarks_are_read_where_they_are(tmp_path):
@@ -277,14 +296,18 @@ def test_an_interrupted_run_counts_its_finished_iterations(tmp_path, capsys):
 
 
 def test_the_command_says_what_it_wants(tmp_path):
-    for arguments, said in (([], "python -m eval.report"), ([tmp_path], f"error: {tmp_path}/config.json: no such file")):
+    usage, missing = "python -m eval.report", f"error: {tmp_path}/config.json: no such file"
+    for arguments, said in (([], usage), (["--help"], usage), ([tmp_path], missing)):
         command = [sys.executable, "-m", "eval.report", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("evaluate", ["heldout", "gone.py:evaluate"])
+@pytest.mark.parametrize("evaluate", ["heldout", "gone.py:evaluate", "broken.py:evaluate"])
 def test_a_run_whose_evaluation_is_gone_is_reported_all_the_same(two, tmp_path, evaluate):
+    if evaluate.startswith("broken"):
+        (tmp_path / "broken.py").write_text("import no_such_package")
+        evaluate = f"{tmp_path}/{evaluate}"
     out = shutil.copytree(two, tmp_path / "run")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "evaluate": evaluate}))

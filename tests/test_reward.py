@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from data import Chat, Common, InputError
 import reward as reward_file
+from losses.pairs import preference_of
 from reward import FilterOptions, likelihood, load_scorer, make_pairs, quantiles, repetition, scorer_file
 from scorers.agreement import agreement, read_labelled, wilson
 from scorers.armorm import ArmoRM
@@ -122,11 +123,18 @@ def test_pairwise_scores_are_p_and_its_complement(tiny, tmp_path):
     assert [row["score_chosen"] + row["score_rejected"] for row in pairs] == pytest.approx([1, 1]) and counts["pairs"] == 2
     expected = load_scorer(f"judge:{tiny}", "", FP32)(chosen, rejected)
     assert [row["score_chosen"] for row in pairs] == pytest.approx(expected)
+    assert [preference_of(row) for row in pairs] == pytest.approx(expected)  # not the sigmoid of P - (1 - P)
 
 
-def test_scorer_that_compares_cannot_stand_alone(tiny):
+def test_scorer_that_compares_cannot_stand_alone(tiny, tmp_path):
     with pytest.raises(InputError, match="compares two answers; the improver needs one that scores each"):
         load_scorer(f"judge:{tiny}", tiny, FP32, alone=True)
+    (tmp_path / "mine.py").write_text("def better(rows, others): return [1.0]\nbetter.pairwise = True\n"
+                                      "def length(rows): return [1.0]")
+    with pytest.raises(InputError, match=r"mine\.py:better compares two answers"):
+        load_scorer(f"{tmp_path}/mine.py:better", tiny, FP32, alone=True)
+    assert load_scorer(f"{tmp_path}/mine.py:better", tiny, FP32).pairwise
+    assert load_scorer(f"{tmp_path}/mine.py:length", tiny, FP32, alone=True)([{}]) == [1.0]
 
 
 def test_files_that_a_scorer_reads(tmp_path):
@@ -235,9 +243,12 @@ def test_agreement_by_hand(tmp_path, capsys):
     # Wilson by hand: 8 of 10 at z 1.96: (.8 + .19208 +- 1.96 sqrt(.016 + .009604)) / 1.38416
     assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-5)
     assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1
-    (tmp_path / "bad.json").write_text('[{"input": "q"}]')
-    with pytest.raises(InputError, match=r"bad.json: no list of \{input, output_1"):
-        agreement(str(tmp_path / "bad.json"), length)
+    for text in ('[{"input": "q"}]', "[]"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(InputError, match=r"bad.json: no list of \{input, output_1"):
+            agreement(str(tmp_path / "bad.json"), length)
+    talks = write_rows(tmp_path / "talks.jsonl", [{"messages": CHAT, "chosen": "See you", "rejected": "x"}])
+    assert agreement(str(talks), length)["agreement"] == 1
 
 
 def test_measure_command(judge, tmp_path):
@@ -296,6 +307,8 @@ def test_pairs_that_do_not_fit_are_counted(tiny, tmp_path):
         assert (counts["pairs"], counts["examples"], counts["too_long"]) == (10, fitting, 10 - fitting)
     with pytest.raises(InputError, match="no pair fits --max-length 2048 and the model's context"):
         train_reward(tiny, long[1:], tmp_path / "none", RewardOptions(), FP32)
+    with pytest.raises(InputError, match="--loss-on-prompt: a reward model is scored at the last token only"):
+        train_reward(tiny, BETTER, tmp_path / "none", RewardOptions(loss_on_prompt=True), FP32)
 
 
 def test_first_step_of_bradley_terry_by_hand(tiny, tmp_path):
@@ -375,6 +388,34 @@ def test_pairs_are_joined_by_id(tmp_path):
     counts, pairs = make(chosen, rejected, tmp_path)
     assert counts["candidates"] == 2
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [("a b", "x"), ("c d e", "y")]
+
+
+def test_samples_of_a_prompt_are_joined_one_by_one(tmp_path):
+    chosen = [{**row, "id": "a", "sample": i} for i, row in enumerate(answers(["a b", "c d e"]))]
+    rejected = [{**row, "id": "a", "sample": i} for i, row in enumerate(answers(["x", "y"]))]
+    _, pairs = make(chosen, rejected, tmp_path)
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [("a b", "x"), ("c d e", "y")]
+    assert pairs[0]["id"] == "a" != pairs[1]["id"]  # or nobody could read the file
+
+
+def test_texts_of_another_source_need_no_finish_reason(tmp_path):
+    chosen, rejected = ([{k: v for k, v in row.items() if k != "finish_reason"} for row in answers(some)]
+                        for some in (["a b"], ["x"]))
+    assert make(chosen, rejected, tmp_path)[0]["pairs"] == 1
+
+
+def test_another_threshold_scores_nothing_again(tiny, tmp_path, monkeypatch):
+    """A filter that leaves nothing is told to lower its threshold; what was scored is kept for that."""
+    asked, one = [], reward_file.likelihood(tiny, FP32)
+    monkeypatch.setattr(reward_file, "likelihood", lambda *_: lambda rows: asked.extend(rows) or one(rows))
+    given = {"model": str(tiny), "out": str(tmp_path / "pairs.jsonl"), "dtype": "float32"}
+    for threshold, least in ((1e3, None), (-1e3, 1)):
+        o = reward_file.Options(**given, threshold=threshold, chosen="c", rejected="r")
+        try:
+            made = make_pairs(answers(["a b"]), answers(["x"]), o.out, tiny, o, o)["pairs"]
+        except InputError:
+            made = None
+        assert made == least and len(asked) == 2 and (tmp_path / "pairs.scores").is_dir() == (made is None)
 
 
 def test_columns(tmp_path):
