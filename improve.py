@@ -8,7 +8,8 @@ What differs from the paper
 3. The template is not part of the loss (not stated there; --loss-on-prompt is the other reading).
 
 seeds.jsonl, seed_answers.jsonl -> improver/: a checkpoint, always trained from M_0
-prompts.jsonl, answers.jsonl of M_{t-1} -> rewrites.candidates.jsonl, rewrites.jsonl {id, prompt, response, draft, finish_reason}
+prompts.jsonl, answers.jsonl of M_{t-1} -> rewrites.candidates.jsonl; the best of each -> rewrites.jsonl {id, prompt, response,
+draft, finish_reason}
 
     python improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR
     torchrun --nproc-per-node 8 improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR

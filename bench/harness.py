@@ -3,7 +3,8 @@
     python bench/harness.py --model DIR --data DIR
 
 Every task runs on the same questions through the peer (lm_eval's HFLM) and then through us, in one process; the seconds are
-those of log-likelihoods and generation, tokenising included, loading and building the requests not. For each task: the
+those of log-likelihoods and generation, tokenising included, loading (but of our second kind of weights, before generation)
+and building the requests not. For each task: the
 largest difference of two log-likelihoods, answers that differ, both scores, both times and their ratio, of the clock and of the
 process's own CPU time: the second is the one to read where other programs run beside. --batch is the peer's.
 Tables on standard output, JSON in the last line.

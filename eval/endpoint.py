@@ -55,13 +55,13 @@ def address(o) -> str:
     return o.base_url or os.environ.get("OPENAI_BASE_URL", "")
 
 
-def key() -> str:
+def api_key() -> str:
     return os.environ.get("OPENAI_API_KEY", "").strip()  # with a newline at its end, errors would quote it
 
 
 def hidden(text: str) -> str:
     """A text on one line without the key, which endpoints like to repeat."""
-    return " ".join((text.replace(key(), "***") if key() else text).split())[:200]
+    return " ".join((text.replace(api_key(), "***") if api_key() else text).split())[:200]
 
 
 def connect(o):
@@ -71,10 +71,11 @@ def connect(o):
     except ImportError:
         raise InputError(f"judge {o.judge}: no such directory, and a judge behind an endpoint needs the openai package: "
                          "pip install -r requirements-eval.txt") from None
-    if not key() and not address(o):
+    if not api_key() and not address(o):
         raise InputError(f"judge {o.judge}: no such directory; for an endpoint set OPENAI_API_KEY, or with OPENAI_BASE_URL "
                          "or --base-url the address of one that wants no key")
-    return openai, openai.OpenAI(api_key=key() or "none", base_url=address(o) or None, timeout=o.request_timeout, max_retries=0)
+    return openai, openai.OpenAI(api_key=api_key() or "none", base_url=address(o) or None, timeout=o.request_timeout,
+                                 max_retries=0)
 
 
 class Endpoint:

@@ -1,6 +1,6 @@
 """Two numbers that need no judge: log-likelihood of held-out gold answers, and likelihood win rate against M_0.
 
-What --heldout alone is scored with. gold_logp is the mean over records of the mean log-prob per token of the gold answer under
+What --heldout alone is scored with. score is the mean over records of the mean log-prob per token of the gold answer under
 the model; win_rate is how often the model's own answer is likelier under M_0, per token, than M_0's own answer (a draw counts
 one half). Neither is a measure of helpfulness: the first falls when a model moves away from the style of the gold answers,
 the second rises when answers become plainer or more typical.
@@ -16,7 +16,8 @@ def evaluate(answers: list[dict], heldout: list[dict], base_answers: list[dict],
              common: Common) -> dict[str, float]:
     """answers and base_answers: records {prompt, response}, joined by position; heldout: {prompt, response = gold}.
 
-    model: the checkpoint that wrote the answers, None where an improver rewrote them. Returns score (gold_logp), se.
+    model: the checkpoint that wrote the answers, None where an improver rewrote them. Returns score and se (with a model only),
+    win_rate, words.
     """
     if any(a["id"] != b["id"] for a, b in zip(answers, base_answers, strict=True)):
         raise ValueError("answers and base_answers are of different records")
