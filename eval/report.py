@@ -117,7 +117,7 @@ def page_data(run: Path, o: dict, T: int, results: dict, stages: list[dict], not
             | {"loss": o["policy"]["loss"], "scorer": o["filter"]["scorer"], "threshold": o["filter"]["threshold"]},
             "seeds": counts_of(run / "generator").get("seeds"),
             "processes": max((load_json(path).get("processes", 1) for path in run.glob("**/*manifest.json")), default=1),
-            "evaluations": [{"name": name, **numbers(result)} for name, result in results.items()],
+            "evaluations": [{**numbers(result), "name": name} for name, result in results.items()],
             "benchmarks": benchmarks(run, T), "curves": [curve for curve in (
                 curves(run / "generator"), *(curves(folder / name, t) for name in ("improver", "policy")
                                              for t, folder in enumerate(folders, 1))) if curve],

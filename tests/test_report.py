@@ -201,6 +201,13 @@ def test_a_benchmark_in_a_run_is_counted_once(tmp_path):
     assert rows == {"benchmarks": (9, 150), "answers": (2, 7)}
 
 
+def test_a_metric_may_be_called_name(two, tmp_path):
+    out = shutil.copytree(two, tmp_path / "run")
+    (out / "iter0/eval.json").write_text(json.dumps({"score": 0.4, "name": 3.0}))
+    report.report(out)
+    assert blocks_of(out / "report.html")[0]["evaluations"][0]["name"] == "M_0"
+
+
 def test_a_training_without_a_step_has_no_curve(tmp_path):
     train(tmp_path / "policy", 0, loss=float)
     assert report.curves(tmp_path / "policy") is None
