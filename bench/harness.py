@@ -54,8 +54,9 @@ def main(args) -> dict:
 
     from data import DEVICE, processes, write_text
     from eval.harness import Harness, evaluate, load_only
-    from eval.leaderboard import TASKS, Options, average, define, files_of, headline
+    from eval.leaderboard import TASKS, Options, define, files_of, headline
     from eval.report import table
+    from eval.stats import mean
     o = Options(model=args.model, data=args.data, out=args.out, dtype=args.dtype, subjects=args.subjects)
     spent = {"peer": {}, "us": {}}
     with processes():
@@ -76,7 +77,7 @@ def main(args) -> dict:
                 peer.batch_size_per_gpu = args.generate_batch if name == "gsm8k" else args.batch
                 manager = TaskManager(include_path=str(folder), include_defaults=False)
                 found[who] = evaluate(model, [*defined], manager, args.limit, samples=True)
-            score = {who: average([float(headline(f, task, TASKS[name].metric)[0]) for task in defined])
+            score = {who: mean([float(headline(f, task, TASKS[name].metric)[0]) for task in defined])
                      for who, f in found.items()}
             rows.append({"task": name, **compare(responses(found["peer"]), responses(found["us"])),
                          "score: peer": score["peer"], "us": score["us"]})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, last_json, read_rows, random_model, llama_config, tiny_checkpoint, tokenizer_json, write_rows
+from conftest import ROOT, last_json, read_rows, run, random_model, llama_config, tiny_checkpoint, tokenizer_json, write_rows
 
 import eval.harness as harness
 from data import Chat, Common, InputError, rng
@@ -436,3 +436,15 @@ def test_the_adapter_loads_one_kind_of_weights_at_a_time(tiny, monkeypatch):
     assert us.weights(harness.load_only) is first and len(loaded) == 1
     us.weights(harness.pack)
     assert len(loaded) == 2 and us.kind is harness.pack
+
+
+def test_the_bench_compares_both_models(roomy, tasks, tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers")
+    code, out, errors = run(["bench/harness.py", "--model", roomy, "--data", tasks, "--out", tmp_path, "--limit", "2",
+                             "--subjects", "1", "--tasks", "mmlu,gsm8k"])
+    assert code == 0, errors
+    result = last_json(out)
+    assert (result["tasks"], result["same_scores"]) == (2, 2) and result["largest_difference"] < 1e-3
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith('{"task"')]
+    assert [row["requests"] for row in rows] == [8, 2]
+    assert all(row["greedy differs"] == row["texts differ"] == 0 for row in rows)
