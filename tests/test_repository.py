@@ -3,6 +3,7 @@ import ast
 import io
 import re
 import subprocess
+import symtable
 import tokenize
 from pathlib import Path
 
@@ -86,6 +87,24 @@ def test_imports_point_downwards(path):
     found = imports(path)
     upwards = [other for other in found & LEVEL.keys() if LEVEL[other] >= LEVEL[path.stem]]
     assert not upwards and not found & OUTSIDE
+
+
+def defined(path: Path) -> set[str]:
+    """Names of a file's own level."""
+    symbols = symtable.symtable(path.read_text(), str(path), "exec").get_symbols()
+    return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+
+
+def test_every_name_that_is_imported_is_there():
+    """Imports inside functions too, which no start of a program tries: those of bench/ above all."""
+    asked, absent = 0, []
+    for path in (path for path in shipped() if path.suffix == ".py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            source = ROOT / f"{(getattr(node, 'module', None) or '-').replace('.', '/')}.py"
+            if isinstance(node, ast.ImportFrom) and source.is_file():
+                asked += len(node.names)
+                absent += [f"{path.name}: {node.module}.{one.name}" for one in node.names if one.name not in defined(source)]
+    assert not absent and asked > 300
 
 
 def test_only_the_demo_and_eval_lie_outside_the_core():
