@@ -84,7 +84,11 @@ def train_improver(model: str | Path, seeds: list[dict], answers: list[dict], ou
 
 def rewrite(model: str | Path, improver: Path, answers: Path, out: Path, o: ImproverOptions, common: Common, shared: dict,
             iteration: int = 1) -> dict:
-    """Two stages: candidates for every answer, then the best of each. model is M_0, under which `likelihood` scores."""
+    """Two stages: candidates for every answer, then the best of each; returns the counts of the second.
+
+    model is M_0, under which `likelihood` scores; answers: a file of records {id, prompt | messages, response, finish_reason};
+    shared: the options that the manifests of both name.
+    """
     rows, candidates = read_jsonl(answers), Path(out).with_suffix(".candidates.jsonl")
     requests = [{"id": row["id"], "prompt": improver_prompt(row, row["response"], o)} for row in rows]
     stage(candidates, {"model": improver, "answers": answers}, shared,

@@ -5,7 +5,6 @@
 loop.py calls report() at its end; its return value is the run's summary. report.html is one page that needs no network: curves,
 yields, times, and every pair with what the improver changed. Its template eval/report.html draws what page_data() collects.
 """
-import inspect
 import json
 import math
 import re
@@ -312,7 +311,7 @@ def report(run: str | Path) -> dict:
         print(f"\nheld-out prompts, by {o['evaluate']}\n" + table(
             [{"": name, **{c: r.get(c, "-") for c in results["M_0"]}} for name, r in results.items()]))
         with suppress(Exception):  # the file may be gone, or not be imported here: no reason to have no report
-            note = inspect.unwrap(load_function(o["evaluate"])).__globals__.get("NOTE", "")  # what its numbers do not show
+            note = load_function(o["evaluate"]).__globals__.get("NOTE", "")  # what its numbers do and do not show
         print(note)
         if "score" in results["M_0"]:
             write_text(run / "scores.svg", draw(results, T))

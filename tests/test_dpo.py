@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import last_json, read_rows, run, tiny_checkpoint, write_rows
+from conftest import last_json, read_rows, run, tiny_checkpoint, tokenizer_json, write_rows
 from safetensors.torch import load_file
 
 import dpo
@@ -27,6 +27,15 @@ def train(model, out, reference=None, cache=None, pairs=PAIRS, common=FP32, **ch
     """Train and return the lines of metrics."""
     train_policy(model, pairs, out, options(**changes), common, reference or model, cache or out.parent / "cache")
     return read_rows(out / "metrics.jsonl")
+
+
+def test_a_reference_of_other_tokens_is_refused(tiny, tmp_path):
+    vocabulary = json.loads(tokenizer_json())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    other = tiny_checkpoint(tmp_path / "other", tokenizer=json.dumps(vocabulary))
+    with pytest.raises(InputError, match=f"other: its tokenizer is not that of {tiny}"):
+        train(tiny, tmp_path / "out", reference=other)
 
 
 def sequences_of(model, pairs=PAIRS) -> list:

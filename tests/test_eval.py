@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, tiny_checkpoint
 
 import loop
+import train
 from data import Chat, Common, InputError, load_function, parse_options, read_jsonl
 from model import Packed, load
 
@@ -202,11 +203,10 @@ def test_tensorboard_gets_every_metric_and_voids_what_is_repeated(tmp_path, monk
         def flush(self):
             told.append("flush")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    add = load_function("eval/tensorboard.py:add")
-    add(tmp_path, {"step": 3, "loss": 0.5})
-    add(tmp_path, {"step": 4, "loss": 0.25})
+    for line in ({"step": 3, "loss": 0.5}, {"step": 4, "loss": 0.25}):
+        train.log(tmp_path, line)
     assert told == [(str(tmp_path / "tensorboard"), 3), ("step", 3, 3), ("loss", 0.5, 3), "flush", ("step", 4, 4),
                     ("loss", 0.25, 4), "flush"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an import now fails
-    add(tmp_path / "other", {"step": 1})
+    load_function("eval/tensorboard.py:add")(tmp_path / "other", {"step": 1})
     assert not (tmp_path / "other").exists()

@@ -92,6 +92,14 @@ def test_random_is_the_same_for_the_same_text_and_else_another():
     assert len(set(scores)) == len(ROWS) and 0 <= min(scores) < max(scores) < 1
 
 
+def test_a_mark_of_the_words_start_is_no_letter(tiny, monkeypatch):
+    """Tokenizers of the Llama 2 kind may write "A" as such a mark and the letter."""
+    others = [{**row, "response": "no"} for row in ROWS]
+    expected, encode = load_scorer(f"judge:{tiny}", "", FP32)(ROWS, others), Chat.encode
+    monkeypatch.setattr(Chat, "encode", lambda self, text: [*([5] if text in ("A", "B") else []), *encode(self, text)])
+    assert load_scorer(f"judge:{tiny}", "", FP32)(ROWS, others) == expected != [0.5] * len(ROWS)
+
+
 def test_judge_reads_the_letters_in_both_orders(tiny):
     """Against transformers: probability of A against B at the place of the answer, of two prompts, averaged."""
     from transformers import AutoModelForCausalLM
