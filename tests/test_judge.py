@@ -258,6 +258,11 @@ def test_a_name_at_another_address_is_another_judge(tmp_path):
             assert ask(stub, tmp_path, n=1) == [value] and len(stub.bodies) == 1
 
 
+def test_a_log_prob_that_is_null_is_none():
+    top = endpoint.read_reply(completion("m", top={"m": None, "M": -1.0, "\ud83d": -2.0}), {"messages": []})[2]
+    assert top == {"M": -1.0, "?": -2.0}
+
+
 def test_content_in_parts_is_joined(tmp_path):
     with Stub(lambda body: completion([{"type": "text", "text": "I say [[A"}, {"type": "text", "text": ">B]]"}])) as stub:
         assert ask(stub, tmp_path, n=1) == [0.75]
