@@ -281,21 +281,22 @@ def say(*words) -> None:
 
 def command(main, options: type, default_config: str = "") -> None:
     """Run a stage file: options in, progress bars on standard error, one JSON object as the last line of standard output."""
-    try:
-        o = parse_options(options, sys.argv[1:], default_config)
-        with processes():
+    with processes():
+        try:
+            o = parse_options(options, sys.argv[1:], default_config)
             say("options", json.dumps(dataclasses.asdict(o)))
             if getattr(o, "model", "") and not getattr(o, "dry_run", 0):  # which needs no weights
                 o.model = on_first(find_model, o.model)
             start = time.perf_counter()
             result = main(o)
             say(json.dumps({**result, "seconds": round(time.perf_counter() - start, 2)}))
-        if WORLD > 1:  # a thread of gloo's sometimes aborts the interpreter's own exit, after all is done
-            sys.stdout.flush()
-            os._exit(0)
-    except InputError as error:
-        print(f"error: {error}" if RANK == 0 else f"[rank {RANK}] error: {error}", file=sys.stderr)
-        sys.exit(2)
+        except InputError as error:
+            print(f"error: {error}" if RANK == 0 else f"[rank {RANK}] error: {error}", file=sys.stderr, flush=True)
+            time.sleep(10 if RANK else 0)  # torchrun ends all ranks when one has ended: rank 0 shall have said its error before
+            sys.exit(2)
+    if WORLD > 1:  # a thread of gloo's sometimes aborts the interpreter's own exit, after all is done
+        sys.stdout.flush()
+        os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------- records
@@ -390,6 +391,11 @@ DEFAULT_TEMPLATE = """{% for m in messages %}{{ {'system': 'System', 'user': 'Us
 {% if add_generation_prompt %}Assistant: {% endif %}"""
 
 
+def refuse(message):
+    """raise_exception() of chat templates."""
+    raise TemplateError(message)
+
+
 class Chat:
     """tokenizer.json and chat template of a checkpoint directory: texts to token ids and back.
 
@@ -414,7 +420,7 @@ class Chat:
                    for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := config.get(name))}
         self.template = self._find_template(directory, config.get("chat_template"), fallback)
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals.update(raise_exception=self._refuse, **special)
+        environment.globals.update(raise_exception=refuse, **special)
         environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
         try:
             self.compiled, self.directory = environment.from_string(self.template), directory
@@ -432,10 +438,6 @@ class Chat:
             raise InputError(f"{directory}: no end-of-sequence token in config.json or tokenizer_config.json; add one")
         self.end = ids[0] if ids and (ids[0] in added or ids[0] in self.stops) else min(self.stops)
         self.stops.add(self.end)
-
-    @staticmethod
-    def _refuse(message):
-        raise TemplateError(message)
 
     @staticmethod
     def _find_template(directory: Path, inside, fallback: str) -> str:

@@ -10,7 +10,7 @@ import typing
 
 import pytest
 import transformers
-from conftest import ROOT, TEMPLATE, tiny_checkpoint, tokenizer_json
+from conftest import ROOT, TEMPLATE, run, tiny_checkpoint, tokenizer_json
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -490,6 +490,30 @@ def test_two_processes_deal_out_and_gather_in_order(tmp_path):
     assert [p.returncode for p in both] == [0, 0], ends
     assert "".join(out for out, _ in ends) == "said once\n"
 
+
+SLOW = """
+import sys
+import time
+from dataclasses import dataclass
+import data
+
+@dataclass
+class Options:
+    model: str = ""
+
+def main(o):
+    time.sleep(0 if data.RANK else 2)
+    raise data.InputError("mend it")
+
+data.command(main, Options)
+"""
+
+
+def test_the_first_rank_says_its_error_however_late(tmp_path):
+    """torchrun ends every rank as soon as one has ended."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    code, _, errors = run([tmp_path / "slow.py"], env={"PYTHONPATH": str(ROOT)}, nproc=2)
+    assert code != 0 and "\nerror: mend it\n" in f"\n{errors}" and "slow.py\", line" not in errors
 
 def test_load_function_reads_a_function_of_a_file_and_names_what_is_wrong(tmp_path):
     (tmp_path / "mine.py").write_text("def score(x):\n    return x + 1\n")
