@@ -5,11 +5,11 @@ times, a tie as half a win. As every game is against the baseline, this weighted
 Bradley-Terry fit gives. style_score is a Bradley-Terry fit with the difference in style held at 0: length, headers, lists,
 bold. Intervals are of 100 bootstraps.
 
-What differs from the official evaluator: bootstraps draw prompts, as the games of one prompt are not independent; style is held
-at the baseline's (official: at the mean over all models on the board, so that a score depends on who else is there); lengths are
-counted in words; the judge's prompt is our own unless --judge-prompt gives the official one, and only with that and the
-official judge is a score comparable with the leaderboard's. A game without a verdict is left out, as in the official v0.1 (later
-ones leave out the prompt), and counted as malformed.
+What differs from the official evaluator: bootstraps draw prompts, as the games of one prompt are not independent; style is
+held at the baseline's (official: at the mean over all models on the board, so that a score depends on who else is there);
+lengths are counted in words; the judge's prompt is our own unless --judge-prompt gives the official one, and only with that and
+the official judge is a score comparable with the leaderboard's. A game without a verdict is left out, as in the official v0.1
+(later ones leave out the prompt), and counted as malformed.
 --data and --baseline are question.jsonl and model_answer/gpt-4-0314.jsonl in data/arena-hard-v0.1 of the repository
 lmarena/arena-hard-auto.
 
