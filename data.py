@@ -280,7 +280,10 @@ def say(*words) -> None:
 
 
 def command(main, options: type, default_config: str = "") -> None:
-    """Run a stage file: options in, progress bars on standard error, one JSON object as the last line of standard output."""
+    """Run a stage file: options in, progress bars on standard error, one JSON object as the last line of standard output.
+
+    After an InputError its one line on standard error, and exit code 2.
+    """
     with processes():
         try:
             o = parse_options(options, sys.argv[1:], default_config)

@@ -515,6 +515,7 @@ def test_the_first_rank_says_its_error_however_late(tmp_path):
     code, _, errors = run([tmp_path / "slow.py"], env={"PYTHONPATH": str(ROOT)}, nproc=2)
     assert code != 0 and "\nerror: mend it\n" in f"\n{errors}" and "slow.py\", line" not in errors
 
+
 def test_load_function_reads_a_function_of_a_file_and_names_what_is_wrong(tmp_path):
     (tmp_path / "mine.py").write_text("def score(x):\n    return x + 1\n")
     assert data.load_function(f"{tmp_path}/mine.py:score")(1) == 2
