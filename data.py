@@ -5,6 +5,7 @@ InputError (one line for the user), options (a dataclass per stage is its comman
 records (JSON lines, ids by content), Chat (a tokenizer and its chat template), and stage() (a manifest beside each
 result, so that the same command goes on where it stopped).
 """
+
 import argparse
 import dataclasses
 import hashlib
@@ -43,12 +44,18 @@ class InputError(Exception):
 
 # ---------------------------------------------------------------------------------------------- options
 
+
 @dataclasses.dataclass
 class Common:
     """Options that every command has."""
+
     seed: int = 0  # all randomness follows from it
-    dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; trained weights are fp32 masters
-    chat_template: str = ""  # for a tokenizer that has none: a jinja file, or "default" for User:/Assistant: turns
+    dtype: typing.Literal["float32", "bfloat16"] = (
+        "bfloat16"  # of the computation; trained weights are fp32 masters
+    )
+    chat_template: str = (
+        ""  # for a tokenizer that has none: a jinja file, or "default" for User:/Assistant: turns
+    )
     peak_tflops: float = 0.0  # of one process: what its throughput is reported as a share of; 0 measures a large matmul
 
     @property
@@ -59,7 +66,11 @@ class Common:
 @cache
 def option_help(options: type) -> dict[str, str]:
     """The comment behind each field, base classes included: the help text of its flag."""
-    sources = [inspect.getsource(cls) for cls in reversed(options.__mro__[:-1]) if vars(cls).get("in_source", True)]
+    sources = [
+        inspect.getsource(cls)
+        for cls in reversed(options.__mro__[:-1])
+        if vars(cls).get("in_source", True)
+    ]
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", "\n".join(sources), re.MULTILINE))
 
 
@@ -106,11 +117,25 @@ def parse_options(options: type, argv: list[str], default_config: str = ""):
     """Options from defaults, then the --config JSON file, then flags: --max-new-tokens for max_new_tokens, --policy.lr for
     lr in the section policy. A field without default is required; an unknown name is an error in either place."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default=default_config, help="JSON file of options, '' for none; flags win over it")
-    parser = Parser(description=sys.modules[options.__module__].__doc__, allow_abbrev=False, parents=[first],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    first.add_argument(
+        "--config",
+        default=default_config,
+        help="JSON file of options, '' for none; flags win over it",
+    )
+    parser = Parser(
+        description=sys.modules[options.__module__].__doc__,
+        allow_abbrev=False,
+        parents=[first],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     missing = dataclasses.MISSING
-    o = options(**{f.name: None for f in dataclasses.fields(options) if f.default is missing and f.default_factory is missing})
+    o = options(
+        **{
+            f.name: None
+            for f in dataclasses.fields(options)
+            if f.default is missing and f.default_factory is missing
+        }
+    )
     config, known = first.parse_known_args(argv)[0].config, {}
     flags = as_flags(load_json(in_project(config)) if config else {}) + argv
     o = adapted(o, flags)
@@ -119,9 +144,17 @@ def parse_options(options: type, argv: list[str], default_config: str = ""):
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         if typing.get_origin(kind) is typing.Literal:
             how = {"choices": typing.get_args(kind)}
-        text = field.metadata.get("help", option_help(type(owner)).get(field.name, "")).replace("%", "%%")
-        parser.add_argument("--" + name.replace("_", "-"), dest=name, default=default, required=default is None, **how,
-                            help=text + ("" if default in (None, "") else " (default: %(default)s)"))
+        text = field.metadata.get("help", option_help(type(owner)).get(field.name, "")).replace(
+            "%", "%%"
+        )
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=name,
+            default=default,
+            required=default is None,
+            **how,
+            help=text + ("" if default in (None, "") else " (default: %(default)s)"),
+        )
     for name, value in vars(parser.parse_args(flags)).items():
         if name in known:
             setattr(*known[name], value)
@@ -135,7 +168,11 @@ def part(o, options: type) -> dict:
 
 def deciding(options: dict) -> dict:
     """The options that may change a result."""
-    return {name: value for name, value in options.items() if name not in ("checkpoint_every", "recompute", "peak_tflops")}
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in ("checkpoint_every", "recompute", "peak_tflops")
+    }
 
 
 def find_model(spec: str) -> str:
@@ -146,8 +183,9 @@ def find_model(spec: str) -> str:
         return snapshot_download(spec, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{spec}: neither a directory nor a model of the hub that can be had ({reason}); check the name") \
-            from None
+        raise InputError(
+            f"{spec}: neither a directory nor a model of the hub that can be had ({reason}); check the name"
+        ) from None
 
 
 def in_project(path: str) -> Path:
@@ -178,7 +216,11 @@ def plugin(spec: str) -> dict[str, Path]:
 # ---------------------------------------------------------------------------------------------- processes
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+DEVICE = (
+    torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.cuda.is_available()
+    else torch.device("cpu")
+)
 calls = itertools.count()  # of share()
 # By this process in its stage: "flop", "tokens" that models read, tokens "done", seconds "communicating", "waiting for data".
 spent: Counter = Counter()
@@ -187,11 +229,17 @@ spent: Counter = Counter()
 @contextmanager
 def processes():
     """A process group around the body: torchrun's, or a world of one that runs the same code and opens no port."""
-    torch.set_flush_denormal(True)  # on a CPU, Adam's moments of rare embedding rows decay into very slow denormals
+    torch.set_flush_denormal(
+        True
+    )  # on a CPU, Adam's moments of rare embedding rows decay into very slow denormals
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     store = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo", timeout=timedelta(hours=6), **store)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo",
+        timeout=timedelta(hours=6),
+        **store,
+    )
     try:
         yield
         dist.barrier()  # without it a gloo rank aborts at exit in about every second run
@@ -261,16 +309,21 @@ def peak_flops(dtype: str, given: float = 0.0) -> float:
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # which waits for a GPU
         seconds.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(seconds)
+    return 2 * n**3 / min(seconds)
 
 
 def memory() -> int:
     """Bytes of memory that the machine, or its GPU, has for each of its processes."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_properties(DEVICE).total_memory
-    machine, limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), Path("/sys/fs/cgroup/memory.max")
+    machine, limit = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        Path("/sys/fs/cgroup/memory.max"),
+    )
     container = limit.read_text().strip() if limit.is_file() else "max"
-    return min(machine, int(container) if container != "max" else machine) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(machine, int(container) if container != "max" else machine) // int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    )
 
 
 def say(*words) -> None:
@@ -294,15 +347,24 @@ def command(main, options: type, default_config: str = "") -> None:
             result = main(o)
             say(json.dumps({**result, "seconds": round(time.perf_counter() - start, 2)}))
         except InputError as error:
-            print(f"error: {error}" if RANK == 0 else f"[rank {RANK}] error: {error}", file=sys.stderr, flush=True)
-            time.sleep(10 if RANK else 0)  # torchrun ends all ranks when one has ended: rank 0 shall have said its error before
+            print(
+                f"error: {error}" if RANK == 0 else f"[rank {RANK}] error: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(
+                10 if RANK else 0
+            )  # torchrun ends all ranks when one has ended: rank 0 shall have said its error before
             sys.exit(2)
-    if WORLD > 1:  # a thread of gloo's sometimes aborts the interpreter's own exit, after all is done
+    if (
+        WORLD > 1
+    ):  # a thread of gloo's sometimes aborts the interpreter's own exit, after all is done
         sys.stdout.flush()
         os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------- records
+
 
 def read_text(path: str | Path) -> str:
     try:
@@ -310,15 +372,19 @@ def read_text(path: str | Path) -> str:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise InputError(f"{path}: line {line} is not UTF-8; save the file in that encoding") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"{path}: line {line} is not UTF-8; save the file in that encoding"
+        ) from None
 
 
 def load_json(path: str | Path) -> dict:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno} is not valid JSON ({error.msg}); mend or remove it") from None
+        raise InputError(
+            f"{path}: line {error.lineno} is not valid JSON ({error.msg}); mend or remove it"
+        ) from None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -346,22 +412,34 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number} is not valid JSON ({error.msg}); mend or remove it") from None
+            raise InputError(
+                f"{path}: line {number} is not valid JSON ({error.msg}); mend or remove it"
+            ) from None
         for field in fields:
             if field == "prompt" and isinstance(row, dict) and row.get("messages"):
                 if not is_talk(row["messages"]):
-                    raise InputError(f"{path}: line {number}: field 'messages' is no list of {{role, content}} texts; "
-                                     "mend or remove the line")
+                    raise InputError(
+                        f"{path}: line {number}: field 'messages' is no list of {{role, content}} texts; "
+                        "mend or remove the line"
+                    )
                 continue
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
-                raise InputError(f"{path}: line {number}: field {field!r} is missing, empty or no text; "
-                                 "mend or remove the line")
+            if (
+                not isinstance(row, dict)
+                or not isinstance(row.get(field), str)
+                or not row[field].strip()
+            ):
+                raise InputError(
+                    f"{path}: line {number}: field {field!r} is missing, empty or no text; "
+                    "mend or remove the line"
+                )
         if "id" not in row:
             content = digest(messages_of(row))
             row["id"] = content if (content, 0) not in seen else digest(content, number)
         key = (row["id"], row.get("sample", 0))
         if key in seen:
-            raise InputError(f"{path}: line {number}: field 'id' is {row['id']!r} as in an earlier line; make ids unique")
+            raise InputError(
+                f"{path}: line {number}: field 'id' is {row['id']!r} as in an earlier line; make ids unique"
+            )
         seen.add(key)
         rows.append(row)
     return rows
@@ -369,7 +447,9 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
 
 def is_talk(messages) -> bool:
     return isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
 
 
 def messages_of(row: dict) -> list[dict]:
@@ -410,35 +490,52 @@ class Chat:
         """fallback: Common.chat_template. Raises InputError where there is no tokenizer or no template."""
         directory = Path(directory)
         if not (directory / "tokenizer.json").is_file():
-            raise InputError(f"{directory}: no tokenizer.json there; check the path, or save the tokenizer with the checkpoint")
+            raise InputError(
+                f"{directory}: no tokenizer.json there; check the path, or save the tokenizer with the checkpoint"
+            )
         try:
             self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             self.tokenizer.no_truncation()  # trainers leave such settings in the file
             self.tokenizer.no_padding()
         except Exception as error:  # tokenizers raises nothing narrower
-            raise InputError(f"{directory}/tokenizer.json: not readable ({error}); save it again") from None
+            raise InputError(
+                f"{directory}/tokenizer.json: not readable ({error}); save it again"
+            ) from None
         read = lambda name: load_json(directory / name) if (directory / name).is_file() else {}  # noqa: E731
         config = read("tokenizer_config.json")
-        special = {name: value["content"] if isinstance(value, dict) else value
-                   for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := config.get(name))}
+        special = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if (value := config.get(name))
+        }
         self.template = self._find_template(directory, config.get("chat_template"), fallback)
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals.update(raise_exception=refuse, **special)
-        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+        environment.filters["tojson"] = lambda value, **kw: json.dumps(
+            value, ensure_ascii=False, **kw
+        )
         try:
             self.compiled, self.directory = environment.from_string(self.template), directory
         except TemplateError as error:
-            raise InputError(f"{directory}: its chat template is no valid jinja: {error.message}") from None
-        self.stops = {self.tokenizer.token_to_id(special["eos_token"])} if "eos_token" in special else set()
+            raise InputError(
+                f"{directory}: its chat template is no valid jinja: {error.message}"
+            ) from None
+        self.stops = (
+            {self.tokenizer.token_to_id(special["eos_token"])} if "eos_token" in special else set()
+        )
         for name in ("config.json", "generation_config.json"):
             ids = read(name).get("eos_token_id")
             self.stops |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
         # The end of a turn is what the template writes behind an answer: <|eot_id|> or <|im_end|>, often not eos.
-        behind = self.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], False)
+        behind = self.render(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}], False
+        )
         ids = self.encode(behind.rpartition("ANSWER")[2].lstrip())
         added = self.tokenizer.get_added_tokens_decoder()
         if not self.stops and not (ids and ids[0] in added):
-            raise InputError(f"{directory}: no end-of-sequence token in config.json or tokenizer_config.json; add one")
+            raise InputError(
+                f"{directory}: no end-of-sequence token in config.json or tokenizer_config.json; add one"
+            )
         self.end = ids[0] if ids and (ids[0] in added or ids[0] in self.stops) else min(self.stops)
         self.stops.add(self.end)
 
@@ -451,8 +548,10 @@ class Chat:
         if inside:
             return inside
         if not fallback:
-            raise InputError(f"{directory}: the tokenizer has no chat template; give --chat-template FILE.jinja, or "
-                             "--chat-template default for plain User:/Assistant: turns")
+            raise InputError(
+                f"{directory}: the tokenizer has no chat template; give --chat-template FILE.jinja, or "
+                "--chat-template default for plain User:/Assistant: turns"
+            )
         if fallback != "default" and not Path(fallback).is_file():
             raise InputError(f"--chat-template {fallback}: no such file")
         return DEFAULT_TEMPLATE if fallback == "default" else Path(fallback).read_text()
@@ -464,7 +563,9 @@ class Chat:
         try:
             return self.compiled.render(messages=messages, add_generation_prompt=open_answer)
         except (TemplateError, KeyError, TypeError) as error:
-            raise InputError(f"{self.directory}: chat template refuses {messages[0]}: {error}") from None
+            raise InputError(
+                f"{self.directory}: chat template refuses {messages[0]}: {error}"
+            ) from None
 
     def prompt_ids(self, row: dict) -> list[int]:
         """A record's conversation and the opening of the answer."""
@@ -480,20 +581,30 @@ class Chat:
 
 # ---------------------------------------------------------------------------------------------- manifests
 
+
 def fingerprint(path: str | Path) -> str:
     """Hash of what a file or checkpoint directory holds; a finished stage's directory has it in its manifest."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or directory; check the path")
-    return load_json(path / "manifest.json")["content"] if (path / "manifest.json").is_file() else content_hash(path)
+    return (
+        load_json(path / "manifest.json")["content"]
+        if (path / "manifest.json").is_file()
+        else content_hash(path)
+    )
 
 
 def content_hash(path: Path) -> str:
     """16 hex digits over a file, or over the files of a checkpoint directory that decide what the model says."""
     if not path.is_dir():
         return hash_file(path, path.stat().st_mtime_ns)
-    files = [f for f in sorted(path.iterdir()) if f.suffix in (".safetensors", ".jinja") or f.name in (
-        "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")]
+    files = [
+        f
+        for f in sorted(path.iterdir())
+        if f.suffix in (".safetensors", ".jinja")
+        or f.name
+        in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    ]
     return digest([(f.name, hash_file(f, f.stat().st_mtime_ns)) for f in files])
 
 
@@ -506,7 +617,11 @@ def hash_file(path: Path, changed: int) -> str:
 
 def manifest_path(out: Path) -> Path:
     """DIR/manifest.json for a directory, NAME.manifest.json beside a file NAME.jsonl or NAME.json."""
-    return out.with_suffix(".manifest.json") if out.suffix in (".jsonl", ".json") else out / "manifest.json"
+    return (
+        out.with_suffix(".manifest.json")
+        if out.suffix in (".jsonl", ".json")
+        else out / "manifest.json"
+    )
 
 
 def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
@@ -517,26 +632,40 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
     options raises InputError: results are never mixed, nor thrown away unasked.
     """
     out = Path(out)
-    wanted = {"inputs": {name: fingerprint(path) for name, path in inputs.items()}, "options": deciding(options)}
+    wanted = {
+        "inputs": {name: fingerprint(path) for name, path in inputs.items()},
+        "options": deciding(options),
+    }
 
     def finished():
         if not (manifest_path(out).is_file() and out.exists()):
-            begun = out / "begun.json"  # a checkpoint inside belongs to the inputs and options it was begun with
-            if out.suffix not in (".jsonl", ".json") and (not begun.is_file() or load_json(begun) != wanted):
+            begun = (
+                out / "begun.json"
+            )  # a checkpoint inside belongs to the inputs and options it was begun with
+            if out.suffix not in (".jsonl", ".json") and (
+                not begun.is_file() or load_json(begun) != wanted
+            ):
                 if (out / "checkpoint").is_dir():
-                    say(f"  {name_of(out)}: its checkpoint was made with other inputs or options; starting over")
+                    say(
+                        f"  {name_of(out)}: its checkpoint was made with other inputs or options; starting over"
+                    )
                     shutil.rmtree(out / "checkpoint")
                 write_text(begun, json.dumps(wanted))
             return None
         manifest = load_json(manifest_path(out))
         manifest["options"] = deciding(manifest["options"])
-        for part in ("options", "inputs"):  # an option first: it is often the reason why an input is another
+        for part in (
+            "options",
+            "inputs",
+        ):  # an option first: it is often the reason why an input is another
             for name in sorted(manifest[part].keys() | wanted[part].keys()):
                 old, new = manifest[part].get(name), wanted[part].get(name)
                 if old != new:
                     later = sum(load_json(m)["time"] > manifest["time"] for m in run_manifests(out))
-                    raise InputError(f"{out}: made with {part[:-1]} {name} = {old!r}, now {new!r}; this would invalidate "
-                                     f"it and {later} stages after it: go back to the old value, or give another --out")
+                    raise InputError(
+                        f"{out}: made with {part[:-1]} {name} = {old!r}, now {new!r}; this would invalidate "
+                        f"it and {later} stages after it: go back to the old value, or give another --out"
+                    )
         return manifest["counts"]
 
     counts = on_first(finished)
@@ -550,39 +679,70 @@ def stage(out: str | Path, inputs: dict, options: dict, work) -> dict:
     counts |= throughput(counts, seconds, options)
 
     def seal():
-        manifest = {**wanted, "start_from": str(inputs.get("model", "")), "counts": {**counts, "seconds": round(seconds, 2)},
-                    "time": time.time(), "processes": WORLD, "content": content_hash(out)}
+        manifest = {
+            **wanted,
+            "start_from": str(inputs.get("model", "")),
+            "counts": {**counts, "seconds": round(seconds, 2)},
+            "time": time.time(),
+            "processes": WORLD,
+            "content": content_hash(out),
+        }
         write_text(manifest_path(out), json.dumps(manifest, indent=1))
         (out / "begun.json").unlink(missing_ok=True) if out.is_dir() else None
         return manifest["counts"]
 
     counts = on_first(seal)
-    shown = "  ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in counts.items())
+    shown = "  ".join(
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
+        for key, value in counts.items()
+    )
     say(f"  {name_of(out):<28} {shown}")
     return counts
 
 
 def throughput(counts: dict, seconds: float, options: dict) -> dict:
     """What a stage did with its time: tokens per second, share of peak, seconds that the slowest process waited."""
-    flop, tokens, done, data, communication = zip(*gather([spent[name] for name in (
-        "flop", "tokens", "done", "waiting for data", "communicating")]), strict=True)
-    tokens = counts.get("tokens", sum(tokens))  # those that a stage wrote or trained on; else those that models read
+    flop, tokens, done, data, communication = zip(
+        *gather(
+            [
+                spent[name]
+                for name in ("flop", "tokens", "done", "waiting for data", "communicating")
+            ]
+        ),
+        strict=True,
+    )
+    tokens = counts.get(
+        "tokens", sum(tokens)
+    )  # those that a stage wrote or trained on; else those that models read
     if not tokens:
         return {}
     now = sum(done) or tokens  # without what an earlier call did
-    peak = sum(gather(peak_flops(options.get("dtype", Common.dtype), options.get("peak_tflops", 0.0))))
-    return {"tokens": tokens, "tokens_per_second": round(now / max(seconds, 1e-9), 1),
-            "share_of_peak": round(sum(flop) / max(seconds, 1e-9) / peak, 4),
-            "data_seconds": round(max(data), 3), "communication_seconds": round(max(communication), 3)}
+    peak = sum(
+        gather(peak_flops(options.get("dtype", Common.dtype), options.get("peak_tflops", 0.0)))
+    )
+    return {
+        "tokens": tokens,
+        "tokens_per_second": round(now / max(seconds, 1e-9), 1),
+        "share_of_peak": round(sum(flop) / max(seconds, 1e-9) / peak, 4),
+        "data_seconds": round(max(data), 3),
+        "communication_seconds": round(max(communication), 3),
+    }
 
 
 def run_manifests(out: Path) -> list[Path]:
     """All manifests of the run directory that out lies in, and of its neighbours' iterations."""
     root = out.parent.parent if out.parent.name.startswith("iter") else out.parent
-    return [*root.glob("*manifest.json"), *root.glob("*/*manifest.json"), *root.glob("*/*/manifest.json")]
+    return [
+        *root.glob("*manifest.json"),
+        *root.glob("*/*manifest.json"),
+        *root.glob("*/*/manifest.json"),
+    ]
 
 
 def name_of(out: Path) -> str:
     """iterT/... below an iteration's folder, else the last part."""
-    start = max((i for i, name in enumerate(out.parts) if re.fullmatch(r"iter\d+", name)), default=len(out.parts) - 1)
+    start = max(
+        (i for i, name in enumerate(out.parts) if re.fullmatch(r"iter\d+", name)),
+        default=len(out.parts) - 1,
+    )
     return "/".join(out.parts[start:])

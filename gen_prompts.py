@@ -18,13 +18,27 @@ corpus.txt (paragraphs with a blank line between) -> DIR/prompts.jsonl {id, prom
     python gen_prompts.py --model DIR --seeds seeds.jsonl --corpus corpus.txt --out DIR --lists 1000
     torchrun --nproc-per-node 8 gen_prompts.py --model DIR --seeds seeds.jsonl --corpus corpus.txt --out DIR
 """
+
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import (ROOT, Common, InputError, command, digest, messages_of, on_first, part, read_jsonl, read_text, rng, stage,
-                  write_jsonl)
+from data import (
+    ROOT,
+    Common,
+    InputError,
+    command,
+    digest,
+    messages_of,
+    on_first,
+    part,
+    read_jsonl,
+    read_text,
+    rng,
+    stage,
+    write_jsonl,
+)
 from sample import SampleOptions, sample
 from train import TrainOptions, sft
 
@@ -40,8 +54,11 @@ Write the question between <question> and </question>, then the solution between
 STOP_WORDS = frozenset((ROOT / "stop_words.txt").read_text().split())
 
 # A prompt that speaks of a text it does not hold ("Rewrite the following sentence.") cannot be answered.
-MISSING = re.compile(r"\b(the|this|these|that) (following|given|previous|aforementioned|above)\b|"
-                     r"\bthis (sentence|text|paragraph|passage|table|data ?set)\b", re.IGNORECASE)
+MISSING = re.compile(
+    r"\b(the|this|these|that) (following|given|previous|aforementioned|above)\b|"
+    r"\bthis (sentence|text|paragraph|passage|table|data ?set)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(kw_only=True)
@@ -61,12 +78,15 @@ class GeneratorOptions(TrainOptions, SampleOptions):
 
 # ---------------------------------------------------------------------------------------------- keywords
 
+
 class Keywords:
     """Finds the keywords of a text; `texts` tell which words are names."""
 
     def __init__(self, texts: list[str]):
         # a capital behind a lower-case word or a comma is no sentence's beginning
-        inside = Counter(w.lower() for t in texts for w in re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", t))
+        inside = Counter(
+            w.lower() for t in texts for w in re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", t)
+        )
         lower = Counter(w for t in texts for w in re.findall(r"\b[a-z]+\b", t))
         self.names = {w for w, n in inside.items() if n > lower[w]}
 
@@ -79,20 +99,34 @@ class Keywords:
 def training_rows(seeds: list[dict], o: GeneratorOptions, seed: int) -> list[dict]:
     """G's examples: keywords of a seed's own prompt and noise from another seed's -> that prompt and its answer."""
     texts = [messages_of(row)[-1]["content"] for row in seeds]
-    finder, rows = Keywords([t for text, row in zip(texts, seeds, strict=True) for t in (text, row["response"])]), []
+    finder, rows = (
+        Keywords(
+            [t for text, row in zip(texts, seeds, strict=True) for t in (text, row["response"])]
+        ),
+        [],
+    )
     found = [finder.of(text) for text in texts]
     own = o.keywords - o.noise
     usable = [i for i, words in enumerate(found) if len(words) >= own]
     if len(usable) < 2:
-        raise InputError(f"seeds: field 'prompt': only {len(usable)} of {len(seeds)} have {own} keywords; give more seeds")
+        raise InputError(
+            f"seeds: field 'prompt': only {len(usable)} of {len(seeds)} have {own} keywords; give more seeds"
+        )
     for draw in range(o.draws):
         for i in usable:
             random = rng(seed, "keywords", draw, seeds[i]["id"])
-            other = [w for w in found[random.choice([j for j in usable if j != i])] if w not in found[i]]
+            other = [
+                w for w in found[random.choice([j for j in usable if j != i])] if w not in found[i]
+            ]
             words = random.sample(found[i], own) + random.sample(other, min(o.noise, len(other)))
             random.shuffle(words)
-            rows.append({"id": digest(seeds[i]["id"], draw), "prompt": o.template.replace("{keywords}", ", ".join(words)),
-                         "response": f"<question>{texts[i]}</question>\n<solution>{seeds[i]['response']}</solution>"})
+            rows.append(
+                {
+                    "id": digest(seeds[i]["id"], draw),
+                    "prompt": o.template.replace("{keywords}", ", ".join(words)),
+                    "response": f"<question>{texts[i]}</question>\n<solution>{seeds[i]['response']}</solution>",
+                }
+            )
     return rows
 
 
@@ -101,16 +135,21 @@ def read_corpus(path: str | Path) -> list[str]:
     return [p for p in re.split(r"\n\s*\n", read_text(path)) if p.strip()]
 
 
-def keyword_lists(corpus: list[str], source: str | Path, o: GeneratorOptions, seed: int, iteration: int) -> list[list[str]]:
+def keyword_lists(
+    corpus: list[str], source: str | Path, o: GeneratorOptions, seed: int, iteration: int
+) -> list[list[str]]:
     """Fresh lists for one iteration, each of one paragraph drawn at random."""
     finder, random = Keywords(corpus), rng(seed, "lists", iteration)
     usable = [words for words in map(finder.of, corpus) if len(words) >= o.keywords]
     if not usable:
-        raise InputError(f"{source}: none of its {len(corpus)} paragraphs has {o.keywords} usable keywords; give other text")
+        raise InputError(
+            f"{source}: none of its {len(corpus)} paragraphs has {o.keywords} usable keywords; give other text"
+        )
     return [random.sample(random.choice(usable), o.keywords) for _ in range(o.lists)]
 
 
 # ---------------------------------------------------------------------------------------------- filtering prompts
+
 
 class Novelty:
     """Texts seen so far, each with a label, and which of them a new one repeats."""
@@ -121,11 +160,13 @@ class Novelty:
     @staticmethod
     def shingles(text: str) -> list[str]:
         words = ["", *re.findall(r"\w+", text.lower()), ""]
-        return sorted({digest(*trigram) for trigram in zip(words, words[1:], words[2:], strict=False)})
+        return sorted(
+            {digest(*trigram) for trigram in zip(words, words[1:], words[2:], strict=False)}
+        )
 
     def prefix(self, shingles: list[str]) -> list[str]:
         """Two sets of similarity >= near have one of these first shingles in common (prefix filtering, exact)."""
-        return shingles[:len(shingles) - int(self.near * len(shingles) - 1e-9)]
+        return shingles[: len(shingles) - int(self.near * len(shingles) - 1e-9)]
 
     def repeats(self, text: str) -> tuple[str, bool] | None:
         """(label, whether it is the same to the word) of a text that this one repeats, or None."""
@@ -133,7 +174,9 @@ class Novelty:
         if key in self.exact:
             return self.exact[key], True
         shingles = self.shingles(text)
-        candidates = {i for s in self.prefix(shingles) for i in self.index[s]} if self.near else set()
+        candidates = (
+            {i for s in self.prefix(shingles) for i in self.index[s]} if self.near else set()
+        )
         mine = set(shingles)
         for i in sorted(candidates):
             label, other = self.sets[i]
@@ -156,7 +199,9 @@ def parse(text: str) -> str | None:
     return found[1].strip() if found and not re.search("<question>|<solution>", found[1]) else None
 
 
-def accept(generated: list[dict], known: dict[str, list[str]], o: GeneratorOptions) -> tuple[list[dict], Counter]:
+def accept(
+    generated: list[dict], known: dict[str, list[str]], o: GeneratorOptions
+) -> tuple[list[dict], Counter]:
     """New prompts {id, prompt, keywords} in the order of G's outputs, and how many were dropped for which reason.
 
     known: label -> texts that must not come again, such as {"seed": [...], "heldout": [...], "earlier": [...]}.
@@ -178,7 +223,9 @@ def accept(generated: list[dict], known: dict[str, list[str]], o: GeneratorOptio
             dropped["missing_input"] += 1
         elif repeat := novelty.repeats(prompt):
             label, same = repeat
-            dropped[f"repeats_{label}" if label != "new" else "duplicate" if same else "near_duplicate"] += 1
+            dropped[
+                f"repeats_{label}" if label != "new" else "duplicate" if same else "near_duplicate"
+            ] += 1
         elif len(kept) == o.prompts:
             dropped["surplus"] += 1
         else:
@@ -189,29 +236,58 @@ def accept(generated: list[dict], known: dict[str, list[str]], o: GeneratorOptio
 
 # ---------------------------------------------------------------------------------------------- the two stages
 
-def train_generator(model: str | Path, seeds: list[dict], out: str | Path, o: GeneratorOptions, common: Common) -> dict:
+
+def train_generator(
+    model: str | Path, seeds: list[dict], out: str | Path, o: GeneratorOptions, common: Common
+) -> dict:
     """SFT of M_0 on keywords -> prompt and answer; once, before the loop."""
     rows = training_rows(seeds, o, common.seed)
     return {"seeds": len(seeds), **sft(model, rows, out, o, common)}
 
 
-def sample_prompts(generator: str | Path, corpus: str | Path, known: dict[str, list[str]], out: str | Path,
-                   o: GeneratorOptions, common: Common, iteration: int = 1) -> dict:
+def sample_prompts(
+    generator: str | Path,
+    corpus: str | Path,
+    known: dict[str, list[str]],
+    out: str | Path,
+    o: GeneratorOptions,
+    common: Common,
+    iteration: int = 1,
+) -> dict:
     """Draw keyword lists, sample G, keep the usable prompts; what G wrote stays beside them in *.raw.jsonl."""
     lists = keyword_lists(read_corpus(corpus), corpus, o, common.seed, iteration)
-    rows = [{"id": digest(i, words), "prompt": o.template.replace("{keywords}", ", ".join(words))}
-            for i, words in enumerate(lists)]
+    rows = [
+        {"id": digest(i, words), "prompt": o.template.replace("{keywords}", ", ".join(words))}
+        for i, words in enumerate(lists)
+    ]
     raw = Path(out).with_suffix(".raw.jsonl")
-    counts = sample(generator, rows, raw, o, common, purpose=f"prompts {iteration}", source="keyword lists")
-    generated = [{**row, "keywords": words} for row, words in zip(read_jsonl(raw), lists, strict=True)]
+    counts = sample(
+        generator, rows, raw, o, common, purpose=f"prompts {iteration}", source="keyword lists"
+    )
+    generated = [
+        {**row, "keywords": words} for row, words in zip(read_jsonl(raw), lists, strict=True)
+    ]
     kept, dropped = accept(generated, known, o)
     if not kept:
-        raise InputError(f"{out}: none of {len(lists)} outputs of {generator} is a usable prompt ({dict(dropped)}); see {raw}")
+        raise InputError(
+            f"{out}: none of {len(lists)} outputs of {generator} is a usable prompt ({dict(dropped)}); see {raw}"
+        )
     on_first(write_jsonl, out, kept)
-    used = [sum(re.search(rf"\b{word[:5]}", row["prompt"].lower()) is not None for word in row["keywords"]) for row in kept]
-    return {"lists": len(lists), **dict(dropped), "prompts": len(kept), "tokens": counts["tokens"],
-            "use_a_keyword": round(sum(n > 0 for n in used) / len(kept), 3),
-            "keywords_used": round(sum(used) / len(kept), 2)}
+    used = [
+        sum(
+            re.search(rf"\b{word[:5]}", row["prompt"].lower()) is not None
+            for word in row["keywords"]
+        )
+        for row in kept
+    ]
+    return {
+        "lists": len(lists),
+        **dict(dropped),
+        "prompts": len(kept),
+        "tokens": counts["tokens"],
+        "use_a_keyword": round(sum(n > 0 for n in used) / len(kept), 3),
+        "keywords_used": round(sum(used) / len(kept), 2),
+    }
 
 
 @dataclass(kw_only=True)
@@ -225,11 +301,19 @@ class Options(GeneratorOptions, Common):
 def main(o: Options) -> dict:
     out, seeds = Path(o.out), read_jsonl(o.seeds, "prompt", "response")
     shared = {**part(o, GeneratorOptions), **part(o, Common)}
-    stage(out / "generator", {"model": o.model, "seeds": o.seeds}, shared,
-          lambda: train_generator(o.model, seeds, out / "generator", o, o))
+    stage(
+        out / "generator",
+        {"model": o.model, "seeds": o.seeds},
+        shared,
+        lambda: train_generator(o.model, seeds, out / "generator", o, o),
+    )
     known = {"seed": [messages_of(row)[-1]["content"] for row in seeds]}
-    return stage(out / "prompts.jsonl", {"model": out / "generator", "corpus": o.corpus}, shared,
-                 lambda: sample_prompts(out / "generator", o.corpus, known, out / "prompts.jsonl", o, o))
+    return stage(
+        out / "prompts.jsonl",
+        {"model": out / "generator", "corpus": o.corpus},
+        shared,
+        lambda: sample_prompts(out / "generator", o.corpus, known, out / "prompts.jsonl", o, o),
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ RoPE tables and log-softmax are fp32 always: tables rounded to bf16 change answe
 Not supported, and refused by name: other architectures, RoPE types other than default and llama3, biases, quantised
 weights, attention dropout.
 """
+
 import json
 import math
 import os
@@ -37,22 +38,51 @@ try:
 except ImportError:  # a CPU, or a GPU without the package: SDPA
     flash_attn_varlen_func = flash_attn_with_kvcache = None
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "LlamaForSequenceClassification",
-                 "MistralForSequenceClassification")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "LlamaForSequenceClassification",
+    "MistralForSequenceClassification",
+)
 # What a config may say about the computation; any other value would be silently wrong here, so it is refused.
-ONLY = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0, 0.0),
-        "rope_interleaved": (False,), "partial_rotary_factor": (1, 1.0), "quantization_config": (None,)}
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-NEEDED_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "generation_config.json")
+ONLY = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0, 0.0),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "quantization_config": (None,),
+}
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+NEEDED_LLAMA3 = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 # ---------------------------------------------------------------------------------------------- configuration
 
+
 @dataclass
 class Config:
     """The part of config.json that decides the computation; `raw` is the file, kept to be written back unchanged."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -73,8 +103,10 @@ class Config:
         """Read config.json in the layout of transformers 4 or 5. Raises InputError on anything unsupported."""
         path = Path(directory) / "config.json"
         if not path.is_file():
-            raise InputError(f"{directory}: no config.json, so this is no checkpoint directory; give the directory "
-                             "that holds config.json, *.safetensors and tokenizer.json")
+            raise InputError(
+                f"{directory}: no config.json, so this is no checkpoint directory; give the directory "
+                "that holds config.json, *.safetensors and tokenizer.json"
+            )
         return cls.parse(load_json(path), path)
 
     @classmethod
@@ -82,32 +114,58 @@ class Config:
         """Check and convert a config.json dict; `path` names it in errors."""
         architecture = (raw.get("architectures") or ["none"])[0]
         if architecture not in ARCHITECTURES:
-            raise InputError(f"{path}: architecture {architecture} is not supported; use one of "
-                             f"{', '.join(ARCHITECTURES)}")
+            raise InputError(
+                f"{path}: architecture {architecture} is not supported; use one of "
+                f"{', '.join(ARCHITECTURES)}"
+            )
         for name, allowed in ONLY.items():
             if name in raw and raw[name] not in allowed:
-                raise InputError(f"{path}: {name} = {raw[name]!r} is not supported, only {allowed[0]!r} is")
+                raise InputError(
+                    f"{path}: {name} = {raw[name]!r} is not supported, only {allowed[0]!r} is"
+                )
         # transformers 5 has all of RoPE in rope_parameters; 4 has rope_theta beside an optional rope_scaling
-        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {}),
-                **(raw.get("rope_parameters") or {})}
+        rope = {
+            "rope_theta": raw.get("rope_theta", 10000.0),
+            **(raw.get("rope_scaling") or {}),
+            **(raw.get("rope_parameters") or {}),
+        }
         rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-            raise InputError(f"{path}: RoPE {rope} is not supported; rope_type default and llama3 are")
-        wanted = {**dict.fromkeys(NEEDED, raw), **dict.fromkeys(NEEDED_LLAMA3 if rope["rope_type"] == "llama3" else (), rope)}
+        if (
+            rope["rope_type"] not in ("default", "llama3")
+            or rope.get("partial_rotary_factor", 1) != 1
+        ):
+            raise InputError(
+                f"{path}: RoPE {rope} is not supported; rope_type default and llama3 are"
+            )
+        wanted = {
+            **dict.fromkeys(NEEDED, raw),
+            **dict.fromkeys(NEEDED_LLAMA3 if rope["rope_type"] == "llama3" else (), rope),
+        }
         missing = [name for name, where in wanted.items() if where.get(name) is None]
         if missing:
             raise InputError(f"{path}: {missing[0]} is missing; complete the config")
         heads = raw["num_attention_heads"]
         return cls(
-            vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads, rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope=rope, context=raw.get("max_position_embeddings", 2048),
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope=rope,
+            context=raw.get("max_position_embeddings", 2048),
             # Llama's configs have no window; Mistral's has one unless it says null
-            sliding_window=raw.get("sliding_window", 4096) if architecture.startswith("Mistral") else None,
+            sliding_window=raw.get("sliding_window", 4096)
+            if architecture.startswith("Mistral")
+            else None,
             tied=raw.get("tie_word_embeddings", False),
-            labels=len(raw.get("id2label") or (0, 1)) if architecture.endswith("Classification") else 0, raw=raw)
+            labels=len(raw.get("id2label") or (0, 1))
+            if architecture.endswith("Classification")
+            else 0,
+            raw=raw,
+        )
 
 
 def rope_frequencies(config: Config) -> torch.Tensor:
@@ -125,6 +183,7 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- attention contexts
+
 
 def use_flash(x: torch.Tensor) -> bool:
     """Whether attention over x runs through flash-attn: installed, on a GPU and in a half-precision type."""
@@ -153,18 +212,31 @@ class Packed:
         """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D)."""
         if use_flash(q):
             longest = max(self.lengths)
-            return flash_attn_varlen_func(q, k, v, self.cu_seqlens, self.cu_seqlens, longest, longest, causal=True,
-                                          window_size=window_size(window))
+            return flash_attn_varlen_func(
+                q,
+                k,
+                v,
+                self.cu_seqlens,
+                self.cu_seqlens,
+                longest,
+                longest,
+                causal=True,
+                window_size=window_size(window),
+            )
         if kernels.ready(q, flags=kernels.attention_flags(q.shape[2], q.shape[1] // k.shape[1])):
             return kernels.attend_packed(q, k, v, self.starts, window)
         # One SDPA call a sequence: a mask over all N x N would cost the square of the micro-batch.
         outputs = []
-        for q1, k1, v1 in zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True):
+        for q1, k1, v1 in zip(
+            q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True
+        ):
             q1, k1, v1 = (x.transpose(0, 1)[None] for x in (q1, k1, v1))  # (1, H or Hkv, T, D)
             T, mask = q1.shape[2], None
             if window is not None and T > window:
                 mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-            out = F.scaled_dot_product_attention(q1, k1, v1, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                q1, k1, v1, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
             outputs.append(out[0].transpose(0, 1))  # (T, H, D)
         return torch.cat(outputs)
 
@@ -172,20 +244,43 @@ class Packed:
 class Cache:
     """Keys and values of B rows of at most T tokens: k, v (L, B, T, Hkv, D). Costs 4 * L * B * T * Hkv * D bytes in bf16."""
 
-    def __init__(self, config: Config, rows: int, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        shape = (config.num_hidden_layers, rows, tokens, config.num_key_value_heads, config.head_dim)
+    def __init__(
+        self,
+        config: Config,
+        rows: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (
+            config.num_hidden_layers,
+            rows,
+            tokens,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         # Zeros, not empty: SDPA multiplies masked positions by 0, and 0 * NaN of stale memory is NaN. On a CPU they are fresh
         # pages of the system's, which take no memory before a token is written to them.
         if torch.device(device).type == "cpu":
             bytes_ = math.prod(shape) * dtype.itemsize
-            self.k, self.v = (torch.frombuffer(mmap(-1, bytes_, MAP_PRIVATE), dtype=dtype).view(shape) for _ in range(2))
+            self.k, self.v = (
+                torch.frombuffer(mmap(-1, bytes_, MAP_PRIVATE), dtype=dtype).view(shape)
+                for _ in range(2)
+            )
         else:
             self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     @staticmethod
     def row_bytes(config: Config, tokens: int, dtype: torch.dtype) -> int:
         """What one row of so many tokens takes."""
-        return 2 * config.num_hidden_layers * tokens * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return (
+            2
+            * config.num_hidden_layers
+            * tokens
+            * config.num_key_value_heads
+            * config.head_dim
+            * dtype.itemsize
+        )
 
     def move_row(self, source: int, target: int, tokens: int) -> None:
         """Copy one row's tokens over another row, so that the rows in use stay a prefix of the cache."""
@@ -199,7 +294,9 @@ class Prefill(Packed):
     def __init__(self, cache: Cache, rows: list[int], lengths: list[int], device="cpu"):
         super().__init__(lengths, device)
         self.cache = cache
-        self.token_rows = torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(device)  # (N,)
+        self.token_rows = (
+            torch.tensor(rows).repeat_interleave(torch.tensor(lengths)).to(device)
+        )  # (N,)
 
     def attend(self, layer, q, k, v, window):
         self.cache.k[layer][self.token_rows, self.positions] = k
@@ -227,20 +324,30 @@ class Decode:
         B, H, D = q.shape
         keys, values = self.cache.k[layer][:B], self.cache.v[layer][:B]  # (B, T, Hkv, D)
         if use_flash(q):
-            return flash_attn_with_kvcache(q[:, None], keys, values, k[:, None], v[:, None],
-                                           cache_seqlens=self.positions.int(), causal=True,
-                                           window_size=window_size(window))[:, 0]
+            return flash_attn_with_kvcache(
+                q[:, None],
+                keys,
+                values,
+                k[:, None],
+                v[:, None],
+                cache_seqlens=self.positions.int(),
+                causal=True,
+                window_size=window_size(window),
+            )[:, 0]
         if kernels.ready(q, flags=kernels.attention_flags(D, H // k.shape[1])):
             return kernels.attend(q, k, v, keys, values, self.positions, window)
         keys[self.rows, self.positions] = k
         values[self.rows, self.positions] = v
-        keys, values = (x[:, :self.live].transpose(1, 2) for x in (keys, values))  # (B, Hkv, live, D), views
+        keys, values = (
+            x[:, : self.live].transpose(1, 2) for x in (keys, values)
+        )  # (B, Hkv, live, D), views
         # The heads of a group share keys and values: passed as G queries of one head, nothing is copied for GQA.
         q = q.view(B, -1, H // k.shape[1], D)  # (B, Hkv, G, D)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).reshape(B, H, D)
 
 
 # ---------------------------------------------------------------------------------------------- modules
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
@@ -251,7 +358,9 @@ class RMSNorm(nn.Module):
         if kernels.ready(x):
             return kernels.rms_norm(x, self.weight, self.eps)
         x32 = x.float()  # squares of bf16 activations lose too much
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -271,7 +380,12 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.sliding_window
-        C, H, Hkv, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        C, H, Hkv, D = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.q_proj = Linear(C, H * D)
         self.k_proj = Linear(C, Hkv * D)
         self.v_proj = Linear(C, Hkv * D)
@@ -281,8 +395,12 @@ class Attention(nn.Module):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, cos, sin, context):
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))  # (N, H or Hkv, D)
-        y = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v, self.window)  # (N, H, D)
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x)
+        )  # (N, H or Hkv, D)
+        y = context.attend(
+            self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v, self.window
+        )  # (N, H, D)
         return self.o_proj(y.flatten(-2))
 
 
@@ -296,11 +414,15 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(kernels.swiglu(gate, up) if kernels.ready(gate) else F.silu(gate) * up)
+        return self.down_proj(
+            kernels.swiglu(gate, up) if kernels.ready(gate) else F.silu(gate) * up
+        )
 
 
 class Block(nn.Module):
-    recompute = False  # activation checkpointing: about a third more compute for memory of one x a layer
+    recompute = (
+        False  # activation checkpointing: about a third more compute for memory of one x a layer
+    )
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -356,10 +478,14 @@ class Model(nn.Module):
             self.frequencies = self.frequencies.to(tokens.device)
         spent.update(tokens=len(tokens), flop=self.flop(len(tokens), len(select)))
         angles = context.positions[:, None].float() * self.frequencies  # (N, D/2)
-        x = self.model(tokens, angles.cos()[:, None], angles.sin()[:, None], context)[select]  # (M, C)
+        x = self.model(tokens, angles.cos()[:, None], angles.sin()[:, None], context)[
+            select
+        ]  # (M, C)
         if targets is not None:
             return TokenLogps.apply(x, self.head.weight, targets)
-        return F.linear(x, self.head.weight) if isinstance(self.head, nn.Embedding) else self.head(x)
+        return (
+            F.linear(x, self.head.weight) if isinstance(self.head, nn.Embedding) else self.head(x)
+        )
 
     def flop(self, tokens: int, heads: int) -> int:
         """Of a forward pass: 2 for each weight of a matmul and token, the head's where it runs; attention is left out."""
@@ -371,7 +497,9 @@ class Model(nn.Module):
     @property
     def head(self) -> nn.Module:
         """What makes logits or scores: a head of its own, or the embedding where the two are tied."""
-        return self.score if self.config.labels else getattr(self, "lm_head", self.model.embed_tokens)
+        return (
+            self.score if self.config.labels else getattr(self, "lm_head", self.model.embed_tokens)
+        )
 
 
 class TokenLogps(torch.autograd.Function):
@@ -380,12 +508,17 @@ class TokenLogps(torch.autograd.Function):
     In chunks, each computed again in the backward pass: peak memory is (chunk, V) instead of (M, V), for one more head
     matmul.
     """
+
     CHUNK = 512
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        pieces = [TokenLogps.logps(F.linear(x1, weight), t1)
-                  for x1, t1 in zip(x.split(TokenLogps.CHUNK), targets.split(TokenLogps.CHUNK), strict=True)]
+        pieces = [
+            TokenLogps.logps(F.linear(x1, weight), t1)
+            for x1, t1 in zip(
+                x.split(TokenLogps.CHUNK), targets.split(TokenLogps.CHUNK), strict=True
+            )
+        ]
         logps, lse = (torch.cat(piece) for piece in zip(*pieces, strict=True))
         ctx.save_for_backward(x, weight, targets, lse)
         return logps
@@ -396,7 +529,9 @@ class TokenLogps(torch.autograd.Function):
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), TokenLogps.CHUNK):
             piece = slice(start, start + TokenLogps.CHUNK)
-            dlogits = TokenLogps.gradient(F.linear(x[piece], weight), dlogps[piece], lse[piece], targets[piece])  # (chunk, V)
+            dlogits = TokenLogps.gradient(
+                F.linear(x[piece], weight), dlogps[piece], lse[piece], targets[piece]
+            )  # (chunk, V)
             torch.mm(dlogits, weight, out=dx[piece])
             dweight.addmm_(dlogits.T, x[piece])
         return dx, dweight, None
@@ -422,6 +557,7 @@ class TokenLogps(torch.autograd.Function):
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
+
 class Weights:
     """The tensors of a checkpoint directory, by name; a sharded one is read through its index."""
 
@@ -429,20 +565,27 @@ class Weights:
         directory = Path(directory)
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            self.file_of = {name: directory / file for name, file in load_json(index)["weight_map"].items()}
+            self.file_of = {
+                name: directory / file for name, file in load_json(index)["weight_map"].items()
+            }
         else:
-            self.file_of = dict.fromkeys(self._open(directory / "model.safetensors").keys(),
-                                         directory / "model.safetensors")
+            self.file_of = dict.fromkeys(
+                self._open(directory / "model.safetensors").keys(), directory / "model.safetensors"
+            )
         self.handles = {path: self._open(path) for path in set(self.file_of.values())}
 
     @staticmethod
     def _open(path: Path):
         if not path.is_file():
-            raise InputError(f"{path}: missing; complete the checkpoint (weights are read from safetensors only)")
+            raise InputError(
+                f"{path}: missing; complete the checkpoint (weights are read from safetensors only)"
+            )
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error}); download it again") from None
+            raise InputError(
+                f"{path}: not a readable safetensors file ({error}); download it again"
+            ) from None
 
     def slice(self, name: str):
         """A lazy view of a tensor: shape by .get_shape(), parts by indexing, nothing else is read."""
@@ -462,21 +605,26 @@ def fill(model: Model, directory: str | Path) -> None:
         spare.add("lm_head.weight")
     wrong = sorted(parameters.keys() ^ (weights.file_of.keys() - spare))
     if wrong:
-        raise InputError(f"{directory}: its tensors do not match config.json; first of {len(wrong)} missing or "
-                         f"unexpected: {wrong[0]}")
+        raise InputError(
+            f"{directory}: its tensors do not match config.json; first of {len(wrong)} missing or "
+            f"unexpected: {wrong[0]}"
+        )
     for name, parameter in parameters.items():
         source = weights.slice(name)
         if list(parameter.shape) != source.get_shape():
-            raise InputError(f"{directory}: {name} has shape {source.get_shape()}, config.json makes it "
-                             f"{list(parameter.shape)}")
+            raise InputError(
+                f"{directory}: {name} has shape {source.get_shape()}, config.json makes it "
+                f"{list(parameter.shape)}"
+            )
         local, start, rows = parameter, 0, parameter.shape[0]
         if isinstance(parameter, DTensor):
             local = parameter.to_local()
-            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh,
-                                                                  parameter.placements)
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
             start, rows = offset[0], shape[0]
         if rows:
-            local.copy_(source[start:start + rows])
+            local.copy_(source[start : start + rows])
 
 
 def load(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Model:
@@ -488,8 +636,15 @@ def load(directory: str | Path, dtype: torch.dtype, device: torch.device | str =
     return model.eval().requires_grad_(False)
 
 
-def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch.dtype, chat_template: str,
-         writer: bool = True, shard_bytes: int = 4 << 30) -> None:
+def save(
+    model: Model,
+    out: str | Path,
+    tokenizer_from: str | Path,
+    dtype: torch.dtype,
+    chat_template: str,
+    writer: bool = True,
+    shard_bytes: int = 4 << 30,
+) -> None:
     """Write an HF directory that transformers opens: config, tokenizer, chat template, safetensors in files of a size.
 
     Every process must call: a sharded model is gathered one parameter at a time. The `writer` holds a file's worth of them in
@@ -502,8 +657,11 @@ def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch
             files.append([])
             size = parameter.numel() * dtype.itemsize
         files[-1].append(name)
-    names = ["model.safetensors"] if len(files) == 1 else [
-        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    names = (
+        ["model.safetensors"]
+        if len(files) == 1
+        else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    )
     for path, held in zip(names, files, strict=True):
         tensors = {}
         for name in held:
@@ -517,15 +675,23 @@ def save(model: Model, out: str | Path, tokenizer_from: str | Path, dtype: torch
         return
     for path in names:
         os.replace(out / f"{path}.tmp", out / path)
-    (out / "model.safetensors.index.json").unlink(missing_ok=True)  # of an earlier save in other shards
+    (out / "model.safetensors.index.json").unlink(
+        missing_ok=True
+    )  # of an earlier save in other shards
     if len(files) > 1:
         weight_map = {name: path for path, held in zip(names, files, strict=True) for name in held}
-        (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1)
+        )
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_from) / name).is_file() and out != Path(tokenizer_from):
             shutil.copy(Path(tokenizer_from) / name, out / name)
     (out / "chat_template.jinja").write_text(chat_template)
     # transformers 4 reads torch_dtype, 5 reads dtype; both are derived, so both are rewritten
-    raw = {key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")}
+    raw = {
+        key: value for key, value in model.config.raw.items() if key not in ("dtype", "torch_dtype")
+    }
     key = "dtype" if "rope_parameters" in raw else "torch_dtype"
-    (out / "config.json").write_text(json.dumps({**raw, key: str(dtype).removeprefix("torch.")}, indent=2))
+    (out / "config.json").write_text(
+        json.dumps({**raw, key: str(dtype).removeprefix("torch.")}, indent=2)
+    )

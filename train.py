@@ -15,6 +15,7 @@ data.jsonl {prompt | messages, response} -> DIR: an HF checkpoint in --dtype, me
     python train.py --model DIR --data seeds.jsonl --out DIR --lr 1e-5 --epochs 1
     torchrun --nproc-per-node 8 train.py --model DIR --data seeds.jsonl --out DIR --lr 1e-6 --recompute
 """
+
 import gc
 import heapq
 import json
@@ -36,11 +37,32 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 from tqdm import tqdm
 
-from data import (DEVICE, RANK, WORLD, Chat, Common, InputError, clock, command, gather, load_function, on_first,
-                  part, peak_flops, read_jsonl, rng, spent, stage, write_text)
+from data import (
+    DEVICE,
+    RANK,
+    WORLD,
+    Chat,
+    Common,
+    InputError,
+    clock,
+    command,
+    gather,
+    load_function,
+    on_first,
+    part,
+    peak_flops,
+    read_jsonl,
+    rng,
+    spent,
+    stage,
+    write_text,
+)
 from model import Config, Model, Packed, fill, save
 
 
@@ -51,7 +73,9 @@ class TrainOptions:
     batch: int = 32  # examples (answers, or pairs) per optimizer step, over all processes
     max_length: int = 2048  # tokens of prompt and response; what is longer loses its end
     micro_tokens: int = 4096  # tokens of a packed micro-batch per process; bounds memory, changes no more than rounding
-    warmup: float = 0.1  # share of the steps in which the learning rate rises, before its cosine falls
+    warmup: float = (
+        0.1  # share of the steps in which the learning rate rises, before its cosine falls
+    )
     weight_decay: float = 0.0  # AdamW's
     clip: float = 1.0  # largest norm of the gradient
     loss_on_prompt: bool = False  # train on the prompt's tokens too
@@ -59,12 +83,15 @@ class TrainOptions:
     checkpoint_every: int = 0  # steps between checkpoints to resume a stage from; 0 is never
 
 
-Sequence = tuple[list[int], int]  # token ids, and how many of them come before the first that is scored
+Sequence = tuple[
+    list[int], int
+]  # token ids, and how many of them come before the first that is scored
 
 
 @dataclass
 class Example:
     """What one unit of a batch is made of: one sequence for SFT, chosen and rejected for preferences."""
+
     id: str
     sequences: list[Sequence]
     extra: dict = field(default_factory=dict)  # what an objective needs beside log-probs
@@ -81,11 +108,12 @@ class Example:
 def make_sequence(chat: Chat, row: dict, response: str, o: TrainOptions) -> Sequence | None:
     """Prompt and response tokenised apart and joined; None if max_length leaves no token of the response."""
     prompt = chat.prompt_ids(row)
-    ids = [*prompt, *chat.response_ids(response)][:o.max_length]
+    ids = [*prompt, *chat.response_ids(response)][: o.max_length]
     return (ids, 1 if o.loss_on_prompt else len(prompt)) if len(ids) > len(prompt) else None
 
 
 # ---------------------------------------------------------------------------------------------- log-probs of sequences
+
 
 def response_logps(model: torch.nn.Module, sequences: list[Sequence]) -> list[torch.Tensor]:
     """fp32 log-probs of the scored tokens of each sequence, (len(ids) - start,) each, from one packed forward."""
@@ -93,8 +121,12 @@ def response_logps(model: torch.nn.Module, sequences: list[Sequence]) -> list[to
         lengths = [len(ids) for ids, _ in sequences]
         context, offsets = Packed(lengths, DEVICE), accumulate([0, *lengths[:-1]])
         # the token at position p is predicted by the hidden state at p - 1
-        select = torch.cat([torch.arange(start - 1, len(ids) - 1) + offset for (ids, start), offset
-                            in zip(sequences, offsets, strict=True)])  # (M,)
+        select = torch.cat(
+            [
+                torch.arange(start - 1, len(ids) - 1) + offset
+                for (ids, start), offset in zip(sequences, offsets, strict=True)
+            ]
+        )  # (M,)
         targets = torch.tensor([t for ids, start in sequences for t in ids[start:]])  # (M,)
         tokens = torch.tensor([t for ids, _ in sequences for t in ids])  # (N,)
     logps = model(tokens.to(DEVICE), context, select.to(DEVICE), targets.to(DEVICE))  # (M,)
@@ -102,11 +134,15 @@ def response_logps(model: torch.nn.Module, sequences: list[Sequence]) -> list[to
 
 
 @torch.no_grad()
-def score_sequences(model: Model, sequences: list[Sequence], budget: int = 8192) -> list[torch.Tensor]:
+def score_sequences(
+    model: Model, sequences: list[Sequence], budget: int = 8192
+) -> list[torch.Tensor]:
     """response_logps of any number of sequences, in micro-batches of about `budget` tokens, on the CPU."""
     results: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
     for [micro] in plan([len(ids) for ids, _ in sequences], 1, budget) if sequences else ():
-        for i, logps in zip(micro, response_logps(model, [sequences[i] for i in micro]), strict=True):
+        for i, logps in zip(
+            micro, response_logps(model, [sequences[i] for i in micro]), strict=True
+        ):
             results[i] = logps.cpu()
     return results
 
@@ -126,15 +162,17 @@ def plan(sizes: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
             bins[emptiest].append(item)
             heapq.heappush(loads, (load + sizes[item], emptiest))
         if all(len(b) <= 1 or sum(sizes[i] for i in b) <= budget for b in bins):
-            return [bins[r * ranks:(r + 1) * ranks] for r in range(rounds)]
+            return [bins[r * ranks : (r + 1) * ranks] for r in range(rounds)]
         rounds += 1
 
 
 # ---------------------------------------------------------------------------------------------- sharded training
 
+
 class Timed:
     """Before one of FSDP's collectives in the bases of a class: counts its seconds. A GPU's are those of the stream that it
     runs on, beside the computation, and are counted when the step is over. Sums over nodes cannot be caught and are not."""
+
     running: ClassVar[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
 
     def __call__(self, *args, **named):
@@ -169,7 +207,9 @@ def mesh() -> DeviceMesh:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if WORLD == local:
         return init_device_mesh(DEVICE.type, (WORLD,))
-    return init_device_mesh(DEVICE.type, (WORLD // local, local), mesh_dim_names=("nodes", "processes"))
+    return init_device_mesh(
+        DEVICE.type, (WORLD // local, local), mesh_dim_names=("nodes", "processes")
+    )
 
 
 def shard(start: str | Path, o: TrainOptions, common: Common) -> torch.nn.Module:
@@ -178,8 +218,13 @@ def shard(start: str | Path, o: TrainOptions, common: Common) -> torch.nn.Module
         model = Model(Config.load(start))
     compute = None if common.dtype == "float32" else common.torch_dtype
     # cast_forward_inputs would round the RoPE tables, which are arguments of each block, to bf16
-    options = {"mesh": mesh(), "reshard_after_forward": None if WORLD > 1 else False,  # alone: saves little, costs copies
-               "mp_policy": MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)}
+    options = {
+        "mesh": mesh(),
+        "reshard_after_forward": None if WORLD > 1 else False,  # alone: saves little, costs copies
+        "mp_policy": MixedPrecisionPolicy(
+            compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+    }
     for block in model.model.layers:
         block.recompute = o.recompute
         fully_shard(block, **options)
@@ -192,12 +237,22 @@ def shard(start: str | Path, o: TrainOptions, common: Common) -> torch.nn.Module
     return model.train()
 
 
-Objective = Callable[[list[Example], list[list[torch.Tensor]]], tuple[torch.Tensor, dict[str, float]]]
+Objective = Callable[
+    [list[Example], list[list[torch.Tensor]]], tuple[torch.Tensor, dict[str, float]]
+]
 
 
-def fit(start: str | Path, out: str | Path, examples: list[Example], objective: Objective,
-        count: Callable[[Example], int], o: TrainOptions, common: Common, check: Callable[[dict], None] | None = None,
-        forward: Callable[[torch.nn.Module, list[Sequence]], list[torch.Tensor]] | None = None) -> dict:
+def fit(
+    start: str | Path,
+    out: str | Path,
+    examples: list[Example],
+    objective: Objective,
+    count: Callable[[Example], int],
+    o: TrainOptions,
+    common: Common,
+    check: Callable[[dict], None] | None = None,
+    forward: Callable[[torch.nn.Module, list[Sequence]], list[torch.Tensor]] | None = None,
+) -> dict:
     """Train the checkpoint `start` on examples and write the result to the directory `out`; returns counts.
 
     objective(examples, what forward gives, by example and sequence) -> (sum of losses, sums of metrics); both are divided by
@@ -208,25 +263,46 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     model = shard(start, o, common)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True
+    )
     batches = make_batches(examples, o, common.seed)
     first, peak = resume(out, model, optimizer), peak_flops(common.dtype, common.peak_tflops)
     tokens = sum(example.tokens for batch in batches for example in batch)
-    bar = tqdm(total=len(batches), initial=first, desc=out.name, unit=" step", leave=False, disable=RANK > 0)
+    bar = tqdm(
+        total=len(batches),
+        initial=first,
+        desc=out.name,
+        unit=" step",
+        leave=False,
+        disable=RANK > 0,
+    )
     for step in range(first, len(batches)):
         begin, flop, batch = time.perf_counter(), spent["flop"], batches[step]
         for group in optimizer.param_groups:
             group["lr"] = o.lr * schedule(step, len(batches), o.warmup)
         line = train_step(model, optimizer, batch, objective, count, o, forward)
         seconds = time.perf_counter() - begin
-        line = {"step": step + 1, **line, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-                "tokens_per_second": sum(example.tokens for example in batch) / seconds,
-                "share_of_peak": sum(gather(spent["flop"] - flop)) / seconds / WORLD / peak, "memory_gb": peak_memory()}
+        line = {
+            "step": step + 1,
+            **line,
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            "tokens_per_second": sum(example.tokens for example in batch) / seconds,
+            "share_of_peak": sum(gather(spent["flop"] - flop)) / seconds / WORLD / peak,
+            "memory_gb": peak_memory(),
+        }
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
-            good = max((d.parent for d in out.glob("checkpoint/*/done")), key=lambda d: int(d.name), default="none")
-            raise InputError(f"{out}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step + 1} (records "
-                             f"{' '.join(str(e.id) for e in batch)}; last good checkpoint: {good}); lower --lr, which starts "
-                             "this stage over")
+            good = max(
+                (d.parent for d in out.glob("checkpoint/*/done")),
+                key=lambda d: int(d.name),
+                default="none",
+            )
+            raise InputError(
+                f"{out}: loss {line['loss']}, gradient norm {line['grad_norm']} at step {step + 1} (records "
+                f"{' '.join(str(e.id) for e in batch)}; last good checkpoint: {good}); lower --lr, which starts "
+                "this stage over"
+            )
         log(out, line)
         spent["done"] += sum(example.tokens for example in batch) if RANK == 0 else 0
         if step == 0 and check:
@@ -238,7 +314,9 @@ def fit(start: str | Path, out: str | Path, examples: list[Example], objective: 
     bar.close()
     chat = Chat(start, common.chat_template)
     save(model, out, start, common.torch_dtype, chat.template, writer=RANK == 0)
-    on_first(lambda: [done.unlink() for done in out.glob("checkpoint/*/done")])  # a half-removed one must not count
+    on_first(
+        lambda: [done.unlink() for done in out.glob("checkpoint/*/done")]
+    )  # a half-removed one must not count
     on_first(shutil.rmtree, out / "checkpoint", True)
     del model, optimizer
     gc.collect()
@@ -252,23 +330,36 @@ def make_batches(examples: list, o: TrainOptions, seed: int) -> list[list]:
         shuffled = list(examples)
         rng(seed, "epoch", epoch).shuffle(shuffled)
         order += shuffled
-    return [order[i:i + o.batch] for i in range(0, len(order), o.batch)]
+    return [order[i : i + o.batch] for i in range(0, len(order), o.batch)]
 
 
 def micro_batches(batch: list[Example], o: TrainOptions) -> list[list[list[Example]]]:
     """A global batch as rounds of one micro-batch a rank, of about o.micro_tokens each: [round][rank] -> examples."""
-    return [[[batch[i] for i in micro] for micro in ranks]
-            for ranks in plan([example.tokens for example in batch], WORLD, o.micro_tokens)]
+    return [
+        [[batch[i] for i in micro] for micro in ranks]
+        for ranks in plan([example.tokens for example in batch], WORLD, o.micro_tokens)
+    ]
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Learning rate as a share of its peak: linear rise, then half a cosine to 0."""
     rise = math.ceil(warmup * steps)
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    return (
+        (step + 1) / rise
+        if step < rise
+        else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    )
 
 
-def train_step(model, optimizer, batch: list[Example], objective: Objective, count, o: TrainOptions,
-               forward=None) -> dict:
+def train_step(
+    model,
+    optimizer,
+    batch: list[Example],
+    objective: Objective,
+    count,
+    o: TrainOptions,
+    forward=None,
+) -> dict:
     """One optimizer step on a global batch; returns its metrics, the same on every rank."""
     total, sums, flop = sum(count(example) for example in batch), Counter(), spent["flop"]
     for ranks in micro_batches(batch, o):
@@ -277,13 +368,17 @@ def train_step(model, optimizer, batch: list[Example], objective: Objective, cou
         sequences = [s for example in mine for s in example.sequences] or [([0, 0], 1)]
         outputs = iter((forward or response_logps)(model, sequences))
         if mine:
-            loss, metrics = objective(mine, [[next(outputs) for _ in example.sequences] for example in mine])
+            loss, metrics = objective(
+                mine, [[next(outputs) for _ in example.sequences] for example in mine]
+            )
             sums.update({"loss": loss.item(), **metrics})
         else:
             loss = next(outputs).sum() * 0
         # FSDP averages gradients over ranks; the mean wanted is over the global count, hence the factor WORLD
         (loss * WORLD / total).backward()
-    spent["flop"] += 2 * (spent["flop"] - flop)  # the backward pass: gradients of inputs and of weights
+    spent["flop"] += 2 * (
+        spent["flop"] - flop
+    )  # the backward pass: gradients of inputs and of weights
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -306,12 +401,20 @@ def log(out: Path, line: dict) -> None:
     """A step's metrics to metrics.jsonl, and to TensorBoard's files where tensorboard is installed."""
     if RANK == 0:
         with open(out / "metrics.jsonl", "a") as file:
-            print(json.dumps({name: float(f"{value:.6g}") if isinstance(value, float) else value
-                              for name, value in line.items()}), file=file)
+            print(
+                json.dumps(
+                    {
+                        name: float(f"{value:.6g}") if isinstance(value, float) else value
+                        for name, value in line.items()
+                    }
+                ),
+                file=file,
+            )
         load_function("eval/tensorboard.py:add")(out, line)
 
 
 # ---------------------------------------------------------------------------------------------- stopping and going on
+
 
 def save_checkpoint(out: Path, model, optimizer, step: int) -> None:
     """Write out/checkpoint/STEP, every rank its shards, then drop the older one; a kill leaves one of them whole."""
@@ -326,6 +429,7 @@ def save_checkpoint(out: Path, model, optimizer, step: int) -> None:
 
 def resume(out: Path, model, optimizer) -> int:
     """Load the newest whole checkpoint below out, if any; returns the number of steps it has behind it."""
+
     def newest():
         done = max((int(d.parent.name) for d in out.glob("checkpoint/*/done")), default=0)
         metrics = out / "metrics.jsonl"  # may hold steps that will be repeated
@@ -336,19 +440,26 @@ def resume(out: Path, model, optimizer) -> int:
     step = on_first(newest)
     if step:
         weights, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=out / "checkpoint" / str(step))
+        dcp.load(
+            {"model": weights, "optimizer": moments}, checkpoint_id=out / "checkpoint" / str(step)
+        )
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return step
 
 
 # ---------------------------------------------------------------------------------------------- supervised fine-tuning
 
-def sft_objective(examples: list[Example], logps: list[list[torch.Tensor]]) -> tuple[torch.Tensor, dict[str, float]]:
+
+def sft_objective(
+    examples: list[Example], logps: list[list[torch.Tensor]]
+) -> tuple[torch.Tensor, dict[str, float]]:
     """Sum of the negative log-probs of all scored tokens."""
     return -torch.stack([one.sum() for [one] in logps]).sum(), {}
 
 
-def sft(model: str | Path, rows: list[dict], out: str | Path, o: TrainOptions, common: Common) -> dict:
+def sft(
+    model: str | Path, rows: list[dict], out: str | Path, o: TrainOptions, common: Common
+) -> dict:
     """Fine-tune on rows {prompt | messages, response}; writes a checkpoint directory, returns counts."""
     chat = Chat(model, common.chat_template)
     sequences = [(row["id"], make_sequence(chat, row, row["response"], o)) for row in rows]
@@ -362,6 +473,7 @@ def sft(model: str | Path, rows: list[dict], out: str | Path, o: TrainOptions, c
 @dataclass(kw_only=True)
 class DryRun:
     """Options of the training commands."""
+
     dry_run: int = 0  # train nothing: foretell the memory that each of so many processes would need (bench/memory.py)
     gpu_gb: float = 80.0  # --dry-run: memory of a GPU
     node_gpus: int = 8  # --dry-run: GPUs of a node, inside which parameters are sharded
@@ -378,8 +490,12 @@ def main(o: Options) -> dict:
     if o.dry_run:
         return load_function("bench/memory.py:dry_run")(o, sequences=1)
     rows = read_jsonl(o.data, "prompt", "response")
-    return stage(o.out, {"model": o.model, "data": o.data}, {**part(o, TrainOptions), **part(o, Common)},
-                 lambda: sft(o.model, rows, o.out, o, o))
+    return stage(
+        o.out,
+        {"model": o.model, "data": o.data},
+        {**part(o, TrainOptions), **part(o, Common)},
+        lambda: sft(o.model, rows, o.out, o, o),
+    )
 
 
 if __name__ == "__main__":

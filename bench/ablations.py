@@ -8,6 +8,7 @@ is linked into the variant's directory, where loop.py finds it done by its manif
 Killed at any time, the same command goes on. Beside each other run as many variants as there are cores: for a model as small
 as the demo's that is more work done than one variant on all of them.
 """
+
 import fcntl
 import json
 import os
@@ -24,7 +25,13 @@ from data import ROOT, InputError, command, in_project, load_json, manifest_path
 from eval.report import table
 
 # Files of the base's run: what follows from M_0 and the seeds alone, what follows from the generator too, and so on.
-IMPROVER = ("iter0", "iter1/seed_answers*", "iter1/improver", "iter1/*_improver*", "iter1/heldout_rewrites*")
+IMPROVER = (
+    "iter0",
+    "iter1/seed_answers*",
+    "iter1/improver",
+    "iter1/*_improver*",
+    "iter1/heldout_rewrites*",
+)
 REWRITES = (*IMPROVER, "generator", "iter*/prompts*", "iter*/base_answers*", "iter1/rewrites*")
 PAIRS = (*REWRITES, "iter1/pairs*")
 ALL = ("generator", "reference", "iter*")
@@ -37,19 +44,28 @@ VARIANTS = {  # name -> flags of loop.py, files shared with the base
     "data fresh": ("--data fresh", PAIRS),
     "no noise": ("--generator.noise 0", IMPROVER),
     "1 keyword": ("--generator.keywords 1 --generator.noise 0", IMPROVER),
-    "5 keywords": ("--generator.keywords 5 --generator.noise 1", IMPROVER),  # few seeds have four of their own
+    "5 keywords": (
+        "--generator.keywords 5 --generator.noise 1",
+        IMPROVER,
+    ),  # few seeds have four of their own
     "no filter": ("--filter.scorer none", REWRITES),
     "rubric filter": ("--filter.scorer demo/build.py:score", REWRITES),
     "simpo": (SIMPO + "--policy.nll 0", PAIRS),
     "simpo + nll": (SIMPO + "--policy.nll 0.5", PAIRS),
     "controls": ("--controls", ALL),  # on top of the base's finished run
 }
-CONTROLS = {"seeds: SFT": "seed_sft", "seeds: pairs": "seed_pairs", "one shot": "one_shot/iter1/policy"}  # below controls/
+CONTROLS = {
+    "seeds: SFT": "seed_sft",
+    "seeds: pairs": "seed_pairs",
+    "one shot": "one_shot/iter1/policy",
+}  # below controls/
 
 
 @dataclass(kw_only=True)
 class Options:
-    out: str = "runs/ablations"  # directory of all runs; the same command again goes on where it stopped
+    out: str = (
+        "runs/ablations"  # directory of all runs; the same command again goes on where it stopped
+    )
     recipe: str = "recipes/demo.json"  # options of loop.py that all variants share
     seeds: str = "0,1,2"  # random seeds
     variants: str = ""  # some of them, by name; base always runs; default: all
@@ -59,10 +75,20 @@ class Options:
 
 # ---------------------------------------------------------------------------------------------- one run
 
+
 def flags(name: str, seed: int, o: Options) -> list[str]:
     """loop.py's command line for a variant: the recipe, then what the variant changes, on the M_0 and data of the base."""
     home = Path(o.out) / f"seed{seed}"
-    given = ["--config", o.recipe, "--seed", str(seed), "--iters", str(o.iters), "--out", str(home / slug(name))]
+    given = [
+        "--config",
+        o.recipe,
+        "--seed",
+        str(seed),
+        "--iters",
+        str(o.iters),
+        "--out",
+        str(home / slug(name)),
+    ]
     if name != "base":
         made, keys = load_json(home / "base/config.json"), ("model", "seeds", "corpus", "heldout")
         given += ["--prepare", "", *(text for key in keys for text in (f"--{key}", made[key]))]
@@ -75,7 +101,12 @@ def slug(name: str) -> str:
 
 def link(base: Path, run: Path, patterns: tuple[str, ...]) -> None:
     """Hard-link files of the base's run; a stage writes anew and renames, so neither run can change the other's."""
-    files = [f for pattern in patterns for path in base.glob(pattern) for f in ([path] if path.is_file() else path.rglob("*"))]
+    files = [
+        f
+        for pattern in patterns
+        for path in base.glob(pattern)
+        for f in ([path] if path.is_file() else path.rglob("*"))
+    ]
     for file in files:
         target = run / file.relative_to(base)
         if file.is_file() and not target.exists():
@@ -93,13 +124,27 @@ def run_variant(name: str, seed: int, o: Options, lock) -> dict:
     start = time.time()
     run.mkdir(parents=True, exist_ok=True)
     link(run.parent / "base", run, VARIANTS[name][1])
-    with open(run.with_suffix(".log"), "w") as log:  # the child holds the lock too: it may outlive this process
-        code = subprocess.run([sys.executable, str(ROOT / "loop.py"), *flags(name, seed, o)], pass_fds=(lock.fileno(),),
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT).returncode
+    with open(
+        run.with_suffix(".log"), "w"
+    ) as log:  # the child holds the lock too: it may outlive this process
+        code = subprocess.run(
+            [sys.executable, str(ROOT / "loop.py"), *flags(name, seed, o)],
+            pass_fds=(lock.fileno(),),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ).returncode
     if code:
         lines = [line for line in Path(log.name).read_text().splitlines() if line.strip()]
-        return {"failed": f"{log.name}: {lines[-1] if lines else f'exit code {code}'}", "seconds": time.time() - start}
-    result = {"what": what, "rows": rows_of(name, run, o.iters), "seconds": round(time.time() - start, 1)}
+        return {
+            "failed": f"{log.name}: {lines[-1] if lines else f'exit code {code}'}",
+            "seconds": time.time() - start,
+        }
+    result = {
+        "what": what,
+        "rows": rows_of(name, run, o.iters),
+        "seconds": round(time.time() - start, 1),
+    }
     write_text(done, json.dumps(result, indent=1))
     return result
 
@@ -109,17 +154,44 @@ def rows_of(name: str, run: Path, T: int) -> dict[str, dict]:
     evals = [load_json(run / f"iter{t}/eval.json") for t in range(T + 1)]
     counts = lambda path: load_json(manifest_path(path))["counts"]  # noqa: E731
     if name == "controls":
-        last = {row: load_json(run / "controls" / (f"{where}_eval.json" if where in ("seed_sft", "seed_pairs")
-                                                   else "one_shot/iter1/eval.json")) for row, where in CONTROLS.items()}
-        return {row: {"last": last[row]["score"], "words": last[row]["words"],
-                      "pairs": [p] if (p := counts(run / "controls" / where).get("pairs")) else []}
-                for row, where in CONTROLS.items()}
+        last = {
+            row: load_json(
+                run
+                / "controls"
+                / (
+                    f"{where}_eval.json"
+                    if where in ("seed_sft", "seed_pairs")
+                    else "one_shot/iter1/eval.json"
+                )
+            )
+            for row, where in CONTROLS.items()
+        }
+        return {
+            row: {
+                "last": last[row]["score"],
+                "words": last[row]["words"],
+                "pairs": [p] if (p := counts(run / "controls" / where).get("pairs")) else [],
+            }
+            for row, where in CONTROLS.items()
+        }
     pairs = [counts(run / f"iter{t}/pairs.jsonl")["pairs"] for t in range(1, T + 1)]
-    own = {name: {"first": evals[1]["score"], "last": evals[T]["score"], "words": evals[T]["words"], "pairs": pairs}}
-    return ({"M_0": {"last": evals[0]["score"], "words": evals[0]["words"], "pairs": []}} if name == "base" else {}) | own
+    own = {
+        name: {
+            "first": evals[1]["score"],
+            "last": evals[T]["score"],
+            "words": evals[T]["words"],
+            "pairs": pairs,
+        }
+    }
+    return (
+        {"M_0": {"last": evals[0]["score"], "words": evals[0]["words"], "pairs": []}}
+        if name == "base"
+        else {}
+    ) | own
 
 
 # ---------------------------------------------------------------------------------------------- all of them
+
 
 def run_all(jobs: list[tuple[str, int]], o: Options, lock) -> dict[tuple[str, int], dict]:
     """(variant, random seed) -> result. A seed's base runs before its variants; a line per finished run."""
@@ -133,12 +205,18 @@ def run_all(jobs: list[tuple[str, int]], o: Options, lock) -> dict[tuple[str, in
                     name, seed = job = running.pop(future)
                     result = results[job] = future.result()
                     if name == "base" and "rows" in result:
-                        running |= dict(submit((n, s)) for n, s in jobs if s == seed and n != "base")
+                        running |= dict(
+                            submit((n, s)) for n, s in jobs if s == seed and n != "base"
+                        )
                     spent += [result["seconds"]] if result["seconds"] else []
                     left = (len(jobs) - len(results)) * mean(spent or [0]) / o.workers
-                    figures = result.get("failed") or "  ".join(f"{row} {r['last']:.3f}" for row, r in result["rows"].items())
-                    say(f"seed {seed}  {name:<18} {result['seconds']:5.0f} s  {len(results):>2} of {len(jobs)}, about "
-                        f"{left / 60:.0f} min left   {figures}")
+                    figures = result.get("failed") or "  ".join(
+                        f"{row} {r['last']:.3f}" for row, r in result["rows"].items()
+                    )
+                    say(
+                        f"seed {seed}  {name:<18} {result['seconds']:5.0f} s  {len(results):>2} of {len(jobs)}, about "
+                        f"{left / 60:.0f} min left   {figures}"
+                    )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -148,21 +226,45 @@ def run_all(jobs: list[tuple[str, int]], o: Options, lock) -> dict[tuple[str, in
 def summarise(rows: dict[str, dict[int, dict]]) -> dict[str, dict]:
     """row -> random seed -> figures, to row -> [mean, standard deviation over seeds] of each; "gain": of M_T over the base's
     with the same seed."""
+
     def spread(values):
         return [mean(values), stdev(values) if len(values) > 1 else None] if values else None
 
-    return {row: {"seeds": sorted(by), "M_1": spread([r["first"] for r in by.values() if "first" in r]),
-                  "M_T": spread([r["last"] for r in by.values()]),
-                  "gain": spread([r["last"] - rows["base"][s]["last"] for s, r in by.items()]) if row != "base" else None,
-                  "pairs": [mean(column) for column in zip(*(r["pairs"] for r in by.values()), strict=True)],
-                  "words": mean(r["words"] for r in by.values())} for row, by in rows.items()}
+    return {
+        row: {
+            "seeds": sorted(by),
+            "M_1": spread([r["first"] for r in by.values() if "first" in r]),
+            "M_T": spread([r["last"] for r in by.values()]),
+            "gain": spread([r["last"] - rows["base"][s]["last"] for s, r in by.items()])
+            if row != "base"
+            else None,
+            "pairs": [
+                mean(column) for column in zip(*(r["pairs"] for r in by.values()), strict=True)
+            ],
+            "words": mean(r["words"] for r in by.values()),
+        }
+        for row, by in rows.items()
+    }
 
 
 def show(summary: dict[str, dict]) -> str:
-    cell = lambda v, sign="": "-" if v is None else f"{v[0]:{sign}.3f}" + (f" +- {v[1]:.3f}" if v[1] is not None else "")  # noqa: E731
-    return table([{"variant": row.ljust(17), "M_1": cell(r["M_1"]), "M_T": cell(r["M_T"]), "M_T - base's": cell(r["gain"], "+"),
-                   "seeds": len(r["seeds"]), "pairs by iteration": " ".join(f"{n:.0f}" for n in r["pairs"]) or "-",
-                   "words": f"{r['words']:.1f}"} for row, r in summary.items()])
+    cell = lambda v, sign="": (
+        "-" if v is None else f"{v[0]:{sign}.3f}" + (f" +- {v[1]:.3f}" if v[1] is not None else "")
+    )  # noqa: E731
+    return table(
+        [
+            {
+                "variant": row.ljust(17),
+                "M_1": cell(r["M_1"]),
+                "M_T": cell(r["M_T"]),
+                "M_T - base's": cell(r["gain"], "+"),
+                "seeds": len(r["seeds"]),
+                "pairs by iteration": " ".join(f"{n:.0f}" for n in r["pairs"]) or "-",
+                "words": f"{r['words']:.1f}",
+            }
+            for row, r in summary.items()
+        ]
+    )
 
 
 def main(o: Options) -> dict:
@@ -185,9 +287,16 @@ def main(o: Options) -> dict:
         for row, figures in results[name, seed].get("rows", {}).items():
             rows.setdefault(row, {})[seed] = figures
     summary = summarise(rows) if "base" in rows else {}
-    failed = {f"{name}, seed {seed}": r["failed"] for (name, seed), r in results.items() if "failed" in r}
-    say(f"\nmean +- standard deviation over random seeds {o.seeds}; T = {o.iters}\n{show(summary) if summary else 'no base'}")
-    write_text(Path(o.out) / "results.json", json.dumps({"summary": summary, "by_seed": rows, "failed": failed}, indent=1))
+    failed = {
+        f"{name}, seed {seed}": r["failed"] for (name, seed), r in results.items() if "failed" in r
+    }
+    say(
+        f"\nmean +- standard deviation over random seeds {o.seeds}; T = {o.iters}\n{show(summary) if summary else 'no base'}"
+    )
+    write_text(
+        Path(o.out) / "results.json",
+        json.dumps({"summary": summary, "by_seed": rows, "failed": failed}, indent=1),
+    )
     return {"iters": o.iters, "summary": summary, "failed": failed}
 
 

@@ -1,4 +1,5 @@
 """Weights laid out for generating text on a CPU: decoding reads all of them for few rows, and is bound by that."""
+
 import torch
 import torch.nn as nn
 
@@ -8,7 +9,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.ops.mkldnn._reorder_linear_weight(weight.detach()), requires_grad=False
+        )
 
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
@@ -20,15 +23,25 @@ def pack(model: nn.Module) -> nn.Module:
     A packed model cannot be trained or saved. Elsewhere: nothing is done.
     """
     weight = model.model.embed_tokens.weight
-    if not (weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
         return model
-    if model.head is model.model.embed_tokens:  # the embedding is looked up in its own order: the head becomes a copy
+    if (
+        model.head is model.model.embed_tokens
+    ):  # the embedding is looked up in its own order: the head becomes a copy
         model.lm_head = PackedLinear(weight)
     for layer in model.model.layers:
         fuse(layer.self_attn)
-    linears = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-               if isinstance(child, nn.Linear)]
+    linears = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
     for parent, name, child in linears:
         setattr(parent, name, PackedLinear(child.weight))
     return model

@@ -6,6 +6,7 @@ scorer (a control: the default scorer needs nothing from outside the models). Se
 M_0 learns, in one pass, from imperfect web answers, from correct paragraphs and from practice in copying, tidying and
 asking about keywords, skills that a real chat model brings along.
 """
+
 import json
 import random
 import sys
@@ -21,14 +22,34 @@ from train import TrainOptions, sft
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import world
 
-WEB, PARAGRAPHS, PRACTICE, ASKING, CORPUS = 12_000, 2_000, 2_400, 3_600, 3_000  # records of M_0's data; of the corpus
+WEB, PARAGRAPHS, PRACTICE, ASKING, CORPUS = (
+    12_000,
+    2_000,
+    2_400,
+    3_600,
+    3_000,
+)  # records of M_0's data; of the corpus
 ARCHITECTURE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 256,
-    "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True}
-PRETRAINING = TrainOptions(lr=3e-3, epochs=1, batch=32, max_length=256, loss_on_prompt=True, checkpoint_every=100)
-TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|end|>"
-            "{% else %}<|user|>{{ m['content'] }}<|assistant|>{% endif %}{% endfor %}")
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+PRETRAINING = TrainOptions(
+    lr=3e-3, epochs=1, batch=32, max_length=256, loss_on_prompt=True, checkpoint_every=100
+)
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|end|>"
+    "{% else %}<|user|>{{ m['content'] }}<|assistant|>{% endif %}{% endfor %}"
+)
 NOTE = """
 Shown: one step of self-boosting lifts M_0 by many standard errors, with nothing from outside the models in the loop.
 Not shown: that iterating is what helps. Later steps gain little, within a standard error or two; SFT on the seeds, pairs from
@@ -43,19 +64,38 @@ def prepare(o) -> dict[str, str]:
     on_first(write_data, data, o.seed)
     common = Common(seed=o.seed, dtype=o.dtype)
     on_first(write_start, data, o.seed)
-    stage(base, {"model": data / "start", "data": data / "base.jsonl"}, {**vars(PRETRAINING), **vars(common)},
-          lambda: sft(data / "start", read_jsonl(data / "base.jsonl"), base, PRETRAINING, common))
-    return {"model": str(base), "seeds": str(data / "seeds.jsonl"), "heldout": str(data / "heldout.jsonl"),
-            "corpus": str(data / "corpus.txt")}
+    stage(
+        base,
+        {"model": data / "start", "data": data / "base.jsonl"},
+        {**vars(PRETRAINING), **vars(common)},
+        lambda: sft(data / "start", read_jsonl(data / "base.jsonl"), base, PRETRAINING, common),
+    )
+    return {
+        "model": str(base),
+        "seeds": str(data / "seeds.jsonl"),
+        "heldout": str(data / "heldout.jsonl"),
+        "corpus": str(data / "corpus.txt"),
+    }
 
 
 def write_data(folder: Path, seed: int) -> None:
     """Seeds and held-out prompts with gold answers, the corpus, and M_0's data, in which no held-out prompt occurs."""
     rng, hidden = random.Random(seed), world.heldout_prompts(seed)
     seeds, heldout = world.split(seed)
-    asking = [row for row in world.practice_records(rng, 5 * ASKING, hidden) if row["prompt"].startswith("Ask")][:ASKING]
-    base = [*world.web_records(rng, WEB, hidden), *world.practice_records(rng, PRACTICE, hidden), *asking,
-            *({"prompt": "Tell me something.", "response": text} for text in world.paragraphs(rng, PARAGRAPHS))]
+    asking = [
+        row
+        for row in world.practice_records(rng, 5 * ASKING, hidden)
+        if row["prompt"].startswith("Ask")
+    ][:ASKING]
+    base = [
+        *world.web_records(rng, WEB, hidden),
+        *world.practice_records(rng, PRACTICE, hidden),
+        *asking,
+        *(
+            {"prompt": "Tell me something.", "response": text}
+            for text in world.paragraphs(rng, PARAGRAPHS)
+        ),
+    ]
     for row in base:  # M_0 knows what a tag is, as any chat model does
         if row["prompt"].startswith("Ask something"):
             row["response"] = f"<question>{row['response']}</question>"
@@ -67,16 +107,32 @@ def write_data(folder: Path, seed: int) -> None:
 
 def write_start(folder: Path, seed: int) -> None:
     """An untrained checkpoint: a byte-level BPE with about one token a word, and random weights."""
-    texts = [text for row in read_jsonl(folder / "base.jsonl") for text in (row["prompt"], row["response"])]
+    texts = [
+        text
+        for row in read_jsonl(folder / "base.jsonl")
+        for text in (row["prompt"], row["response"])
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts + ["<question></question>", "<solution></solution>"] * 100, trainers.BpeTrainer(
-        vocab_size=1600, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts + ["<question></question>", "<solution></solution>"] * 100,
+        trainers.BpeTrainer(
+            vocab_size=1600,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     start = folder / "start"
     write_text(start / "tokenizer.json", tokenizer.to_str())
-    write_text(start / "tokenizer_config.json", json.dumps({"eos_token": SPECIAL[0], "chat_template": TEMPLATE}))
-    config = Config.parse({**ARCHITECTURE, "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0})
+    write_text(
+        start / "tokenizer_config.json",
+        json.dumps({"eos_token": SPECIAL[0], "chat_template": TEMPLATE}),
+    )
+    config = Config.parse(
+        {**ARCHITECTURE, "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0}
+    )
     generator = torch.Generator().manual_seed(seed)
     model = Model(config)
     for name, parameter in model.named_parameters():
@@ -85,16 +141,23 @@ def write_start(folder: Path, seed: int) -> None:
     save(model, start, start, torch.float32, TEMPLATE)
 
 
-def evaluate(answers: list[dict], heldout: list[dict], base_answers: list[dict], model, base, common) -> dict[str, float]:
+def evaluate(
+    answers: list[dict], heldout: list[dict], base_answers: list[dict], model, base, common
+) -> dict[str, float]:
     """Mean rubric of answers to held-out prompts, its standard error, and its three parts (see world.rubric)."""
     marks = [world.rubric(row["prompt"], row["response"]) for row in answers]
     mean = lambda name: sum(mark[name] for mark in marks) / len(marks)  # noqa: E731
     variance = sum((mark["score"] - mean("score")) ** 2 for mark in marks) / max(1, len(marks) - 1)
-    return {"score": mean("score"), "se": (variance / len(marks)) ** 0.5,
-            **{name: mean(name) for name in ("coverage", "accuracy", "form")},
-            "words": sum(len(row["response"].split()) for row in answers) / len(answers)}
+    return {
+        "score": mean("score"),
+        "se": (variance / len(marks)) ** 0.5,
+        **{name: mean(name) for name in ("coverage", "accuracy", "form")},
+        "words": sum(len(row["response"].split()) for row in answers) / len(answers),
+    }
 
 
 def score(rows: list[dict]) -> list[float]:
     """The rubric as a scorer; a prompt outside the world scores 0 whatever the answer."""
-    return [(world.rubric(row["prompt"], row["response"]) or {"score": 0.0})["score"] for row in rows]
+    return [
+        (world.rubric(row["prompt"], row["response"]) or {"score": 0.0})["score"] for row in rows
+    ]

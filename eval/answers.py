@@ -1,4 +1,5 @@
 """What benchmarks share before they judge: where things lie, which prompts, and the answers of the model under test."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ def place(o, name: str) -> Path:
 def need(path: str, flag: str, what: str) -> Path:
     """A data file or directory that the user must give; says what it is and where it comes from."""
     if not path or not Path(path).exists():
-        raise InputError(f"{flag}{' ' + path if path else ''}: {'no such file' if path else 'missing'}; give {what}")
+        raise InputError(
+            f"{flag}{' ' + path if path else ''}: {'no such file' if path else 'missing'}; give {what}"
+        )
     return Path(path)
 
 
@@ -30,9 +33,13 @@ def read_lines(path: str | Path, *fields: str) -> list[dict]:
             rows.append(json.loads(line))
             absent = [name for name in fields if name not in rows[-1]]
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: line {number} is no JSON object ({error}); mend or remove it") from None
+            raise InputError(
+                f"{path}: line {number} is no JSON object ({error}); mend or remove it"
+            ) from None
         if absent:
-            raise InputError(f"{path}: line {number}: field {absent[0]!r} is missing; give the official file")
+            raise InputError(
+                f"{path}: line {number}: field {absent[0]!r} is missing; give the official file"
+            )
     return rows
 
 
@@ -43,16 +50,27 @@ def first(rows: list, limit: int) -> list:
     return rows[:limit] if limit else rows
 
 
-def answer(o, rows: list[dict], source: str | Path, out: Path, model: str = "", purpose: str = "", **changes) -> list[dict]:
+def answer(
+    o,
+    rows: list[dict],
+    source: str | Path,
+    out: Path,
+    model: str = "",
+    purpose: str = "",
+    **changes,
+) -> list[dict]:
     """Answers to rows {id, prompt | messages}, in their order: records {id, response, finish_reason, tokens, ...}.
 
     source: the data file, which with the options decides whether `out` is up to date; changes: SampleOptions that differ.
     Every rank calls it.
     """
     model, options = model or o.model, replace(SampleOptions(**part(o, SampleOptions)), **changes)
-    stage(out, {"model": model, "data": source}, {**part(options, SampleOptions), **part(o, Common), "limit": o.limit,
-                                                  "purpose": purpose},
-          lambda: sample(model, rows, out, options, o, purpose, source=source))
+    stage(
+        out,
+        {"model": model, "data": source},
+        {**part(options, SampleOptions), **part(o, Common), "limit": o.limit, "purpose": purpose},
+        lambda: sample(model, rows, out, options, o, purpose, source=source),
+    )
     return read_jsonl(out)
 
 

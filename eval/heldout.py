@@ -5,6 +5,7 @@ the model; win_rate is how often the model's own answer is likelier under M_0, p
 one half). Neither is a measure of helpfulness: the first falls when a model moves away from the style of the gold answers,
 the second rises when answers become plainer or more typical.
 """
+
 from data import Common
 from eval.stats import mean, standard_error
 from reward import load_scorer
@@ -12,8 +13,14 @@ from reward import load_scorer
 NOTE = "Neither number is a measure of helpfulness (eval/heldout.py)."
 
 
-def evaluate(answers: list[dict], heldout: list[dict], base_answers: list[dict], model: str | None, base: str,
-             common: Common) -> dict[str, float]:
+def evaluate(
+    answers: list[dict],
+    heldout: list[dict],
+    base_answers: list[dict],
+    model: str | None,
+    base: str,
+    common: Common,
+) -> dict[str, float]:
     """answers and base_answers: records {prompt, response}, joined by position; heldout: {prompt, response = gold}.
 
     model: the checkpoint that wrote the answers, None where an improver rewrote them. Returns score and se (with a model only),
@@ -24,7 +31,10 @@ def evaluate(answers: list[dict], heldout: list[dict], base_answers: list[dict],
     under_base = load_scorer("likelihood", base, common)
     ours, theirs = under_base(answers), under_base(base_answers)
     wins = [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
-    result = {"win_rate": mean(wins), "words": mean([len(row["response"].split()) for row in answers])}
+    result = {
+        "win_rate": mean(wins),
+        "words": mean([len(row["response"].split()) for row in answers]),
+    }
     if model:
         gold = load_scorer("likelihood", model, common)(heldout)
         result = {"score": mean(gold), "se": standard_error(gold), **result}

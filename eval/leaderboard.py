@@ -17,6 +17,7 @@ file from the other questions. On the hub they are allenai/ai2_arc (ARC-Challeng
 (multiple_choice), cais/mmlu, allenai/winogrande (winogrande_xl) and openai/gsm8k (main). Without --data, and for tasks that are
 not among the six, lm_eval asks the hub.
 """
+
 import json
 import shutil
 from collections.abc import Callable
@@ -41,12 +42,21 @@ class Task:
 
 
 TASKS = {
-    "arc_challenge": Task(25, "acc_norm,none", "arc/arc_challenge.yaml", "arc_challenge_test", "arc_challenge_train"),
-    "hellaswag": Task(10, "acc_norm,none", "hellaswag/hellaswag.yaml", "hellaswag_validation", "hellaswag_train"),
+    "arc_challenge": Task(
+        25, "acc_norm,none", "arc/arc_challenge.yaml", "arc_challenge_test", "arc_challenge_train"
+    ),
+    "hellaswag": Task(
+        10, "acc_norm,none", "hellaswag/hellaswag.yaml", "hellaswag_validation", "hellaswag_train"
+    ),
     "truthfulqa_mc2": Task(0, "acc,none", "truthfulqa/truthfulqa_mc2.yaml", "truthfulqa_mc"),
-    "mmlu": Task(5, "acc,none", "mmlu/default/mmlu_*.yaml", "mmlu_test", "mmlu_dev"),  # one task of lm_eval's a subject
-    "winogrande": Task(5, "acc,none", "winogrande/default.yaml", "winogrande_dev", "winogrande_train"),
-    "gsm8k": Task(5, "exact_match,strict-match", "gsm8k/gsm8k.yaml", "gsm8k_test", "gsm8k_train")}
+    "mmlu": Task(
+        5, "acc,none", "mmlu/default/mmlu_*.yaml", "mmlu_test", "mmlu_dev"
+    ),  # one task of lm_eval's a subject
+    "winogrande": Task(
+        5, "acc,none", "winogrande/default.yaml", "winogrande_dev", "winogrande_train"
+    ),
+    "gsm8k": Task(5, "exact_match,strict-match", "gsm8k/gsm8k.yaml", "gsm8k_test", "gsm8k_train"),
+}
 
 
 @dataclass(kw_only=True)
@@ -64,6 +74,7 @@ class Options(Common):
 
 # ---------------------------------------------------------------------------------------------- data
 
+
 def find(data: Path, name: str) -> Path | None:
     """NAME.jsonl, or the first NAME*.jsonl."""
     return next(iter([*data.glob(f"{name}.jsonl"), *sorted(data.glob(f"{name}*.jsonl"))]), None)
@@ -71,7 +82,11 @@ def find(data: Path, name: str) -> Path | None:
 
 def files_of(task: Task, o: Options) -> dict[str, Path]:
     """The splits of a task: `test` is asked, `train` shown; empty where there is no file to ask."""
-    found = {split: find(Path(o.data), name) for split, name in (("test", task.asked), ("train", task.shown)) if name}
+    found = {
+        split: find(Path(o.data), name)
+        for split, name in (("test", task.asked), ("train", task.shown))
+        if name
+    }
     return {split: path.resolve() for split, path in found.items() if path} if found["test"] else {}
 
 
@@ -87,25 +102,46 @@ def define(name: str, files: dict[str, Path], o: Options) -> dict[str, dict]:
             of = lambda row: row["subject"]  # noqa: E731
             for subject, rows in groupby(sorted(read_lines(path, "subject"), key=of), key=of):
                 write_jsonl(folder / f"{subject}_{split}.jsonl", list(rows))
-        subjects = sorted(path.name.removesuffix("_test.jsonl") for path in folder.glob("*_test.jsonl"))
+        subjects = sorted(
+            path.name.removesuffix("_test.jsonl") for path in folder.glob("*_test.jsonl")
+        )
     else:
         subjects = sorted(path.stem.removeprefix("mmlu_") for path in stock.glob(task.stock))
-    return {f"mmlu_{subject}": definition(stock / task.stock.replace("*", subject), f"mmlu_{subject}", task.shots, {
-        split: (folder / f"{subject}_{split}.jsonl").resolve() for split in files})
-        for subject in subjects[:o.subjects or None]}
+    return {
+        f"mmlu_{subject}": definition(
+            stock / task.stock.replace("*", subject),
+            f"mmlu_{subject}",
+            task.shots,
+            {split: (folder / f"{subject}_{split}.jsonl").resolve() for split in files},
+        )
+        for subject in subjects[: o.subjects or None]
+    }
 
 
 def definition(stock: Path, name: str, shots: int, files: dict[str, Path]) -> dict:
     """lm_eval's definition of a task, with examples, on files. The one that is asked is no example: see test_split."""
     if not stock.is_file():
-        raise InputError(f"{stock}: no such task in this version of lm_eval; pip install -r requirements-eval.txt")
-    local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {
-        split: str(path) for split, path in files.items()}}, "training_split": None, "validation_split": None,
-        "test_split": "test", "fewshot_split": "train" if "train" in files else "test"} if files else {}
+        raise InputError(
+            f"{stock}: no such task in this version of lm_eval; pip install -r requirements-eval.txt"
+        )
+    local = (
+        {
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": "test",
+            "fewshot_split": "train" if "train" in files else "test",
+        }
+        if files
+        else {}
+    )
     return {"include": str(stock), "task": name, "tag": None, "num_fewshot": shots, **local}
 
 
 # ---------------------------------------------------------------------------------------------- tasks
+
 
 def measure(name: str, files: dict[str, Path], o: Options, model: Callable) -> dict:
     """Run one task; its results go to OUT/NAME.json. Returns score, se and the number of questions."""
@@ -114,27 +150,44 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable) -> d
     def write_definitions():
         defined = define(name, files, o) if name in TASKS else {}
         for task, text in defined.items():
-            write_text(Path(o.out) / "tasks" / name / f"{task}.yaml", json.dumps(text, indent=1))  # JSON is YAML
+            write_text(
+                Path(o.out) / "tasks" / name / f"{task}.yaml", json.dumps(text, indent=1)
+            )  # JSON is YAML
         return [*defined]
 
     names = on_first(write_definitions)
-    manager = optional("lm_eval.tasks").TaskManager(include_path=str(Path(o.out) / "tasks" / name) if names else None,
-                                                    include_defaults=not names)
+    manager = optional("lm_eval.tasks").TaskManager(
+        include_path=str(Path(o.out) / "tasks" / name) if names else None,
+        include_defaults=not names,
+    )
     if not names and name not in manager.all_tasks:
         raise InputError(f"--tasks {name}: lm_eval has no such task; `lm_eval ls tasks` shows all")
     try:
         found = evaluate(model(), names or [name], manager, o.limit, o.chat)
     except OSError as error:  # of the data's files, or of the hub
-        raise InputError(f"--tasks {name}: lm_eval cannot have its data ({str(error).splitlines()[0]}); give --data DIR, or "
-                         "leave the task out") from None
+        raise InputError(
+            f"--tasks {name}: lm_eval cannot have its data ({str(error).splitlines()[0]}); give --data DIR, or "
+            "leave the task out"
+        ) from None
 
     def finish():
-        write_text(Path(o.out) / f"{name}.json", json.dumps({key: found[key] for key in ("results", "n-samples", "versions")
-                                                             if key in found}, indent=1, default=str))
-        of = [headline(found, task, TASKS[name].metric if names else "") for task in names or [name]]
+        write_text(
+            Path(o.out) / f"{name}.json",
+            json.dumps(
+                {key: found[key] for key in ("results", "n-samples", "versions") if key in found},
+                indent=1,
+                default=str,
+            ),
+        )
+        of = [
+            headline(found, task, TASKS[name].metric if names else "") for task in names or [name]
+        ]
         questions = sum(n["effective"] for n in found["n-samples"].values())
-        return {"score": round(mean([value for value, _ in of]), 4), "se": round(spread([se for _, se in of]), 4),
-                "questions": questions}
+        return {
+            "score": round(mean([value for value, _ in of]), 4),
+            "se": round(spread([se for _, se in of]), 4),
+            "questions": questions,
+        }
 
     return on_first(finish)
 
@@ -143,7 +196,11 @@ def headline(found: dict, task: str, metric: str) -> tuple[float, float]:
     """Value and standard error of a metric of a task; unless named it is the last one of those that ought to be high."""
     numbers = found["results"].get(task) or found["groups"][task]
     better = found["higher_is_better"].get(task, {})
-    high = [key for key in numbers if "," in key and "_stderr" not in key and better.get(key.partition(",")[0])]
+    high = [
+        key
+        for key in numbers
+        if "," in key and "_stderr" not in key and better.get(key.partition(",")[0])
+    ]
     if not (metric or high):
         raise InputError(f"--tasks {task}: lm_eval gives it no metric of which more is better")
     metric = metric or high[-1]
@@ -153,19 +210,24 @@ def headline(found: dict, task: str, metric: str) -> tuple[float, float]:
 
 def spread(errors: list[float]) -> float:
     """Standard error of an average of independent values with these."""
-    return sum(se ** 2 for se in errors) ** 0.5 / len(errors)
+    return sum(se**2 for se in errors) ** 0.5 / len(errors)
 
 
 def main(o: Options) -> dict:
     from eval.harness import Harness
+
     o = replace(o, out=str(place(o, "leaderboard")))
     names = [name.strip() for name in o.tasks.split(",") if name.strip()] or [*TASKS]
     if o.data and not Path(o.data).is_dir():
-        raise InputError(f"--data {o.data}: no such directory; see --help for the files that it holds")
+        raise InputError(
+            f"--data {o.data}: no such directory; see --help for the files that it holds"
+        )
     files = {name: files_of(TASKS[name], o) if o.data and name in TASKS else {} for name in names}
     missing = [name for name in names if o.data and name in TASKS and not files[name]]
     if len(missing) == len(names):
-        raise InputError(f"--data {o.data}: no file of {', '.join(missing)}; see --help for the files that it holds")
+        raise InputError(
+            f"--data {o.data}: no file of {', '.join(missing)}; see --help for the files that it holds"
+        )
     made = []  # one model for all tasks, and none where all are done
 
     def model() -> Harness:
@@ -176,20 +238,61 @@ def main(o: Options) -> dict:
     rows, scores = [], {}
     for name in names:
         if name in missing:
-            rows.append({"task": name, "score": "-", "se": "-", "questions": 0, "shots": TASKS[name].shots,
-                         "examples": f"left out: no {TASKS[name].asked}*.jsonl in --data"})
+            rows.append(
+                {
+                    "task": name,
+                    "score": "-",
+                    "se": "-",
+                    "questions": 0,
+                    "shots": TASKS[name].shots,
+                    "examples": f"left out: no {TASKS[name].asked}*.jsonl in --data",
+                }
+            )
             continue
         options = {**part(o, Common), "limit": o.limit, "subjects": o.subjects, "chat": o.chat}
-        done = stage(Path(o.out) / f"{name}.json", {"model": o.model, **files[name]}, options,
-                     lambda name=name: measure(name, files[name], o, model))
+        done = stage(
+            Path(o.out) / f"{name}.json",
+            {"model": o.model, **files[name]},
+            options,
+            lambda name=name: measure(name, files[name], o, model),
+        )
         scores[name] = (done["score"], done["se"])
-        examples = "its own" if name not in TASKS or not o.data else files[name].get("train", files[name]["test"]).name
-        rows.append({"task": name, "score": done["score"], "se": done["se"], "questions": done["questions"],
-                     "shots": TASKS[name].shots if name in TASKS else "-", "examples": examples})
-    result = {"score": mean([score for score, _ in scores.values()]), "se": spread([se for _, se in scores.values()]),
-              **{name: score for name, (score, _) in scores.items()}, "tasks": len(scores)}
-    say(table([*rows, {"task": f"mean of {len(scores)}", "score": result["score"], "se": result["se"],
-                       "questions": sum(row["questions"] for row in rows), "shots": "", "examples": ""}]))
+        examples = (
+            "its own"
+            if name not in TASKS or not o.data
+            else files[name].get("train", files[name]["test"]).name
+        )
+        rows.append(
+            {
+                "task": name,
+                "score": done["score"],
+                "se": done["se"],
+                "questions": done["questions"],
+                "shots": TASKS[name].shots if name in TASKS else "-",
+                "examples": examples,
+            }
+        )
+    result = {
+        "score": mean([score for score, _ in scores.values()]),
+        "se": spread([se for _, se in scores.values()]),
+        **{name: score for name, (score, _) in scores.items()},
+        "tasks": len(scores),
+    }
+    say(
+        table(
+            [
+                *rows,
+                {
+                    "task": f"mean of {len(scores)}",
+                    "score": result["score"],
+                    "se": result["se"],
+                    "questions": sum(row["questions"] for row in rows),
+                    "shots": "",
+                    "examples": "",
+                },
+            ]
+        )
+    )
     return {name: round(value, 4) for name, value in result.items()}
 
 

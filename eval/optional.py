@@ -1,4 +1,5 @@
 """Packages that only evaluation needs (requirements-eval.txt), imported when asked for and kept from leaving traces."""
+
 import importlib
 import random
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ def optional(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"{error.name or name} is not installed; pip install -r requirements-eval.txt") from None
+        raise InputError(
+            f"{error.name or name} is not installed; pip install -r requirements-eval.txt"
+        ) from None
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """The statistics that benchmarks share: standard errors, bootstraps, a logistic regression, a plane, in numpy."""
+
 import numpy as np
 
 
@@ -22,7 +23,10 @@ def logistic(X, y, weight=None, ridge: float = 1e-2) -> np.ndarray:
     Newton's method. The ridge is far below the noise of some hundred rows; it keeps a few separable ones finite.
     """
     X, y = np.asarray(X, float), np.asarray(y, float)
-    weight, b = np.ones(len(y)) if weight is None else np.asarray(weight, float), np.zeros(X.shape[1])
+    weight, b = (
+        np.ones(len(y)) if weight is None else np.asarray(weight, float),
+        np.zeros(X.shape[1]),
+    )
 
     def loss(b):
         z = X @ b
@@ -31,9 +35,13 @@ def logistic(X, y, weight=None, ridge: float = 1e-2) -> np.ndarray:
     for _ in range(100):
         p = sigmoid(X @ b)
         gradient = X.T @ (weight * (p - y)) + ridge * b
-        step = np.linalg.solve((X * (weight * p * (1 - p))[:, None]).T @ X + ridge * np.eye(len(b)), gradient)
+        step = np.linalg.solve(
+            (X * (weight * p * (1 - p))[:, None]).T @ X + ridge * np.eye(len(b)), gradient
+        )
         size = 1.0
-        while size > 1e-8 and loss(b - size * step) > loss(b):  # far from the optimum a full step may go too far
+        while size > 1e-8 and loss(b - size * step) > loss(
+            b
+        ):  # far from the optimum a full step may go too far
             size /= 2
         b = b - size * step
         if np.abs(step).max() < 1e-9:
@@ -56,5 +64,7 @@ def plane(X) -> tuple[np.ndarray, float]:
     X = X - X.mean(0)
     values, vectors = np.linalg.eigh(X.T @ X)  # ascending
     points = X @ vectors[:, :-3:-1]
-    points *= np.sign(points[np.abs(points).argmax(0), [0, 1]])  # signs are arbitrary: the largest coordinate shall be positive
+    points *= np.sign(
+        points[np.abs(points).argmax(0), [0, 1]]
+    )  # signs are arbitrary: the largest coordinate shall be positive
     return points, float(values[-2:].sum() / max(1e-12, values.sum()))

@@ -1,4 +1,5 @@
 """TensorBoard's files beside metrics.jsonl, where tensorboard is installed: tensorboard --logdir RUN_DIR."""
+
 from pathlib import Path
 
 WRITERS = {}  # directory of a stage -> its writer

@@ -1,4 +1,5 @@
 """CUDA graphs for decoding: written from PyTorch's documentation, run by us with a stand-in only."""
+
 import torch
 
 
@@ -9,9 +10,15 @@ class Graph:
     """
 
     def __init__(self, function, example: torch.Tensor):
-        self.input, self.graph, stream = example.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.input, self.graph, stream = (
+            example.clone(),
+            torch.cuda.CUDAGraph(),
+            torch.cuda.Stream(),
+        )
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once outside of the recording: what libraries set up lazily must not be in it
+        with torch.cuda.stream(
+            stream
+        ):  # once outside of the recording: what libraries set up lazily must not be in it
             function(self.input)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self.graph):

@@ -3,6 +3,7 @@
 Notation: pc, pr are sums of log-probs over the response's tokens, the end token included, of chosen and rejected; rc, rr
 the same under the frozen reference; mc, mr means per token; h = (pc - pr) - (rc - rr); uc = pc - rc, ur = pr - rr.
 """
+
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -16,6 +17,7 @@ STOP_WORDS = frozenset((ROOT / "stop_words.txt").read_text().split())
 @dataclass
 class PairLogps:
     """What a loss may read of B pairs; (B,) each, but for lists of B tensors (T,), T the tokens of that response."""
+
     chosen: torch.Tensor  # pc: sum over response tokens under the policy
     rejected: torch.Tensor  # pr
     chosen_tokens: torch.Tensor  # how many tokens those sums have
@@ -24,14 +26,20 @@ class PairLogps:
     ref_rejected: torch.Tensor | None = None  # rr
     ref2_chosen: torch.Tensor | None = None  # under --second-reference
     ref2_rejected: torch.Tensor | None = None
-    sample: torch.Tensor | None = None  # sum for a response from --samples to the same prompt, policy
+    sample: torch.Tensor | None = (
+        None  # sum for a response from --samples to the same prompt, policy
+    )
     ref_sample: torch.Tensor | None = None  # reference
-    preference: torch.Tensor | None = None  # P(chosen is better): the pair's `preference`, else sigmoid of its score gap
+    preference: torch.Tensor | None = (
+        None  # P(chosen is better): the pair's `preference`, else sigmoid of its score gap
+    )
     chosen_token_logp: list[torch.Tensor] | None = None  # per token, policy
     rejected_token_logp: list[torch.Tensor] | None = None
     ref_chosen_token_logp: list[torch.Tensor] | None = None  # per token, reference
     ref_rejected_token_logp: list[torch.Tensor] | None = None
-    chosen_differs: list[torch.Tensor] | None = None  # bool: tokens that an edit from rejected to chosen puts in
+    chosen_differs: list[torch.Tensor] | None = (
+        None  # bool: tokens that an edit from rejected to chosen puts in
+    )
     rejected_differs: list[torch.Tensor] | None = None  # and those it takes away
 
     @property
@@ -60,11 +68,20 @@ def pair_logps(examples: list, logps: list[list[torch.Tensor]]) -> PairLogps:
     device, seen = logps[0][0].device, {}
 
     def put(prefix: str, sides: list) -> None:
-        for name, tensors in zip(("chosen", "rejected", "sample"), zip(*sides, strict=True), strict=False):
-            seen[prefix + name], seen[f"{prefix}{name}_token_logp"] = torch.stack([t.sum() for t in tensors]), tensors
+        for name, tensors in zip(
+            ("chosen", "rejected", "sample"), zip(*sides, strict=True), strict=False
+        ):
+            seen[prefix + name], seen[f"{prefix}{name}_token_logp"] = (
+                torch.stack([t.sum() for t in tensors]),
+                tensors,
+            )
 
     def extra(name: str) -> list:
-        return [[torch.tensor(one, device=device) for one in e.extra[name]] for e in examples if name in e.extra]
+        return [
+            [torch.tensor(one, device=device) for one in e.extra[name]]
+            for e in examples
+            if name in e.extra
+        ]
 
     put("", logps)
     put("ref_", extra("reference"))
@@ -74,23 +91,44 @@ def pair_logps(examples: list, logps: list[list[torch.Tensor]]) -> PairLogps:
         seen[f"{side}_differs"] = [one[i] for one in extra("differs")]
     if "preference" in examples[0].extra:
         seen["preference"] = torch.tensor([e.extra["preference"] for e in examples], device=device)
-    return PairLogps(**{name: value for name, value in seen.items() if name in PairLogps.__dataclass_fields__})
+    return PairLogps(
+        **{name: value for name, value in seen.items() if name in PairLogps.__dataclass_fields__}
+    )
 
 
 def preference_of(row: dict) -> float:
     """P(chosen is better): the pair's own, or as Bradley and Terry have it of a reward model's scores."""
-    if row.get("score_chosen") is not None and row.get("score_rejected") is not None and "preference" not in row:
-        return torch.tensor(row["score_chosen"] - row["score_rejected"], dtype=torch.float64).sigmoid().item()
+    if (
+        row.get("score_chosen") is not None
+        and row.get("score_rejected") is not None
+        and "preference" not in row
+    ):
+        return (
+            torch.tensor(row["score_chosen"] - row["score_rejected"], dtype=torch.float64)
+            .sigmoid()
+            .item()
+        )
     if not isinstance(row.get("preference"), int | float) or not 0 <= row["preference"] <= 1:
-        raise InputError(f"pair {row['id']}: field 'preference': give P(chosen is better), from 0 to 1, or both scores")
+        raise InputError(
+            f"pair {row['id']}: field 'preference': give P(chosen is better), from 0 to 1, or both scores"
+        )
     return row["preference"]
 
 
-def differences(chat: Chat, chosen: list[int], rejected: list[int]) -> tuple[list[bool], list[bool]]:
+def differences(
+    chat: Chat, chosen: list[int], rejected: list[int]
+) -> tuple[list[bool], list[bool]]:
     """Which tokens an edit from rejected to chosen puts in, and which it takes away; a stop word never counts (BMC)."""
     marks = [False] * len(chosen), [False] * len(rejected)
-    for kind, r, r_end, c, c_end in SequenceMatcher(None, rejected, chosen, autojunk=False).get_opcodes():
+    for kind, r, r_end, c, c_end in SequenceMatcher(
+        None, rejected, chosen, autojunk=False
+    ).get_opcodes():
         if kind != "equal":
             marks[0][c:c_end], marks[1][r:r_end] = [True] * (c_end - c), [True] * (r_end - r)
-    return tuple([mark and chat.text([token]).strip().lower() not in STOP_WORDS for mark, token in zip(some, ids, strict=True)]
-                 for some, ids in zip(marks, (chosen, rejected), strict=True))
+    return tuple(
+        [
+            mark and chat.text([token]).strip().lower() not in STOP_WORDS
+            for mark, token in zip(some, ids, strict=True)
+        ]
+        for some, ids in zip(marks, (chosen, rejected), strict=True)
+    )

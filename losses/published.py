@@ -7,6 +7,7 @@ model loaded. --loss FILE.py:FUNCTION chooses one of yours, which obeys the same
 Notation as in pairs.py; besides, ls = log sigmoid and lo(m) = m - log(1 - e^m). Defaults are those published or, where papers
 name none, those of the authors' code or of TRL 1.
 """
+
 import inspect
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
@@ -28,6 +29,7 @@ def log_odds(mean_logp: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- of the margin h
+
 
 def dpo(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> torch.Tensor:
     """DPO, arXiv 2305.18290 equation 7: -ls(beta h). With label_smoothing e it is cDPO: -(1 - e) ls(beta h) - e ls(-beta h).
@@ -71,7 +73,9 @@ def ipo_mean(p: PairLogps, *, tau: float = 0.1) -> torch.Tensor:
     Needs the reference and lengths. TRL's tau is 0.1. Trap: so it aims at 5 nats a token, which no model
     reaches, and only ever pushes.
     """
-    return (p.ratio_chosen / p.chosen_tokens - p.ratio_rejected / p.rejected_tokens - 1 / (2 * tau)) ** 2
+    return (
+        p.ratio_chosen / p.chosen_tokens - p.ratio_rejected / p.rejected_tokens - 1 / (2 * tau)
+    ) ** 2
 
 
 def exo(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> torch.Tensor:
@@ -104,13 +108,18 @@ def soft_dpo(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------- of uc and ur apart
 
+
 def nca(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
     """NCA for pairs, arXiv 2402.05369: -ls(beta uc) - ls(-beta uc) / 2 - ls(-beta ur) / 2.
 
     Needs the reference. TRL's beta 0.1. Trap: it holds chosen near the reference as well as above it; losses of one side at a
     time lose to those of pairs at 8B (arXiv 2502.01237).
     """
-    return -ls(beta * p.ratio_chosen) - 0.5 * ls(-beta * p.ratio_chosen) - 0.5 * ls(-beta * p.ratio_rejected)
+    return (
+        -ls(beta * p.ratio_chosen)
+        - 0.5 * ls(-beta * p.ratio_chosen)
+        - 0.5 * ls(-beta * p.ratio_rejected)
+    )
 
 
 def bco(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
@@ -158,6 +167,7 @@ def rpo(p: PairLogps, *, beta: float = 0.01, alpha: float = 0.005) -> torch.Tens
 
 # ---------------------------------------------------------------------------------------------- without a reference
 
+
 def simpo(p: PairLogps, *, beta: float = 2.0, gamma: float = 1.6) -> torch.Tensor:
     """SimPO, arXiv 2405.14734 equation 6: -ls(beta (mc - mr) - gamma). The loss of SynPO's own recipes.
 
@@ -183,10 +193,13 @@ def asft(p: PairLogps, *, weight: float = 1.0, beta: float = 1.0) -> torch.Tenso
     Needs lengths. Defaults of turbo-alignment: 1 and 1. Trap: at beta 1 the chosen half is -mc, an SFT term once more; the only
     contrast is log(1 - e^mr), whose gradient vanishes as mr falls.
     """
-    return -p.mean_chosen - weight * (ls(beta * log_odds(p.mean_chosen)) + ls(-beta * log_odds(p.mean_rejected)))
+    return -p.mean_chosen - weight * (
+        ls(beta * log_odds(p.mean_chosen)) + ls(-beta * log_odds(p.mean_rejected))
+    )
 
 
 # ---------------------------------------------------------------------------------------------- of more than sums of pairs
+
 
 def dpo_bmc(p: PairLogps, *, beta: float = 0.01, delta: float = 2.0) -> torch.Tensor:
     """DPO-BMC, arXiv 2408.07471: DPO on weighted sums, weight 1 + min(1 / p_t, delta) where the answers differ, else 1.
@@ -195,11 +208,24 @@ def dpo_bmc(p: PairLogps, *, beta: float = 0.01, delta: float = 2.0) -> torch.Te
     difference. Published: beta 0.01, delta 1.5 to 2 for instructions; 0.05, 2.5 to 3 for maths and QA. Trap: the authors' code
     weighs the reference by its own p_t, so that part of its margin is a change of confidence; here one weight serves both.
     """
-    def weighted(ours: list[torch.Tensor], theirs: list[torch.Tensor], differs: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([((1 + d * (-t.detach()).exp().clamp(max=delta)) * (t - r)).sum()
-                            for t, r, d in zip(ours, theirs, differs, strict=True)])  # (B,)
-    return -ls(beta * (weighted(p.chosen_token_logp, p.ref_chosen_token_logp, p.chosen_differs)
-                       - weighted(p.rejected_token_logp, p.ref_rejected_token_logp, p.rejected_differs)))
+
+    def weighted(
+        ours: list[torch.Tensor], theirs: list[torch.Tensor], differs: list[torch.Tensor]
+    ) -> torch.Tensor:
+        return torch.stack(
+            [
+                ((1 + d * (-t.detach()).exp().clamp(max=delta)) * (t - r)).sum()
+                for t, r, d in zip(ours, theirs, differs, strict=True)
+            ]
+        )  # (B,)
+
+    return -ls(
+        beta
+        * (
+            weighted(p.chosen_token_logp, p.ref_chosen_token_logp, p.chosen_differs)
+            - weighted(p.rejected_token_logp, p.ref_rejected_token_logp, p.rejected_differs)
+        )
+    )
 
 
 def mrpo(p: PairLogps, *, beta: float = 0.1, alpha: float = -1.0, eta: float = 0.1) -> torch.Tensor:
@@ -218,7 +244,9 @@ def mrpo(p: PairLogps, *, beta: float = 0.1, alpha: float = -1.0, eta: float = 0
     windows = (eta * share, eta * (1 - share)) if eta >= 0 else (-eta, -eta)
     mixed = []
     for extra, first, window in zip(x1, x2, windows, strict=True):
-        extra = extra.clamp(min=first * (1 + window), max=first * (1 - window))  # log-probs are negative
+        extra = extra.clamp(
+            min=first * (1 + window), max=first * (1 - window)
+        )  # log-probs are negative
         mixed.append(extra + first - torch.logaddexp(a.log() + extra, torch.log1p(-a) + first))
     return -ls(beta * ((p.chosen - p.rejected) - (mixed[0] - mixed[1])))
 
@@ -243,24 +271,54 @@ def xpo(p: PairLogps, *, beta: float = 0.1, alpha: float = 1e-5) -> torch.Tensor
 
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "dpo": dpo, "hinge": hinge, "robust": robust, "ipo": ipo, "ipo-mean": ipo_mean, "exo": exo, "discopop": discopop,
-    "soft-dpo": soft_dpo, "nca": nca, "bco": bco, "sppo": sppo, "apo-zero": apo_zero, "apo-down": apo_down,
-    "rpo": rpo, "vpo-offline-derived": rpo, "simpo": simpo, "orpo": orpo, "asft": asft, "dpo-bmc": dpo_bmc, "mrpo": mrpo,
-    "selm": selm, "xpo": xpo}
+    "dpo": dpo,
+    "hinge": hinge,
+    "robust": robust,
+    "ipo": ipo,
+    "ipo-mean": ipo_mean,
+    "exo": exo,
+    "discopop": discopop,
+    "soft-dpo": soft_dpo,
+    "nca": nca,
+    "bco": bco,
+    "sppo": sppo,
+    "apo-zero": apo_zero,
+    "apo-down": apo_down,
+    "rpo": rpo,
+    "vpo-offline-derived": rpo,
+    "simpo": simpo,
+    "orpo": orpo,
+    "asft": asft,
+    "dpo-bmc": dpo_bmc,
+    "mrpo": mrpo,
+    "selm": selm,
+    "xpo": xpo,
+}
 
 
 # ---------------------------------------------------------------------------------------------- choosing one
+
 
 def find_loss(spec: str) -> tuple[Callable[..., torch.Tensor], dict[str, float]]:
     """The loss that --loss names, and its parameters with their defaults; InputError for what cannot be one."""
     if spec not in LOSSES and ".py:" not in spec:
         raise InputError(f"--loss {spec}: give FILE.py:FUNCTION, or one of {', '.join(LOSSES)}")
     loss = LOSSES[spec] if spec in LOSSES else load_function(spec)
-    parameters = {name: float(one.default) if one.annotation in (float, "float") and type(one.default) is int else one.default
-                  for name, one in [*inspect.signature(loss).parameters.items()][1:]}  # beta: float = 1
-    wrong = [name for name, default in parameters.items() if not isinstance(default, bool | int | float | str)]
+    parameters = {
+        name: float(one.default)
+        if one.annotation in (float, "float") and type(one.default) is int
+        else one.default
+        for name, one in [*inspect.signature(loss).parameters.items()][1:]
+    }  # beta: float = 1
+    wrong = [
+        name
+        for name, default in parameters.items()
+        if not isinstance(default, bool | int | float | str)
+    ]
     if wrong:
-        raise InputError(f"--loss {spec}: parameter {wrong[0]} needs a number as its default; write {wrong[0]}: float = 0.1")
+        raise InputError(
+            f"--loss {spec}: parameter {wrong[0]} needs a number as its default; write {wrong[0]}: float = 0.1"
+        )
     return loss, parameters
 
 
@@ -270,10 +328,23 @@ def with_parameters(options: type, loss: str) -> type:
     parameters = find_loss(loss)[1]
     taken = sorted(parameters.keys() & options.__dataclass_fields__.keys())
     if taken:
-        raise InputError(f"--loss {loss}: its parameter {taken[0]} is the name of an option already; call it otherwise")
-    return make_dataclass(options.__name__, [
-        (name, type(default), field(default=default, metadata={"help": f"parameter of the loss {loss}"}))
-        for name, default in parameters.items()], bases=(options,), kw_only=True, namespace={"in_source": False})
+        raise InputError(
+            f"--loss {loss}: its parameter {taken[0]} is the name of an option already; call it otherwise"
+        )
+    return make_dataclass(
+        options.__name__,
+        [
+            (
+                name,
+                type(default),
+                field(default=default, metadata={"help": f"parameter of the loss {loss}"}),
+            )
+            for name, default in parameters.items()
+        ],
+        bases=(options,),
+        kw_only=True,
+        namespace={"in_source": False},
+    )
 
 
 class Watched(PairLogps):
@@ -291,28 +362,57 @@ def fields_read(spec: str, **parameters) -> set[str]:
     condition on the data is not seen: read it first, then decide.
     """
     lengths = ((2, 3, 4), (4, 2, 3))
-    tokens = [[-(torch.arange(n) + 1.0 + side) / (n + side + 1) for n in some] for side, some in enumerate(lengths)]
+    tokens = [
+        [-(torch.arange(n) + 1.0 + side) / (n + side + 1) for n in some]
+        for side, some in enumerate(lengths)
+    ]
     policy = [[t.requires_grad_() for t in some] for some in tokens]
     chosen, rejected = (torch.stack([t.sum() for t in some]) for some in policy)
     frozen = [[t.detach() * 1.1 for t in some] for some in policy]
     sums = [torch.stack([t.sum() for t in some]) for some in frozen]
-    p = Watched(chosen, rejected, *map(torch.tensor, lengths), *sums, sums[0] * 1.05, sums[1] * 0.95, chosen * 0.9,
-                sums[0] * 0.8, torch.tensor([0.5, 0.7, 0.9]), *policy, *frozen, *[[t > -0.5 for t in some] for some in frozen])
+    p = Watched(
+        chosen,
+        rejected,
+        *map(torch.tensor, lengths),
+        *sums,
+        sums[0] * 1.05,
+        sums[1] * 0.95,
+        chosen * 0.9,
+        sums[0] * 0.8,
+        torch.tensor([0.5, 0.7, 0.9]),
+        *policy,
+        *frozen,
+        *[[t > -0.5 for t in some] for some in frozen],
+    )
     vars(p)["read"] = set()
     try:
         loss = find_loss(spec)[0](p, **parameters)
     except Exception as error:  # whatever somebody's own function may raise
-        raise InputError(f"--loss {spec}: calling it on three pairs failed: {type(error).__name__}: {error}") from None
+        raise InputError(
+            f"--loss {spec}: calling it on three pairs failed: {type(error).__name__}: {error}"
+        ) from None
     given = ", ".join(f"{name} = {value}" for name, value in parameters.items())
     if not isinstance(loss, torch.Tensor) or loss.shape != (3,):
-        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise InputError(f"--loss {spec}: returned {what} for three pairs; return one loss a pair, shape (3,)")
+        what = (
+            f"a tensor of shape {tuple(loss.shape)}"
+            if isinstance(loss, torch.Tensor)
+            else type(loss).__name__
+        )
+        raise InputError(
+            f"--loss {spec}: returned {what} for three pairs; return one loss a pair, shape (3,)"
+        )
     gradients = [None]
     if loss.requires_grad:
-        gradients = torch.autograd.grad(loss.sum(), [t for some in policy for t in some], allow_unused=True)
+        gradients = torch.autograd.grad(
+            loss.sum(), [t for some in policy for t in some], allow_unused=True
+        )
     moved = [g for g in gradients if g is not None]
     if not torch.isfinite(loss).all() or not all(torch.isfinite(g).all() for g in moved):
-        raise InputError(f"--loss {spec}: it or its gradient is not finite for three plain pairs with {given}: {loss.tolist()}")
+        raise InputError(
+            f"--loss {spec}: it or its gradient is not finite for three plain pairs with {given}: {loss.tolist()}"
+        )
     if not any(g.any() for g in moved):
-        raise InputError(f"--loss {spec}: no gradient reaches the policy's log-probs with {given}; do not detach them")
+        raise InputError(
+            f"--loss {spec}: no gradient reaches the policy's log-probs with {given}; do not detach them"
+        )
     return vars(p)["read"]

@@ -3,6 +3,7 @@
 An answer's 19 rewards are read from the last token of the conversation by a linear layer, and a transform takes length out of
 them. How much each counts follows from the prompt alone: a small network reads the token before the answer opens.
 """
+
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +24,9 @@ class Gating(nn.Module):
     def __init__(self, width: int, hidden: int, layers: int, objectives: int, temperature: float):
         super().__init__()
         widths = [width] + [hidden] * layers
-        self.layers = nn.ModuleList([*(nn.Linear(a, b) for a, b in pairwise(widths)),
-                                     nn.Linear(widths[-1], objectives)])
+        self.layers = nn.ModuleList(
+            [*(nn.Linear(a, b) for a, b in pairwise(widths)), nn.Linear(widths[-1], objectives)]
+        )
         self.logit_scale, self.temperature = nn.Parameter(torch.ones(1)), temperature
 
     def forward(self, x):
@@ -37,12 +39,24 @@ class ArmoRM(Model):
     """A decoder without a head of its own: forward gives hidden states where they are wanted."""
 
     def __init__(self, raw: dict):
-        super().__init__(Config.parse({**raw, "architectures": ["LlamaForSequenceClassification"], "num_labels": 1}))
+        super().__init__(
+            Config.parse(
+                {**raw, "architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+            )
+        )
         del self.score
         n = raw.get("num_objectives", 19)
-        self.regression_layer, self.reward_transform_matrix = Linear(raw["hidden_size"], n), nn.Parameter(torch.eye(n))
-        self.gating = Gating(raw["hidden_size"], raw.get("gating_hidden_dim", 1024), raw.get("gating_n_hidden", 3), n,
-                             raw.get("gating_temperature", 10))
+        self.regression_layer, self.reward_transform_matrix = (
+            Linear(raw["hidden_size"], n),
+            nn.Parameter(torch.eye(n)),
+        )
+        self.gating = Gating(
+            raw["hidden_size"],
+            raw.get("gating_hidden_dim", 1024),
+            raw.get("gating_n_hidden", 3),
+            n,
+            raw.get("gating_temperature", 10),
+        )
 
     @property
     def head(self) -> nn.Module:
@@ -50,7 +64,9 @@ class ArmoRM(Model):
 
     def scores(self, last: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """(B,) from the hidden states of the conversations' and of the prompts' last tokens, (B, C) each, in fp32."""
-        rewards = self.regression_layer(last.float()) @ self.reward_transform_matrix  # (B, objectives)
+        rewards = (
+            self.regression_layer(last.float()) @ self.reward_transform_matrix
+        )  # (B, objectives)
         return (self.gating(prompt.float()) * rewards).sum(-1)
 
 
@@ -66,7 +82,10 @@ def load_armorm(directory: str | Path, dtype: torch.dtype) -> ArmoRM:
 
 def armorm(directory: str, common: Common) -> Scorer:
     """The scorer of a checkpoint directory with the layout of RLHFlow/ArmoRM-Llama3-8B-v0.1."""
-    chat, net = Chat(directory, common.chat_template), cache(lambda: load_armorm(directory, common.torch_dtype))
+    chat, net = (
+        Chat(directory, common.chat_template),
+        cache(lambda: load_armorm(directory, common.torch_dtype)),
+    )
 
     @torch.no_grad()
     def score(rows: list[dict]) -> list[float]:
@@ -79,4 +98,5 @@ def armorm(directory: str, common: Common) -> Scorer:
             for i, one in zip(micro, net().scores(last, prompt).tolist(), strict=True):
                 scores[i] = one
         return scores
+
     return score

@@ -1,9 +1,10 @@
 """What every test file shares: a process group of one, tiny checkpoints with random weights, and commands to run.
 
-    from conftest import run, tiny_checkpoint, write_rows
-    model = tiny_checkpoint(tmp_path / "model", hidden_size=32)
-    code, out, err = run(["sample.py", "--model", model, "--prompts", prompts, "--out", out], nproc=2)
+from conftest import run, tiny_checkpoint, write_rows
+model = tiny_checkpoint(tmp_path / "model", hidden_size=32)
+code, out, err = run(["sample.py", "--model", model, "--prompts", prompts, "--out", out], nproc=2)
 """
+
 # ruff: noqa: E402
 import json
 import os
@@ -12,7 +13,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the same bytes here as in a command that run() starts
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: the same bytes here as in a command that run() starts
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
@@ -63,22 +66,44 @@ def tokenizer_json(vocab_size: int = 320) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator([CORPUS], trainer)
     return tokenizer.to_str()
 
 
 def llama_config(**changes) -> dict:
     """A config.json of a tiny Llama in the layout of transformers 4; changes win, and None removes a key."""
-    raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320, "hidden_size": 64,
-           "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-           "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-           "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": None, "eos_token_id": 0,
-           "torch_dtype": "float32", **changes}
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "torch_dtype": "float32",
+        **changes,
+    }
     if str(raw["architectures"]).startswith("['Mistral"):
         raw["model_type"] = "mistral"
-    return {key: value for key, value in raw.items() if value is not None or key == "sliding_window"}
+    return {
+        key: value for key, value in raw.items() if value is not None or key == "sliding_window"
+    }
 
 
 def random_model(raw: dict, seed: int = 0, std: float = 0.3) -> Model:
@@ -91,13 +116,23 @@ def random_model(raw: dict, seed: int = 0, std: float = 0.3) -> Model:
     return model.eval()
 
 
-def tiny_checkpoint(directory: Path, seed: int = 0, std: float = 0.3, saved_as: torch.dtype = torch.float32,
-                    tokenizer: str | None = None, template: str | None = TEMPLATE, **changes) -> Path:
+def tiny_checkpoint(
+    directory: Path,
+    seed: int = 0,
+    std: float = 0.3,
+    saved_as: torch.dtype = torch.float32,
+    tokenizer: str | None = None,
+    template: str | None = TEMPLATE,
+    **changes,
+) -> Path:
     """Write a Hugging Face checkpoint directory with random weights; changes go to llama_config()."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     raw = llama_config(**changes)
-    tensors = {name: p.data.to(saved_as).contiguous() for name, p in random_model(raw, seed, std).named_parameters()}
+    tensors = {
+        name: p.data.to(saved_as).contiguous()
+        for name, p in random_model(raw, seed, std).named_parameters()
+    }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(raw, indent=1))
     (directory / "tokenizer.json").write_text(tokenizer or tokenizer_json())
@@ -127,14 +162,26 @@ def read_rows(path: Path) -> list[dict]:
 def command_line(args: list, nproc: int = 1) -> list[str]:
     """The arguments of a process: args[0] is a file of the project, by its name."""
     file, *options = map(str, args)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+        if nproc > 1
+        else []
+    )
     return [sys.executable, *torchrun, str(ROOT / file), *options]
 
 
-def run(args: list, env: dict | None = None, nproc: int = 1, timeout: float = 300) -> tuple[int, str, str]:
+def run(
+    args: list, env: dict | None = None, nproc: int = 1, timeout: float = 300
+) -> tuple[int, str, str]:
     """Run a command of the project to its end: (return code, standard output, standard error)."""
-    done = subprocess.run(command_line(args, nproc), capture_output=True, text=True, timeout=timeout, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    done = subprocess.run(
+        command_line(args, nproc),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,4 +1,5 @@
 """Records and their errors, options, chat templates, manifests, processes."""
+
 import contextlib
 import dataclasses
 import json
@@ -31,21 +32,30 @@ def refusal(function, *args, **kw) -> str:
 GOOD = '{"prompt": "a", "response": "b"}'
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    (None, ["no such file", "check"]),
-    ("", ["no records", "give at least one"]),
-    (f'{GOOD}\n{{"prompt": "a"', ["line 2", "not valid JSON", "mend or remove"]),
-    (f"{GOOD}\n\n{GOOD}\n", ["line 2", "not valid JSON"]),
-    (f'{GOOD}\n{GOOD}\n{{"prompt": "a"}}\n', ["line 3", "'response'", "missing", "mend or remove"]),
-    ('{"response": "b"}', ["line 1", "'prompt'"]),
-    (f'{GOOD}\n{{"prompt": " \\n", "response": "b"}}', ["line 2", "'prompt'", "empty"]),
-    (f'{GOOD}\n{{"prompt": 7, "response": "b"}}', ["line 2", "'prompt'", "no text"]),
-    (f'{GOOD}\n{{"prompt": "a", "response": ["b"]}}', ["line 2", "'response'", "no text"]),
-    (f'{GOOD}\n["a", "b"]', ["line 2", "'prompt'"]),
-    (f'{GOOD}\n{{"messages": [], "response": "b"}}', ["line 2", "'prompt'"]),
-    (f'{GOOD}\n{{"messages": "hi", "response": "b"}}', ["line 2", "'messages'"]),
-    (f'{GOOD}\n{{"messages": [{{"role": "user"}}], "response": "b"}}', ["line 2", "'messages'"]),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (None, ["no such file", "check"]),
+        ("", ["no records", "give at least one"]),
+        (f'{GOOD}\n{{"prompt": "a"', ["line 2", "not valid JSON", "mend or remove"]),
+        (f"{GOOD}\n\n{GOOD}\n", ["line 2", "not valid JSON"]),
+        (
+            f'{GOOD}\n{GOOD}\n{{"prompt": "a"}}\n',
+            ["line 3", "'response'", "missing", "mend or remove"],
+        ),
+        ('{"response": "b"}', ["line 1", "'prompt'"]),
+        (f'{GOOD}\n{{"prompt": " \\n", "response": "b"}}', ["line 2", "'prompt'", "empty"]),
+        (f'{GOOD}\n{{"prompt": 7, "response": "b"}}', ["line 2", "'prompt'", "no text"]),
+        (f'{GOOD}\n{{"prompt": "a", "response": ["b"]}}', ["line 2", "'response'", "no text"]),
+        (f'{GOOD}\n["a", "b"]', ["line 2", "'prompt'"]),
+        (f'{GOOD}\n{{"messages": [], "response": "b"}}', ["line 2", "'prompt'"]),
+        (f'{GOOD}\n{{"messages": "hi", "response": "b"}}', ["line 2", "'messages'"]),
+        (
+            f'{GOOD}\n{{"messages": [{{"role": "user"}}], "response": "b"}}',
+            ["line 2", "'messages'"],
+        ),
+    ],
+)
 def test_bad_records_are_named_by_file_line_field_and_remedy(tmp_path, text, parts):
     path = tmp_path / "in.jsonl"
     if text is not None:
@@ -67,31 +77,49 @@ def read(tmp_path, *rows):
 
 def test_ids_follow_from_the_prompt_not_from_the_place(tmp_path):
     a, b, c = read(tmp_path, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "id": "mine"})
-    c2, b2, a2 = read(tmp_path, {"prompt": "c", "id": 9}, {"prompt": "b", "keywords": 1}, {"prompt": "a"})
+    c2, b2, a2 = read(
+        tmp_path, {"prompt": "c", "id": 9}, {"prompt": "b", "keywords": 1}, {"prompt": "a"}
+    )
     assert (a["id"], b["id"]) == (a2["id"], b2["id"]) and a["id"] != b["id"]
     assert (c["id"], c2["id"]) == ("mine", 9)
-    assert a["id"] == "e3401daba74577e2"  # as ever: a change would give every old run new random numbers
+    assert (
+        a["id"] == "e3401daba74577e2"
+    )  # as ever: a change would give every old run new random numbers
 
 
 def test_duplicates_get_ids_of_their_own_and_a_conversation_is_its_prompt(tmp_path):
     talk = [{"role": "user", "content": "a"}]
-    rows = read(tmp_path, {"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}, {"messages": talk}, {"prompt": "a"})
+    rows = read(
+        tmp_path,
+        {"prompt": "a"},
+        {"prompt": "a"},
+        {"prompt": "b"},
+        {"messages": talk},
+        {"prompt": "a"},
+    )
     assert len({row["id"] for row in rows}) == 5
     assert rows[0]["id"] == read(tmp_path, {"messages": talk})[0]["id"]
     assert data.messages_of(rows[3]) == talk == data.messages_of(rows[0])
 
 
 def test_records_come_back_as_written(tmp_path):
-    rows = [{"id": 1, "prompt": "é 日本 \u2028 \x85 \x0c \" \\ \n end"}, {"id": 2, "prompt": "x"}]
+    rows = [{"id": 1, "prompt": 'é 日本 \u2028 \x85 \x0c " \\ \n end'}, {"id": 2, "prompt": "x"}]
     assert read(tmp_path, *rows) == rows
-    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 2 and "日本" in (tmp_path / "rows.jsonl").read_text()
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == 2 and "日本" in (
+        tmp_path / "rows.jsonl"
+    ).read_text()
 
 
 def test_random_numbers_follow_from_their_names_alone():
-    assert data.rng(0, "keywords").random() == data.rng(0, "keywords").random() != data.rng(1, "keywords").random()
+    assert (
+        data.rng(0, "keywords").random()
+        == data.rng(0, "keywords").random()
+        != data.rng(1, "keywords").random()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- options
+
 
 @dataclasses.dataclass(kw_only=True)
 class Part:
@@ -120,8 +148,28 @@ def config_file(tmp_path, **values) -> str:
 
 def test_options_are_flags_with_their_defaults():
     assert parse("--model", "m") == Options(model="m", policy=Part(lr=5e-7))
-    o = parse("--model", "m", "--top-k", "9", "--keep", "--mode", "slow", "--policy.lr", "0.1", "--reward.epochs=1", "--seed=3")
-    assert o == Options(model="m", top_k=9, keep=True, mode="slow", seed=3, policy=Part(lr=0.1), reward=Part(epochs=1))
+    o = parse(
+        "--model",
+        "m",
+        "--top-k",
+        "9",
+        "--keep",
+        "--mode",
+        "slow",
+        "--policy.lr",
+        "0.1",
+        "--reward.epochs=1",
+        "--seed=3",
+    )
+    assert o == Options(
+        model="m",
+        top_k=9,
+        keep=True,
+        mode="slow",
+        seed=3,
+        policy=Part(lr=0.1),
+        reward=Part(epochs=1),
+    )
 
 
 def test_help_is_the_comment_behind_the_field(capsys):
@@ -129,30 +177,56 @@ def test_help_is_the_comment_behind_the_field(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0 and "Records and their errors" in text  # this file's docstring
-    for words in ("peak learning rate, 100% of it (default: 5e-07)", "--top-k TOP_K so many", "--policy.lr", "--no-keep",
-                  "all randomness follows from it"):
+    for words in (
+        "peak learning rate, 100% of it (default: 5e-07)",
+        "--top-k TOP_K so many",
+        "--policy.lr",
+        "--no-keep",
+        "all randomness follows from it",
+    ):
         assert words in text
 
 
-@pytest.mark.parametrize(("argv", "named"), [
-    (["--model", "m", "--unknown", "1"], "--unknown"), (["--model", "m", "--top", "1"], "--top"),
-    (["--model", "m", "--mode", "medium"], "--mode"), (["--top-k", "1"], "--model"), (["--model", "m", "stray"], "stray"),
-    (["--model", "m", "--top-k", "many"], "--top-k"), (["--model", "m", "--policy.momentum", "1"], "--policy.momentum")])
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--model", "m", "--unknown", "1"], "--unknown"),
+        (["--model", "m", "--top", "1"], "--top"),
+        (["--model", "m", "--mode", "medium"], "--mode"),
+        (["--top-k", "1"], "--model"),
+        (["--model", "m", "stray"], "stray"),
+        (["--model", "m", "--top-k", "many"], "--top-k"),
+        (["--model", "m", "--policy.momentum", "1"], "--policy.momentum"),
+    ],
+)
 def test_wrong_flags_are_errors_that_name_them(argv, named):
     assert named in refusal(parse, *argv)
 
 
 def test_config_file_gives_options_and_flags_win(tmp_path):
-    config = config_file(tmp_path, model="m", top_k=7, keep=True, policy={"epochs": 1}, reward={"lr": 0.5})
+    config = config_file(
+        tmp_path, model="m", top_k=7, keep=True, policy={"epochs": 1}, reward={"lr": 0.5}
+    )
     assert parse("--config", config) == Options(
-        model="m", top_k=7, keep=True, policy=Part(lr=5e-7, epochs=1), reward=Part(lr=0.5))
-    assert parse("--config", config, "--top-k", "8", "--no-keep", "--reward.lr", "0.25", "--policy.lr=1") == Options(
-        model="m", top_k=8, policy=Part(lr=1, epochs=1), reward=Part(lr=0.25))
+        model="m", top_k=7, keep=True, policy=Part(lr=5e-7, epochs=1), reward=Part(lr=0.5)
+    )
+    assert parse(
+        "--config", config, "--top-k", "8", "--no-keep", "--reward.lr", "0.25", "--policy.lr=1"
+    ) == Options(model="m", top_k=8, policy=Part(lr=1, epochs=1), reward=Part(lr=0.25))
 
 
-@pytest.mark.parametrize(("values", "named"), [
-    ({"modell": 1}, "--modell"), ({"policy": {"lrr": 1}}, "--policy.lrr"), ({"mode": "medium"}, "--mode"),
-    ({"dtype": "float16"}, "--dtype"), ({"policy": 5}, "--policy"), ({"top_k": 1.5}, "--top-k"), ({"keep": "yes"}, "--keep")])
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"modell": 1}, "--modell"),
+        ({"policy": {"lrr": 1}}, "--policy.lrr"),
+        ({"mode": "medium"}, "--mode"),
+        ({"dtype": "float16"}, "--dtype"),
+        ({"policy": 5}, "--policy"),
+        ({"top_k": 1.5}, "--top-k"),
+        ({"keep": "yes"}, "--keep"),
+    ],
+)
 def test_wrong_config_entries_are_errors_that_name_them(tmp_path, values, named):
     assert named in refusal(parse, "--config", config_file(tmp_path, model="m", **values))
 
@@ -182,11 +256,14 @@ def command(monkeypatch, capsys, main, *argv):
 
 
 def test_a_command_ends_with_json_or_with_one_line(monkeypatch, capsys, tmp_path):
-    code, last, _ = command(monkeypatch, capsys, lambda o: {"tokens": o.top_k}, "--model", str(tmp_path))
+    code, last, _ = command(
+        monkeypatch, capsys, lambda o: {"tokens": o.top_k}, "--model", str(tmp_path)
+    )
     assert code == 0 and json.loads(last)["tokens"] == 5 and json.loads(last)["seconds"] >= 0
 
     def fail(o):
         raise InputError("x.jsonl: line 3: mend it")
+
     code, _, err = command(monkeypatch, capsys, fail, "--model", str(tmp_path))
     assert (code, err) == (2, "error: x.jsonl: line 3: mend it\n")
 
@@ -196,19 +273,29 @@ def test_a_command_ends_with_json_or_with_one_line(monkeypatch, capsys, tmp_path
 LLAMA3 = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n
 {{ m['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n
 {% endif %}"""
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi! Écris 日本. "},
-        {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on."}]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Hi! Écris 日本. "},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Go on."},
+]
 
 
 def chat_directory(path, template: str | list | None = TEMPLATE, jinja: str | None = None, **files):
     """Only what Chat reads: a tokenizer with Llama 3's specials whose post-processor adds a BOS, and settings."""
     tokenizer = Tokenizer.from_str(tokenizer_json())
-    tokenizer.add_special_tokens(["<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"])  # 320 to 324
+    tokenizer.add_special_tokens(
+        ["<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    )  # 320 to 324
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 320)])
     path.mkdir(exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"},
-                "tokenizer_class": "PreTrainedTokenizerFast", **({"chat_template": template} if template else {})}
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>"},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **({"chat_template": template} if template else {}),
+    }
     for name, content in {"tokenizer_config": settings, **files}.items():
         if content is not None:
             (path / f"{name}.json").write_text(json.dumps(content))
@@ -219,8 +306,17 @@ def chat_directory(path, template: str | list | None = TEMPLATE, jinja: str | No
 
 def test_template_is_found_wherever_it_may_be(tmp_path):
     other = "{{ 'other' }}"
-    for kw in ({"template": LLAMA3}, {"template": None, "jinja": LLAMA3}, {"template": other, "jinja": LLAMA3},
-               {"template": [{"name": "tool_use", "template": other}, {"name": "default", "template": LLAMA3}]}):
+    for kw in (
+        {"template": LLAMA3},
+        {"template": None, "jinja": LLAMA3},
+        {"template": other, "jinja": LLAMA3},
+        {
+            "template": [
+                {"name": "tool_use", "template": other},
+                {"name": "default", "template": LLAMA3},
+            ]
+        },
+    ):
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
         assert Chat(chat_directory(tmp_path, **kw)).template == LLAMA3
     assert Chat(tmp_path, "default").template == LLAMA3, "a fallback must not replace a template"
@@ -238,8 +334,10 @@ def test_missing_template_names_the_remedy(tmp_path):
 def test_default_template_and_template_file(tmp_path):
     directory = chat_directory(tmp_path, None)
     chat = Chat(directory, "default")
-    assert chat.render(TALK, True) == ("System: Be brief.\n\nUser:  Hi! Écris 日本. \n\nAssistant: Yes?</s>\n\nUser: Go on.\n\n"
-                                       "Assistant: ")
+    assert chat.render(TALK, True) == (
+        "System: Be brief.\n\nUser:  Hi! Écris 日本. \n\nAssistant: Yes?</s>\n\nUser: Go on.\n\n"
+        "Assistant: "
+    )
     assert chat.end == 321 and chat.stops == {321}
     (tmp_path / "mine.jinja").write_text(LLAMA3)
     assert Chat(directory, str(tmp_path / "mine.jinja")).template == LLAMA3
@@ -270,25 +368,38 @@ A:
 def test_ids_equal_those_of_transformers(tmp_path, template):
     directory = chat_directory(tmp_path, template)
     expected = transformers.AutoTokenizer.from_pretrained(directory).apply_chat_template(
-        TALK, add_generation_prompt=True, return_dict=False)
+        TALK, add_generation_prompt=True, return_dict=False
+    )
     assert Chat(directory).prompt_ids({"messages": TALK}) == list(expected)
 
 
 def test_smollm2_prompts_equal_those_of_transformers(smollm2):
     expected = transformers.AutoTokenizer.from_pretrained(smollm2).apply_chat_template(
-        TALK, add_generation_prompt=True, return_dict=False)
+        TALK, add_generation_prompt=True, return_dict=False
+    )
     chat = Chat(smollm2)
     assert chat.prompt_ids({"messages": TALK}) == list(expected)
     assert chat.text([chat.end]) == "" and chat.tokenizer.id_to_token(chat.end) == "<|im_end|>"
 
 
-@pytest.mark.parametrize(("template", "end", "config", "generation", "stops"), [
-    (LLAMA3, "<|eot_id|>", None, None, {321, 322}),
-    (LLAMA3, "<|eot_id|>", {"eos_token_id": [321, 5]}, {"eos_token_id": 6}, {321, 322, 5, 6}),
-    (TEMPLATE, "<|end|>", {"eos_token_id": 321}, None, {321, 0}),
-    ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "</s>", None, {"eos_token_id": None}, {321}),
-])
-def test_end_is_what_the_template_writes_and_stops_are_all_known(tmp_path, template, end, config, generation, stops):
+@pytest.mark.parametrize(
+    ("template", "end", "config", "generation", "stops"),
+    [
+        (LLAMA3, "<|eot_id|>", None, None, {321, 322}),
+        (LLAMA3, "<|eot_id|>", {"eos_token_id": [321, 5]}, {"eos_token_id": 6}, {321, 322, 5, 6}),
+        (TEMPLATE, "<|end|>", {"eos_token_id": 321}, None, {321, 0}),
+        (
+            "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+            "</s>",
+            None,
+            {"eos_token_id": None},
+            {321},
+        ),
+    ],
+)
+def test_end_is_what_the_template_writes_and_stops_are_all_known(
+    tmp_path, template, end, config, generation, stops
+):
     chat = Chat(chat_directory(tmp_path, template, config=config, generation_config=generation))
     assert chat.end == chat.tokenizer.token_to_id(end) and chat.stops == stops
     assert chat.response_ids("Hi") == [*chat.encode("Hi"), chat.end]
@@ -296,30 +407,45 @@ def test_end_is_what_the_template_writes_and_stops_are_all_known(tmp_path, templ
 
 
 def test_no_end_token_at_all_is_refused(tmp_path):
-    directory = chat_directory(tmp_path, "{{ messages[0]['content'] }}", tokenizer_config={
-        "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"})
+    directory = chat_directory(
+        tmp_path,
+        "{{ messages[0]['content'] }}",
+        tokenizer_config={"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"},
+    )
     assert "end-of-sequence" in refusal(Chat, directory)
 
 
 @pytest.mark.parametrize("template", [LLAMA3, TEMPLATE])
 def test_prompt_and_response_are_the_ids_of_the_whole(tmp_path, template):
     chat = Chat(chat_directory(tmp_path, template))
-    whole = chat.encode(chat.render([*TALK, {"role": "assistant", "content": "The answer, 日本."}], False))
+    whole = chat.encode(
+        chat.render([*TALK, {"role": "assistant", "content": "The answer, 日本."}], False)
+    )
     joined = chat.prompt_ids({"messages": TALK}) + chat.response_ids("The answer, 日本.")
-    assert joined == whole[:len(joined)] and joined[-1] == chat.end and len(joined) == len(whole)
+    assert joined == whole[: len(joined)] and joined[-1] == chat.end and len(joined) == len(whole)
 
 
-@pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ raise_exception('no system role') }}",
-    "{{ raise_exception.__globals__['os'].system('true') }}", "{{ nothing.at.all }}", "{{ 1 + 'a' }}",
-    "{% for m in messages %}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no system role') }}",
+        "{{ raise_exception.__globals__['os'].system('true') }}",
+        "{{ nothing.at.all }}",
+        "{{ 1 + 'a' }}",
+        "{% for m in messages %}",
+    ],
+)
 def test_template_that_fails_or_reaches_out_is_refused(tmp_path, template):
     directory = chat_directory(tmp_path, template)
     assert str(directory) in refusal(Chat, directory)
 
 
 def test_a_conversation_that_the_template_refuses_is_an_error_of_one_line(tmp_path):
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}</s>"
+    strict = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}</s>"
+    )
     chat = Chat(chat_directory(tmp_path, strict))
     assert "no system" in refusal(chat.prompt_ids, {"messages": TALK})
     assert chat.prompt_ids({"prompt": "hi"}) == [321]
@@ -333,12 +459,19 @@ def test_missing_or_broken_tokenizer_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- manifests
 
+
 def run_stage(tmp_path, calls=None, counts=None, **options):
     def work():
         data.write_jsonl(tmp_path / "out.jsonl", [{"n": 1}])
         (calls if calls is not None else []).append(1)
         return counts or {"tokens": 10}
-    return data.stage(tmp_path / "out.jsonl", {"data": tmp_path / "in.jsonl"}, {"lr": 1.0, "seed": 0, **options}, work)
+
+    return data.stage(
+        tmp_path / "out.jsonl",
+        {"data": tmp_path / "in.jsonl"},
+        {"lr": 1.0, "seed": 0, **options},
+        work,
+    )
 
 
 def test_stage_runs_once(tmp_path, capsys):
@@ -350,13 +483,21 @@ def test_stage_runs_once(tmp_path, capsys):
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["options"] == {"lr": 1.0, "seed": 0}
     assert manifest["inputs"] == {"data": data.fingerprint(tmp_path / "in.jsonl")}
-    assert manifest["content"] == data.fingerprint(tmp_path / "out.jsonl") and manifest["counts"] == first
+    assert (
+        manifest["content"] == data.fingerprint(tmp_path / "out.jsonl")
+        and manifest["counts"] == first
+    )
 
 
 def test_stage_runs_again_after_a_failure_or_where_its_file_is_gone(tmp_path):
     (tmp_path / "in.jsonl").write_text("a")
     with pytest.raises(ZeroDivisionError):
-        data.stage(tmp_path / "out.jsonl", {"data": tmp_path / "in.jsonl"}, {"lr": 1.0, "seed": 0}, lambda: 1 / 0)
+        data.stage(
+            tmp_path / "out.jsonl",
+            {"data": tmp_path / "in.jsonl"},
+            {"lr": 1.0, "seed": 0},
+            lambda: 1 / 0,
+        )
     calls = []
     run_stage(tmp_path, calls)
     (tmp_path / "out.jsonl").unlink()
@@ -368,9 +509,15 @@ def test_changed_option_or_input_is_an_error_that_says_what(tmp_path):
     (tmp_path / "in.jsonl").write_text("a")
     run_stage(tmp_path)
     message = refusal(run_stage, tmp_path, lr=2.0)
-    assert "option lr = 1.0, now 2.0" in message and "out.jsonl" in message and "0 stages" in message
+    assert (
+        "option lr = 1.0, now 2.0" in message and "out.jsonl" in message and "0 stages" in message
+    )
     assert "option extra = None, now 3" in refusal(run_stage, tmp_path, extra=3)
-    for name in ("checkpoint_every", "recompute", "peak_tflops"):  # change no result, in older manifests neither
+    for name in (
+        "checkpoint_every",
+        "recompute",
+        "peak_tflops",
+    ):  # change no result, in older manifests neither
         run_stage(tmp_path, **{name: 5})
         manifest = json.loads((tmp_path / "out.manifest.json").read_text())
         manifest["options"][name] = 3
@@ -378,7 +525,9 @@ def test_changed_option_or_input_is_an_error_that_says_what(tmp_path):
         run_stage(tmp_path)
     old = data.fingerprint(tmp_path / "in.jsonl")
     (tmp_path / "in.jsonl").write_text("other")
-    assert f"input data = {old!r}, now {data.fingerprint(tmp_path / 'in.jsonl')!r}" in refusal(run_stage, tmp_path)
+    assert f"input data = {old!r}, now {data.fingerprint(tmp_path / 'in.jsonl')!r}" in refusal(
+        run_stage, tmp_path
+    )
 
 
 def test_changed_option_counts_the_stages_after_it(tmp_path):
@@ -387,8 +536,12 @@ def test_changed_option_counts_the_stages_after_it(tmp_path):
         out = run_dir / (name + ".jsonl" if "/" in name else name)
         work = lambda: (data.write_jsonl(out if out.suffix else out / "x.jsonl", [{}]), {})[1]  # noqa: B023, E731
         data.stage(out, {}, {"i": i}, work)
-    assert "invalidate it and 3 stages after it" in refusal(data.stage, run_dir / "generator", {}, {"i": 9}, dict)
-    assert "invalidate it and 2 stages after it" in refusal(data.stage, run_dir / "iter1/prompts.jsonl", {}, {"i": 9}, dict)
+    assert "invalidate it and 3 stages after it" in refusal(
+        data.stage, run_dir / "generator", {}, {"i": 9}, dict
+    )
+    assert "invalidate it and 2 stages after it" in refusal(
+        data.stage, run_dir / "iter1/prompts.jsonl", {}, {"i": 9}, dict
+    )
 
 
 def test_a_stage_checkpoint_lives_only_with_its_options(tmp_path, capsys):
@@ -398,12 +551,15 @@ def test_a_stage_checkpoint_lives_only_with_its_options(tmp_path, capsys):
     def interrupted():
         data.write_text(half_done, "1")
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         data.stage(out, {}, {"lr": 1}, interrupted)
     seen = []
     for lr in (1, 2):
         with pytest.raises(KeyboardInterrupt):
-            data.stage(out, {}, {"lr": lr}, lambda: seen.append(half_done.is_file()) or interrupted())
+            data.stage(
+                out, {}, {"lr": lr}, lambda: seen.append(half_done.is_file()) or interrupted()
+            )
     assert seen == [True, False]
     assert capsys.readouterr().out.count("checkpoint was made with other inputs or options") == 1
 
@@ -441,11 +597,13 @@ def test_fingerprint_of_nothing_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- processes
 
+
 def test_on_first_hands_back_the_value_or_the_error():
     assert data.on_first(lambda a: a + 1, 2) == 3
 
     def fail():
         raise InputError("one line")
+
     assert refusal(data.on_first, fail) == "one line"
 
 
@@ -483,9 +641,23 @@ def test_two_processes_deal_out_and_gather_in_order(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    both = [subprocess.Popen([sys.executable, str(tmp_path / "two.py")], env={**env, "RANK": str(rank)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "two.py")],
+            env={**env, "RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
     ends = [p.communicate(timeout=120) for p in both]
     assert [p.returncode for p in both] == [0, 0], ends
     assert "".join(out for out, _ in ends) == "said once\n"
@@ -513,7 +685,7 @@ def test_the_first_rank_says_its_error_however_late(tmp_path):
     """torchrun ends every rank as soon as one has ended."""
     (tmp_path / "slow.py").write_text(SLOW)
     code, _, errors = run([tmp_path / "slow.py"], env={"PYTHONPATH": str(ROOT)}, nproc=2)
-    assert code != 0 and "\nerror: mend it\n" in f"\n{errors}" and "slow.py\", line" not in errors
+    assert code != 0 and "\nerror: mend it\n" in f"\n{errors}" and 'slow.py", line' not in errors
 
 
 def test_load_function_reads_a_function_of_a_file_and_names_what_is_wrong(tmp_path):

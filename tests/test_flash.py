@@ -3,6 +3,7 @@
 Its Triton backend runs in Triton's interpreter, slowly. That takes an environment of its own (requirements-flash.txt says how;
 .ci/run builds it); elsewhere these tests skip. This backend ignores sliding windows, so they are not tested here.
 """
+
 import importlib.util
 import os
 
@@ -11,7 +12,9 @@ import torch
 from conftest import llama_config, random_model, tiny_checkpoint
 
 if torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
-    pytest.skip("needs flash-attn in the environment of requirements-flash.txt", allow_module_level=True)
+    pytest.skip(
+        "needs flash-attn in the environment of requirements-flash.txt", allow_module_level=True
+    )
 os.environ.update(TRITON_INTERPRET="1", FLASH_ATTENTION_TRITON_AMD_ENABLE="TRUE")
 custom_op = torch.library.custom_op
 # the package registers its functions for GPUs alone, and asks the GPU's driver for its maker
@@ -43,12 +46,15 @@ def flash(monkeypatch):
         def call(*args, **kwargs):
             calls[name] += 1
             return function(*args, **kwargs)
+
         return call
+
     for name in calls:
         monkeypatch.setattr(model_module, name, counted(name, getattr(flash_attn, name)))
 
     def switch(on: bool):
         monkeypatch.setattr(model_module, "use_flash", lambda x: on and x.dtype == torch.float16)
+
     switch.calls = calls
     return switch
 
@@ -66,7 +72,9 @@ def test_packed_forward_and_backward(flash, H, Hkv, D):
     results = []
     for on in (True, False):
         flash(on)
-        q, k, v = (random(92, heads, D, seed=i).requires_grad_() for i, heads in enumerate((H, Hkv, Hkv)))
+        q, k, v = (
+            random(92, heads, D, seed=i).requires_grad_() for i, heads in enumerate((H, Hkv, Hkv))
+        )
         out = Packed(lengths).attend(0, q, k, v, None)
         (out * random(92, H, D, seed=3)).float().sum().backward()
         results.append((out, q.grad, k.grad, v.grad))
@@ -79,14 +87,18 @@ def test_packed_forward_and_backward(flash, H, Hkv, D):
 @HEADS
 @torch.no_grad()
 def test_decode_with_rows_of_unequal_length(flash, H, Hkv, D):
-    config = random_model(llama_config(num_attention_heads=H, num_key_value_heads=Hkv, head_dim=D)).config
+    config = random_model(
+        llama_config(num_attention_heads=H, num_key_value_heads=Hkv, head_dim=D)
+    ).config
     lengths, results = torch.tensor([0, 7, 31, 64]), []
     for on in (True, False):
         flash(on)
         cache = Cache(config, 6, 80, torch.float16)
         cache.k.copy_(random(*cache.k.shape, seed=1)), cache.v.copy_(random(*cache.v.shape, seed=2))
         q, k, v = (random(4, heads, D, seed=3 + i) for i, heads in enumerate((H, Hkv, Hkv)))
-        results.append((Decode(cache, lengths, 65, None).attend(1, q, k, v, None), cache.k, cache.v))
+        results.append(
+            (Decode(cache, lengths, 65, None).attend(1, q, k, v, None), cache.k, cache.v)
+        )
     assert flash.calls["flash_attn_with_kvcache"] == 1
     (flash_out, *flash_cache), (out, *cache) = results
     assert (flash_out - out).abs().max() < TOLERANCE and out.abs().max() > 0.5
@@ -104,7 +116,12 @@ def test_prefill_then_decode_equal_sdpa(flash):
         cache = Cache(model.config, 3, 32, torch.float16)
         context = Prefill(cache, [0, 1, 2], lengths)
         first = model(ids[:30], context, context.last)
-        logits.append((first, model(ids[30:], Decode(cache, torch.tensor(lengths), 21, None), torch.arange(3))))
+        logits.append(
+            (
+                first,
+                model(ids[30:], Decode(cache, torch.tensor(lengths), 21, None), torch.arange(3)),
+            )
+        )
     assert min(flash.calls.values()) > 0
     for ours, theirs in zip(*logits, strict=True):
         assert (ours - theirs).abs().max() < 10 * TOLERANCE and theirs.abs().max() > 0.5

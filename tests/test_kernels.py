@@ -1,4 +1,5 @@
 """Every compiled kernel against plain PyTorch, in both number formats, at the edges of vectors, blocks and windows."""
+
 import math
 import shutil
 import subprocess
@@ -20,7 +21,10 @@ from train import response_logps, score_sequences
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # of values of about 1; bf16 holds 8 bits of each
+TOLERANCE = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 2e-2,
+}  # of values of about 1; bf16 holds 8 bits of each
 
 
 def random(*shape, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -71,7 +75,11 @@ def test_rms_norm(N, C, dtype):
         del module.weight
         module.weight = weight
         return module(x)
-    assert_close(compiled_and_plain(norm, 100 * random(N, C, dtype=dtype), random(C, dtype=dtype, seed=1)), TOLERANCE[dtype])
+
+    assert_close(
+        compiled_and_plain(norm, 100 * random(N, C, dtype=dtype), random(C, dtype=dtype, seed=1)),
+        TOLERANCE[dtype],
+    )
 
 
 @BOTH
@@ -81,7 +89,8 @@ def test_rotate_also_inside_wider_rows(N, H, D, dtype):
     wide = random(N, 3 * H * D, dtype=dtype)
 
     def part(wide):
-        return wide[:, H * D:2 * H * D].unflatten(-1, (H, D))
+        return wide[:, H * D : 2 * H * D].unflatten(-1, (H, D))
+
     results = compiled_and_plain(lambda wide: rotate(part(wide), angles.cos(), angles.sin()), wide)
     assert_close(results, TOLERANCE[dtype])
     assert (results[1][0] - part(wide)).abs().max() > 1
@@ -89,11 +98,19 @@ def test_rotate_also_inside_wider_rows(N, H, D, dtype):
 
 @BOTH
 def test_swiglu_of_gates_of_any_size(dtype):
-    gate = torch.cat([torch.arange(-600, 200, 0.25), torch.tensor([-3e38, -1e30, -1e4, -0.0, 1e-30, 1e4, 1e30, *[0.0] * 25]),
-                      random(32)]).to(dtype)
+    gate = torch.cat(
+        [
+            torch.arange(-600, 200, 0.25),
+            torch.tensor([-3e38, -1e30, -1e4, -0.0, 1e-30, 1e4, 1e30, *[0.0] * 25]),
+            random(32),
+        ]
+    ).to(dtype)
     up = random(*gate.shape, dtype=dtype, seed=1)
     results = compiled_and_plain(
-        lambda gate, up: kernels.swiglu(gate, up) if kernels.ready(gate) else F.silu(gate) * up, gate, up)
+        lambda gate, up: kernels.swiglu(gate, up) if kernels.ready(gate) else F.silu(gate) * up,
+        gate,
+        up,
+    )
     for compiled, plain in zip(*results, strict=True):
         assert torch.allclose(compiled, plain, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -104,14 +121,21 @@ def test_swiglu_of_gates_of_any_size(dtype):
 def test_attend_packed(D, G, Hkv, window, dtype):
     """Sequences on both sides of a tile of 32 tokens; nobody sees another's, which PyTorch computes one by one."""
     context = Packed([1, 31, 32, 33, 64, 70])
-    q, k, v = (random(231, heads, D, dtype=dtype, seed=i) for i, heads in enumerate((G * Hkv, Hkv, Hkv)))
-    assert_close(compiled_and_plain(lambda q, k, v: context.attend(0, q, k, v, window), q, k, v), 4 * TOLERANCE[dtype])
+    q, k, v = (
+        random(231, heads, D, dtype=dtype, seed=i) for i, heads in enumerate((G * Hkv, Hkv, Hkv))
+    )
+    assert_close(
+        compiled_and_plain(lambda q, k, v: context.attend(0, q, k, v, window), q, k, v),
+        4 * TOLERANCE[dtype],
+    )
 
 
 def test_packed_attention_survives_scores_of_any_size():
     for scale in (30.0, 1000.0):
         q, k, v = (random(50, 2, 32, seed=i) for i in range(3))
-        results = compiled_and_plain(lambda q, k, v: Packed([50]).attend(0, q, k, v, None), scale * q, k, v)
+        results = compiled_and_plain(
+            lambda q, k, v: Packed([50]).attend(0, q, k, v, None), scale * q, k, v
+        )
         assert all(x.isfinite().all() for x in results[0])
         assert_close(results, 1e-3)
 
@@ -158,8 +182,14 @@ def test_attend(D, G, Hkv, window, dtype):
     for i, x in enumerate((cache.k, cache.v)):
         x.copy_(random(*x.shape, dtype=dtype, seed=i + 1))
     before = cache.k.clone(), cache.v.clone()
-    q, k, v = random(B, C, dtype=dtype).split((G * Hkv * D, Hkv * D, Hkv * D), -1)  # slices of wider rows, as when fused
-    q, k, v = q.unflatten(-1, (-1, D)), k.unflatten(-1, (-1, D)).contiguous(), v.unflatten(-1, (-1, D))  # RoPE copies k
+    q, k, v = random(B, C, dtype=dtype).split(
+        (G * Hkv * D, Hkv * D, Hkv * D), -1
+    )  # slices of wider rows, as when fused
+    q, k, v = (
+        q.unflatten(-1, (-1, D)),
+        k.unflatten(-1, (-1, D)).contiguous(),
+        v.unflatten(-1, (-1, D)),
+    )  # RoPE copies k
 
     def attention():
         cache.k.copy_(before[0]), cache.v.copy_(before[1])
@@ -174,6 +204,7 @@ def test_attend(D, G, Hkv, window, dtype):
             for x, wanted in zip((cache.k, cache.v), expected, strict=True):
                 torch.testing.assert_close(x, wanted, rtol=0, atol=0, equal_nan=True)
         return out
+
     assert_close(decoded(attention), 2 * TOLERANCE[dtype])
 
 
@@ -181,11 +212,20 @@ def test_attention_survives_scores_of_any_size():
     """Softmax in one pass: scores that grow, fall, and are hundreds apart."""
     D, T = 32, 48
     for scale in (1.0, 30.0, 1000.0):
-        q, keys, values = (random(*shape, seed=i) for i, shape in enumerate([(1, 1, D), (1, T, 1, D), (1, T, 1, D)]))
-        for order in (keys @ q[0, 0]).flatten().argsort(), (keys @ q[0, 0]).flatten().argsort(descending=True):
+        q, keys, values = (
+            random(*shape, seed=i)
+            for i, shape in enumerate([(1, 1, D), (1, T, 1, D), (1, T, 1, D)])
+        )
+        for order in (
+            (keys @ q[0, 0]).flatten().argsort(),
+            (keys @ q[0, 0]).flatten().argsort(descending=True),
+        ):
             k, v = keys[:, order].contiguous(), values[:, order].contiguous()
             out = kernels.attend(scale * q, k[:, -1], v[:, -1], k, v, torch.tensor([T - 1]), None)
-            plain = torch.softmax(scale * (k[0, :, 0] @ q[0, 0]).double() / D ** 0.5, 0) @ v[0, :, 0].double()
+            plain = (
+                torch.softmax(scale * (k[0, :, 0] @ q[0, 0]).double() / D**0.5, 0)
+                @ v[0, :, 0].double()
+            )
             assert (out[0, 0] - plain).abs().max() < 1e-5
 
 
@@ -201,7 +241,9 @@ def test_draw(V, dtype):
 
 def test_draw_stays_inside_the_vocabulary_whatever_the_logits():
     for value in (math.nan, -math.inf, math.inf, 0.0):
-        tokens = kernels.draw(torch.full((2, 300), value), torch.tensor([0.0, 1 - 2.0 ** -53], dtype=torch.float64), 1.0)
+        tokens = kernels.draw(
+            torch.full((2, 300), value), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), 1.0
+        )
         assert 0 <= tokens.min() and tokens.max() < 300
 
 
@@ -209,26 +251,41 @@ def test_draw_stays_inside_the_vocabulary_whatever_the_logits():
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_model_computes_the_same_in_the_same_memory(tmp_path, tied, dtype):
     directory = tiny_checkpoint(tmp_path, head_dim=32, tie_word_embeddings=tied)
-    ids, context = torch.randint(320, (21,), generator=torch.Generator().manual_seed(1)), Packed([20, 1])
+    ids, context = (
+        torch.randint(320, (21,), generator=torch.Generator().manual_seed(1)),
+        Packed([20, 1]),
+    )
 
     def logits(model):
         with torch.inference_mode():
             return model(ids, context, torch.arange(21)).float()
+
     plain, packed = load(directory, dtype), pack(load(directory, dtype))
     assert (logits(packed) - logits(plain)).abs().max() <= 2 * TOLERANCE[dtype]
-    packs = (dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    packs = (
+        dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     kinds = {type(m) for m in packed.modules() if isinstance(m, PackedLinear | torch.nn.Linear)}
     assert kinds == {PackedLinear if packs else Linear}
     if packs:
-        extra = plain.head.weight.numel() if tied else 0  # the embedding keeps its own order beside the head's
-        assert sum(p.numel() for p in packed.parameters()) == sum(p.numel() for p in plain.parameters()) + extra
+        extra = (
+            plain.head.weight.numel() if tied else 0
+        )  # the embedding keeps its own order beside the head's
+        assert (
+            sum(p.numel() for p in packed.parameters())
+            == sum(p.numel() for p in plain.parameters()) + extra
+        )
 
 
 @BOTH
 def test_packed_model_decodes_what_the_plain_one_does(tmp_path, monkeypatch, dtype):
     """A prefill and a step of several rows, with fused projections and kernels, against neither."""
-    directory, rows = tiny_checkpoint(tmp_path, head_dim=32, std=0.1), [[5, 6, 7], [8], list(range(40, 75))]
+    directory, rows = (
+        tiny_checkpoint(tmp_path, head_dim=32, std=0.1),
+        [[5, 6, 7], [8], list(range(40, 75))],
+    )
     lengths, last = [len(ids) for ids in rows], torch.tensor([11, 12, 13])
 
     @torch.inference_mode()
@@ -236,7 +293,10 @@ def test_packed_model_decodes_what_the_plain_one_does(tmp_path, monkeypatch, dty
         cache = Cache(model.config, 3, 64, dtype)
         context = Prefill(cache, [0, 1, 2], lengths)
         first = model(torch.tensor([t for ids in rows for t in ids]), context, context.last)
-        return torch.cat([first, model(last, Decode(cache, torch.tensor(lengths), 36, None), torch.arange(3))]).float()
+        return torch.cat(
+            [first, model(last, Decode(cache, torch.tensor(lengths), 36, None), torch.arange(3))]
+        ).float()
+
     packed = logits(pack(load(directory, dtype)))
     monkeypatch.setattr(kernels, "library", lambda *_: None)
     assert (packed - logits(load(directory, dtype))).abs().max() <= 4 * TOLERANCE[dtype]
@@ -250,8 +310,16 @@ def test_engine_writes_the_same_with_and_without_kernels(tiny, monkeypatch, head
         requests = [Request([5 + i, 6, 7 * i], 30 + i, digest_key(i)) for i in range(12)]
         Engine(model, chat, SampleOptions(slots=5, ignore_eos=True)).run(requests)
         return [r.output for r in requests]
+
     compiled, calls = outputs(), len(used)
-    assert {values[0].__name__ for values in used} == {"rms_norm", "rotate", "swiglu", "draw", "attend", "attend_packed"}
+    assert {values[0].__name__ for values in used} == {
+        "rms_norm",
+        "rotate",
+        "swiglu",
+        "draw",
+        "attend",
+        "attend_packed",
+    }
     monkeypatch.setattr(kernels, "library", lambda *_: None)
     assert outputs() == compiled and len(used) == calls
 
@@ -264,17 +332,39 @@ def test_training_and_scoring_compute_alike(used):
     assert all(torch.equal(a, b) for a, b in zip(scored, trained, strict=True))
     torch.cat(trained).sum().backward()
     names = {values[0].__name__ for values in used}
-    assert names == {"rotate", *(name + way for name in ("rms_norm", "swiglu", "attend_packed", "token_logps")
-                                 for way in ("", "_backward"))}
+    assert names == {
+        "rotate",
+        *(
+            name + way
+            for name in ("rms_norm", "swiglu", "attend_packed", "token_logps")
+            for way in ("", "_backward")
+        ),
+    }
 
 
 def test_without_a_compiler_text_is_generated_all_the_same(tmp_path, used):
     program = "import torch; from cpu import kernels; print(kernels.ready(torch.ones(2, 32)))"
     home = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    answers = [subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**home, **env}, capture_output=True, text=True,
-                              check=True) for env in (
-        {"PATH": ""}, {"PATH": "/usr/bin:/bin", "SYNPO_KERNELS": "0"}, {"PATH": "/usr/bin:/bin"})]
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**home, **env},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for env in (
+            {"PATH": ""},
+            {"PATH": "/usr/bin:/bin", "SYNPO_KERNELS": "0"},
+            {"PATH": "/usr/bin:/bin"},
+        )
+    ]
     assert [a.stdout.strip() for a in answers] == ["False", "False", "True"]
-    assert "no compiled kernels" in answers[0].stderr and not answers[1].stderr and not answers[2].stderr
+    assert (
+        "no compiled kernels" in answers[0].stderr
+        and not answers[1].stderr
+        and not answers[2].stderr
+    )
     assert len(list((tmp_path / ".cache" / "synpo").glob("*.so"))) == 1
     used.append("not in this process")

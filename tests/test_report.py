@@ -2,6 +2,7 @@
 
 The browser tests need chromium and chromedriver (Debian: chromium, chromium-driver) and the package selenium.
 """
+
 # ruff: noqa: RUF001 (the page has typographic quotes and dashes)
 import json
 import os
@@ -30,46 +31,98 @@ HEBREW, LONG = "\u202eשלום עולם\u202c \u200f(1)", "w" * 3000
 
 # ---------------------------------------------------------------------------------------------- a run by hand
 
+
 def seal(result: Path, counts: dict, seconds: float = 1.0, **changes) -> None:
     """The manifest of a stage that wrote `result`."""
     path = manifest_path(result)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = {"inputs": {}, "options": {}, "start_from": "M", "counts": {**counts, "seconds": seconds}, "time": 1000.0 + seconds,
-            "processes": 2, "content": "0"}
+    made = {
+        "inputs": {},
+        "options": {},
+        "start_from": "M",
+        "counts": {**counts, "seconds": seconds},
+        "time": 1000.0 + seconds,
+        "processes": 2,
+        "content": "0",
+    }
     path.write_text(json.dumps({**made, **changes}))
 
 
 def train(folder: Path, steps: int, **columns) -> None:
     """A training stage: columns are functions of the step."""
     seal(folder, {"examples": 3, "steps": steps, "tokens": 60 * steps}, 3.0)
-    lines = [{"step": i, **{name.replace("__", "/"): f(i) for name, f in columns.items()}} for i in range(1, steps + 1)]
+    lines = [
+        {"step": i, **{name.replace("__", "/"): f(i) for name, f in columns.items()}}
+        for i in range(1, steps + 1)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def pair(t: int, k: int) -> dict:
     """What pair k of iteration t is made of."""
     first = f"first answer {k}"
-    return {"id": f"id{t}-{k}", "prompt": f"Question {k} of iteration {t}?", "keywords": ["red", f"key{k}"], "base": first,
-            "draft": first if t == 1 else f"second answer {k}", "chosen": f"a much better answer {k}", "rejected": first,
-            "score_chosen": -1.0 + k / 10, "score_rejected": -2.0}
+    return {
+        "id": f"id{t}-{k}",
+        "prompt": f"Question {k} of iteration {t}?",
+        "keywords": ["red", f"key{k}"],
+        "base": first,
+        "draft": first if t == 1 else f"second answer {k}",
+        "chosen": f"a much better answer {k}",
+        "rejected": first,
+        "score_chosen": -1.0 + k / 10,
+        "score_rejected": -2.0,
+    }
 
 
 def write_iteration(folder: Path, t: int, pairs: list[dict], scored: bool) -> None:
-    asked = [{name: row[name] for name in ("id", "prompt", "messages") if name in row} for row in pairs]
-    both = lambda field, name: [{**a, name: row[field]} for a, row in zip(asked, pairs, strict=True)]  # noqa: E731
+    asked = [
+        {name: row[name] for name in ("id", "prompt", "messages") if name in row} for row in pairs
+    ]
+    both = lambda field, name: [
+        {**a, name: row[field]} for a, row in zip(asked, pairs, strict=True)
+    ]  # noqa: E731
     n = len(pairs)
     write_rows(folder / "prompts.jsonl", both("keywords", "keywords"))
     write_rows(folder / "base_answers.jsonl", both("base", "response"))
     write_rows(folder / "rewrites.jsonl", both("draft", "draft"))
     fields = ("chosen", "rejected", "score_chosen", "score_rejected")
-    write_rows(folder / "pairs.jsonl", [{**a, **{f: row[f] for f in fields}, "iteration": t}
-                                        for a, row in zip(asked, pairs, strict=True)])
-    seal(folder / "prompts.jsonl", {"lists": n + 7, "malformed": 4, "too_short": 3, "prompts": n, "tokens": 50,
-                                    "use_a_keyword": 0.5})
-    seal(folder / "base_answers.jsonl", {"records": n, "answers": 4, "tokens": 40, "cut_off": 1}, 2.0)
-    seal(folder / "rewrites.jsonl", {"drafts": n, "rewrites": 8, "unchanged": 2, "tokens": 30, "cut_off": 0})
-    seal(folder / "pairs.jsonl", {"candidates": n + 3, "identical": 1, "valid": n + 2, "pairs": n, "mean_gap": 1.0,
-                                  "chosen_words": 5.0, "rejected_words": 3.0})
+    write_rows(
+        folder / "pairs.jsonl",
+        [
+            {**a, **{f: row[f] for f in fields}, "iteration": t}
+            for a, row in zip(asked, pairs, strict=True)
+        ],
+    )
+    seal(
+        folder / "prompts.jsonl",
+        {
+            "lists": n + 7,
+            "malformed": 4,
+            "too_short": 3,
+            "prompts": n,
+            "tokens": 50,
+            "use_a_keyword": 0.5,
+        },
+    )
+    seal(
+        folder / "base_answers.jsonl", {"records": n, "answers": 4, "tokens": 40, "cut_off": 1}, 2.0
+    )
+    seal(
+        folder / "rewrites.jsonl",
+        {"drafts": n, "rewrites": 8, "unchanged": 2, "tokens": 30, "cut_off": 0},
+    )
+    seal(
+        folder / "pairs.jsonl",
+        {
+            "candidates": n + 3,
+            "identical": 1,
+            "valid": n + 2,
+            "pairs": n,
+            "mean_gap": 1.0,
+            "chosen_words": 5.0,
+            "rejected_words": 3.0,
+        },
+    )
     train(folder / "improver", 4, loss=lambda i: 2 / i)
     train(folder / "policy", 5, loss=lambda i: 0.7 / i, rewards__margins=lambda i: float(i))
     if scored:
@@ -85,10 +138,20 @@ def make_run(out: Path, pairs: list[list[dict]], scored: bool = True, **changes)
         (out / "plugin.py").parent.mkdir(parents=True, exist_ok=True)
         (out / "plugin.py").write_text('NOTE = "What M_0 says."\ndef evaluate(*arguments): ...\n')
         changes["evaluate"] = f"{out}/plugin.py:evaluate"
-        write_rows(out / "iter0" / "heldout_answers.jsonl", [{"prompt": "Held out?", "response": "yes"}])
-        (out / "iter0" / "eval.json").write_text(json.dumps({"score": 0.4, "se": 0.02, "words": 9.0}))
-    seeds = write_rows(out / "seeds.jsonl", [{"prompt": f"Seed {i} red?", "response": "r"} for i in range(3)])
-    o = asdict(loop.Options(out=str(out), model="models/zero", seeds=str(seeds), iters=len(pairs), **changes))
+        write_rows(
+            out / "iter0" / "heldout_answers.jsonl", [{"prompt": "Held out?", "response": "yes"}]
+        )
+        (out / "iter0" / "eval.json").write_text(
+            json.dumps({"score": 0.4, "se": 0.02, "words": 9.0})
+        )
+    seeds = write_rows(
+        out / "seeds.jsonl", [{"prompt": f"Seed {i} red?", "response": "r"} for i in range(3)]
+    )
+    o = asdict(
+        loop.Options(
+            out=str(out), model="models/zero", seeds=str(seeds), iters=len(pairs), **changes
+        )
+    )
     (out / "config.json").write_text(json.dumps(o))
     train(out / "generator", 3, loss=lambda i: 3 / i)
     seal(out / "generator", {"seeds": 3, "steps": 3, "tokens": 100}, 4.0)
@@ -99,21 +162,31 @@ def make_run(out: Path, pairs: list[list[dict]], scored: bool = True, **changes)
 
 def blocks_of(page: Path) -> tuple[dict, list]:
     """What the page's script elements hold, by Python's JSON: the data, and all texts of pairs."""
-    found = re.findall(r'<script type="application/json" ([^>]*)>(.*?)</script>', page.read_text(), re.DOTALL)
+    found = re.findall(
+        r'<script type="application/json" ([^>]*)>(.*?)</script>', page.read_text(), re.DOTALL
+    )
     data = [json.loads(text) for attributes, text in found if attributes == 'id="data"']
     assert len(data) == 1
-    return data[0], [row for attributes, text in found if attributes == 'class="pairs"' for row in json.loads(text)]
+    return data[0], [
+        row
+        for attributes, text in found
+        if attributes == 'class="pairs"'
+        for row in json.loads(text)
+    ]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Two iterations of three pairs, evaluated."""
-    out = make_run(tmp_path_factory.mktemp("two") / "run", [[pair(t, k) for k in range(3)] for t in (1, 2)])
+    out = make_run(
+        tmp_path_factory.mktemp("two") / "run", [[pair(t, k) for k in range(3)] for t in (1, 2)]
+    )
     report.report(out)
     return out
 
 
 # ---------------------------------------------------------------------------------------------- what is collected
+
 
 def test_report_still_prints_and_returns_the_summary(two, capsys):
     result = report.report(two)
@@ -122,8 +195,16 @@ def test_report_still_prints_and_returns_the_summary(two, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"iterations of {two}" and lines[2].split()[:3] == ["t", "lists", "prompts"]
     row = dict(zip(re.split(r"\s{2,}", lines[2].strip()), lines[4].split(), strict=True))
-    wanted = {"t": "2", "D": "6", "seconds: prompts": "1", "answers": "2", "improver": "3", "rewrites": "2", "policy": "3",
-              "eval": "1"}
+    wanted = {
+        "t": "2",
+        "D": "6",
+        "seconds: prompts": "1",
+        "answers": "2",
+        "improver": "3",
+        "rewrites": "2",
+        "policy": "3",
+        "eval": "1",
+    }
     assert {name: row[name] for name in wanted} == wanted
     assert "What M_0 says." in lines and (two / "scores.svg").is_file()
 
@@ -131,24 +212,67 @@ def test_report_still_prints_and_returns_the_summary(two, capsys):
 def test_the_page_holds_what_the_files_say(two):
     data, texts = blocks_of(two / "report.html")
     assert (data["run"], data["T"], data["seeds"], data["processes"]) == ("run", 2, 3, 2)
-    assert data["config"]["model"] == "models/zero" and data["config"]["loss"] == loop.Options().policy.loss
+    assert (
+        data["config"]["model"] == "models/zero"
+        and data["config"]["loss"] == loop.Options().policy.loss
+    )
     assert [e["name"] for e in data["evaluations"]] == ["M_0", "R_1", "M_1", "R_2", "M_2"]
     assert data["evaluations"][4] == {"name": "M_2", "score": 0.6, "se": 0.02, "words": 9.0}
     assert data["note"] == "What M_0 says."
-    assert data["yields"]["prompts"][0] == {"total": 10, "kept": 3, "dropped": {"malformed": 4, "too_short": 3}}
-    assert data["yields"]["pairs"][1] == {"total": 6, "kept": 3, "dropped": {"identical": 1, "surplus": 2}}
-    assert data["shares"] == {"prompts that use one of their keywords": [0.5, 0.5], "answers of M_0 cut off": [0.25, 0.25],
-                              "rewrites that leave the draft as it was": [0.25, 0.25],
-                              "rewrites cut off at the token limit": [0, 0]}
-    assert data["pairs"] == {"t": [1, 1, 1, 2, 2, 2], "score_chosen": [-1, -0.9, -0.8] * 2, "score_rejected": [-2] * 6,
-                             "chosen": [5] * 6, "rejected": [3] * 6, "draft": [3] * 6}
-    assert texts[1] == ["id1-1", "Question 1 of iteration 1?", ["red", "key1"], 0, "a much better answer 1",
-                        "first answer 1", 0]
-    assert texts[5] == ["id2-2", "Question 2 of iteration 2?", ["red", "key2"], "second answer 2", "a much better answer 2",
-                        "first answer 2", 0]
-    assert {(c["stage"], c["t"], c["width"], len(c["columns"]["step"])) for c in data["curves"]} == {
-        ("generator", 0, 1, 3), ("improver", 1, 1, 4), ("improver", 2, 1, 4), ("policy", 1, 1, 5), ("policy", 2, 1, 5)}
-    assert [c["columns"]["rewards/margins"] for c in data["curves"] if c["stage"] == "policy"] == [[1, 2, 3, 4, 5]] * 2
+    assert data["yields"]["prompts"][0] == {
+        "total": 10,
+        "kept": 3,
+        "dropped": {"malformed": 4, "too_short": 3},
+    }
+    assert data["yields"]["pairs"][1] == {
+        "total": 6,
+        "kept": 3,
+        "dropped": {"identical": 1, "surplus": 2},
+    }
+    assert data["shares"] == {
+        "prompts that use one of their keywords": [0.5, 0.5],
+        "answers of M_0 cut off": [0.25, 0.25],
+        "rewrites that leave the draft as it was": [0.25, 0.25],
+        "rewrites cut off at the token limit": [0, 0],
+    }
+    assert data["pairs"] == {
+        "t": [1, 1, 1, 2, 2, 2],
+        "score_chosen": [-1, -0.9, -0.8] * 2,
+        "score_rejected": [-2] * 6,
+        "chosen": [5] * 6,
+        "rejected": [3] * 6,
+        "draft": [3] * 6,
+    }
+    assert texts[1] == [
+        "id1-1",
+        "Question 1 of iteration 1?",
+        ["red", "key1"],
+        0,
+        "a much better answer 1",
+        "first answer 1",
+        0,
+    ]
+    assert texts[5] == [
+        "id2-2",
+        "Question 2 of iteration 2?",
+        ["red", "key2"],
+        "second answer 2",
+        "a much better answer 2",
+        "first answer 2",
+        0,
+    ]
+    assert {
+        (c["stage"], c["t"], c["width"], len(c["columns"]["step"])) for c in data["curves"]
+    } == {
+        ("generator", 0, 1, 3),
+        ("improver", 1, 1, 4),
+        ("improver", 2, 1, 4),
+        ("policy", 1, 1, 5),
+        ("policy", 2, 1, 5),
+    }
+    assert [c["columns"]["rewards/margins"] for c in data["curves"] if c["stage"] == "policy"] == [
+        [1, 2, 3, 4, 5]
+    ] * 2
 
 
 def test_options_that_differ_are_listed_with_their_help():
@@ -156,19 +280,38 @@ def test_options_that_differ_are_listed_with_their_help():
     o["policy"]["beta"] = 0.25
     del o["show"]  # a run of an older version lacks an option
     rows = {row[0]: row[1:] for row in report.changed_options(o)}
-    assert rows == {"iters": [7, 4, "T"], "policy.beta": [0.25, loop.Options().policy.beta, rows["policy.beta"][2]]}
+    assert rows == {
+        "iters": [7, 4, "T"],
+        "policy.beta": [0.25, loop.Options().policy.beta, rows["policy.beta"][2]],
+    }
     assert rows["policy.beta"][2] == "parameter of the loss dpo"
-    o["policy"] = {**o["policy"], "loss": "simpo", "gamma": 2.0, "beta": 2.0}  # compared with that loss's own defaults
+    o["policy"] = {
+        **o["policy"],
+        "loss": "simpo",
+        "gamma": 2.0,
+        "beta": 2.0,
+    }  # compared with that loss's own defaults
     rows = {row[0]: row[1:3] for row in report.changed_options(o)}
     assert rows == {"iters": [7, 4], "policy.loss": ["simpo", "dpo"], "policy.gamma": [2.0, 1.6]}
     assert report.changed_options(asdict(loop.Options())) == []
 
 
 def test_long_curves_are_means_over_equally_many_steps(tmp_path):
-    train(tmp_path / "policy", 1001, loss=lambda i: float(i), odd=lambda i: float("nan") if i == 3 else 1.0)
+    train(
+        tmp_path / "policy",
+        1001,
+        loss=lambda i: float(i),
+        odd=lambda i: float("nan") if i == 3 else 1.0,
+    )
     curve = report.curves(tmp_path / "policy", 4)
-    assert curve["t"] == 4 and curve["width"] == 7 and len(curve["columns"]["loss"]) == 143 == len(curve["columns"]["step"])
-    assert curve["columns"]["loss"][:2] == [4, 11] and curve["columns"]["loss"][-1] == pytest.approx(sum(range(995, 1002)) / 7)
+    assert (
+        curve["t"] == 4
+        and curve["width"] == 7
+        and len(curve["columns"]["loss"]) == 143 == len(curve["columns"]["step"])
+    )
+    assert curve["columns"]["loss"][:2] == [4, 11] and curve["columns"]["loss"][
+        -1
+    ] == pytest.approx(sum(range(995, 1002)) / 7)
     assert report.plain(curve["columns"]["odd"][:2]) == [None, 1], "JSON has no NaN"
     manifest_path(tmp_path / "policy").unlink()
     assert report.curves(tmp_path / "policy", 4) is None, "unfinished"
@@ -176,15 +319,33 @@ def test_long_curves_are_means_over_equally_many_steps(tmp_path):
 
 def test_times_are_summed_by_iteration_and_kind():
     line = lambda stage, seconds, **more: {"stage": stage, "seconds": seconds, **more}  # noqa: E731
-    rows = report.times([
-        line("base", 9.0, steps=3, tokens=7), line("generator", 1.0, steps=1, tokens=5), line("iter0/eval", 1.0),
-        line("iter1/answers", 2.0, tokens=10), line("iter1/base_answers", 3.0, tokens=20), line("iter1/policy", 4.0, steps=2),
-        line("iter2/eval/alpaca/answers", 5.0), line("controls/one_shot/iter1/policy", 6.0),
-        line("controls/seed_sft", 7.0, steps=1), line("controls/seed_sft_eval", 0.5), line("diversity/map", 0.25)])
+    rows = report.times(
+        [
+            line("base", 9.0, steps=3, tokens=7),
+            line("generator", 1.0, steps=1, tokens=5),
+            line("iter0/eval", 1.0),
+            line("iter1/answers", 2.0, tokens=10),
+            line("iter1/base_answers", 3.0, tokens=20),
+            line("iter1/policy", 4.0, steps=2),
+            line("iter2/eval/alpaca/answers", 5.0),
+            line("controls/one_shot/iter1/policy", 6.0),
+            line("controls/seed_sft", 7.0, steps=1),
+            line("controls/seed_sft_eval", 0.5),
+            line("diversity/map", 0.25),
+        ]
+    )
     assert {(row["where"], row["what"]): (row["seconds"], row["tokens"]) for row in rows} == {
-        ("once", "training"): (9, 7), ("once", "generator"): (1, 5), ("once", "other"): (0.25, 0), ("iter0", "eval"): (1, 0),
-        ("iter1", "answers"): (5, 30), ("iter1", "policy"): (4, 0), ("iter2", "benchmarks"): (5, 0),
-        ("controls", "policy"): (6, 0), ("controls", "training"): (7, 0), ("controls", "other"): (0.5, 0)}
+        ("once", "training"): (9, 7),
+        ("once", "generator"): (1, 5),
+        ("once", "other"): (0.25, 0),
+        ("iter0", "eval"): (1, 0),
+        ("iter1", "answers"): (5, 30),
+        ("iter1", "policy"): (4, 0),
+        ("iter2", "benchmarks"): (5, 0),
+        ("controls", "policy"): (6, 0),
+        ("controls", "training"): (7, 0),
+        ("controls", "other"): (0.5, 0),
+    }
 
 
 def test_a_benchmark_in_a_run_is_counted_once(tmp_path):
@@ -196,7 +357,13 @@ def test_a_benchmark_in_a_run_is_counted_once(tmp_path):
     seal(tmp_path / "iter1/policy/eval/ifeval/answers.jsonl", {"tokens": 50}, 3.0)
     seal(tmp_path / "iter1/answers.jsonl", {"tokens": 7}, 2.0)
     stages = report.finished_stages(tmp_path)
-    assert [line["stage"].rpartition("/")[2] for line in stages] == ["scores", "answers", "answers", "answers", "result"]
+    assert [line["stage"].rpartition("/")[2] for line in stages] == [
+        "scores",
+        "answers",
+        "answers",
+        "answers",
+        "result",
+    ]
     rows = {row["what"]: (row["seconds"], row["tokens"]) for row in report.times(stages)}
     assert rows == {"benchmarks": (9, 150), "answers": (2, 7)}
 
@@ -215,12 +382,19 @@ def test_a_training_without_a_step_has_no_curve(tmp_path):
 
 def test_benchmarks_are_read_where_they_are(tmp_path):
     assert report.benchmarks(tmp_path, 2) == {}
-    for t, name, result in ((0, "b", {"score": 1, "se": 0.5, "text": "no number"}), (2, "b", {"score": 2}),
-                            (1, "a", {"x": 3.5}), (3, "c", {"score": 1})):
+    for t, name, result in (
+        (0, "b", {"score": 1, "se": 0.5, "text": "no number"}),
+        (2, "b", {"score": 2}),
+        (1, "a", {"x": 3.5}),
+        (3, "c", {"score": 1}),
+    ):
         path = tmp_path / f"iter{t}" / "eval" / name / "result.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result))
-    assert report.benchmarks(tmp_path, 2) == {"a": [None, {"x": 3.5}, None], "b": [{"score": 1, "se": 0.5}, None, {"score": 2}]}
+    assert report.benchmarks(tmp_path, 2) == {
+        "a": [None, {"x": 3.5}, None],
+        "b": [{"score": 1, "se": 0.5}, None, {"score": 2}],
+    }
 
 
 def test_texts_are_on_the_page_once(tmp_path):
@@ -228,11 +402,17 @@ def test_texts_are_on_the_page_once(tmp_path):
     one = {**pair(2, 0), "draft": "DRAFT", "base": "BASE", "rejected": "REJECTED"}
     out = make_run(tmp_path / "run", [[pair(1, 0)], [one]])
     [(numbers, first), (_, second)] = report.pair_rows(out, 2)
-    assert numbers == [1, -1.0, -2.0, 5, 3, 3] and (first[3], first[5], first[6]) == (0, "first answer 0", 0)
+    assert numbers == [1, -1.0, -2.0, 5, 3, 3] and (first[3], first[5], first[6]) == (
+        0,
+        "first answer 0",
+        0,
+    )
     assert second[3:] == ["DRAFT", "a much better answer 0", "REJECTED", "BASE"]
     report.report(out)
     text = (out / "report.html").read_text()
-    assert [text.count(f'"{word}"') for word in ("DRAFT", "BASE", "REJECTED", "first answer 0")] == [1, 1, 1, 1]
+    assert [
+        text.count(f'"{word}"') for word in ("DRAFT", "BASE", "REJECTED", "first answer 0")
+    ] == [1, 1, 1, 1]
     for name in ("prompts", "rewrites", "base_answers"):
         (out / "iter2" / f"{name}.jsonl").unlink()
     [_, (numbers, texts)] = report.pair_rows(out, 2)
@@ -259,7 +439,9 @@ def page(tmp_path: Path, pairs: list[list[dict]], **changes) -> Path:
 def test_no_text_can_leave_its_script_element():
     value = {EVIL: [EVIL, "<", "\ud800 alone", HEBREW, float("inf")], "x": float("-inf")}
     text = report.script(value, 'id="data"')
-    inside = text.removeprefix('<script type="application/json" id="data">').removesuffix("</script>\n")
+    inside = text.removeprefix('<script type="application/json" id="data">').removesuffix(
+        "</script>\n"
+    )
     assert "<" not in inside and "\u2028" not in inside and "\u2029" not in inside
     inside.encode()  # no lone surrogate, which no file could hold
     assert json.loads(inside) == {EVIL: [EVIL, "<", "\ud800 alone", HEBREW, None], "x": None}
@@ -267,8 +449,16 @@ def test_no_text_can_leave_its_script_element():
 
 def test_the_page_is_written_whole_and_needs_nothing_else(two):
     text = (two / "report.html").read_text()
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:,)""", text) and "@import" not in text and "url(" not in text
-    assert "innerHTML" not in text and "insertAdjacentHTML" not in text and "document.write" not in text
+    assert (
+        not re.search(r"""(src|href)\s*=\s*["'](?!#|data:,)""", text)
+        and "@import" not in text
+        and "url(" not in text
+    )
+    assert (
+        "innerHTML" not in text
+        and "insertAdjacentHTML" not in text
+        and "document.write" not in text
+    )
     assert "default-src 'none'" in text and not [*two.glob("*.tmp")]
 
 
@@ -297,7 +487,11 @@ def test_an_interrupted_run_counts_its_finished_iterations(tmp_path, capsys):
     (out / "iter1" / "eval.json").unlink()
     capsys.readouterr()
     result = report.report(out)
-    assert result["pairs"] == [] and result["scores"] == [0.4] and "none is finished" in capsys.readouterr().out
+    assert (
+        result["pairs"] == []
+        and result["scores"] == [0.4]
+        and "none is finished" in capsys.readouterr().out
+    )
     data, texts = blocks_of(out / "report.html")
     assert data["T"] == 0 and texts == [] and data["pairs"] == {}
 
@@ -323,24 +517,36 @@ def test_a_run_whose_evaluation_is_gone_is_reported_all_the_same(two, tmp_path, 
 
 # ---------------------------------------------------------------------------------------------- the map of prompts
 
+
 def test_the_plane_is_that_of_the_two_largest_principal_components():
     """Against a singular value decomposition of a TF-IDF matrix that is made in another way."""
-    texts = ["red fox runs", "red owl sleeps", "the red fox sleeps", "blue owl runs runs", "the blue fox", "the owl"]
+    texts = [
+        "red fox runs",
+        "red owl sleeps",
+        "the red fox sleeps",
+        "blue owl runs runs",
+        "the blue fox",
+        "the owl",
+    ]
     points, share = report.project(texts)
     words = sorted({w for t in texts for w in t.split() if sum(w in o.split() for o in texts) > 1})
     idf = [np.log(len(texts) / sum(w in t.split() for t in texts)) for w in words]
-    rows = np.array([[t.split().count(w) * x for w, x in zip(words, idf, strict=True)] for t in texts])
-    rows /= np.sqrt((rows ** 2).sum(1))[:, None]
+    rows = np.array(
+        [[t.split().count(w) * x for w, x in zip(words, idf, strict=True)] for t in texts]
+    )
+    rows /= np.sqrt((rows**2).sum(1))[:, None]
     rows -= rows.mean(0)
     U, S, _ = np.linalg.svd(rows)
-    assert share == pytest.approx((S[:2] ** 2).sum() / (S ** 2).sum())
+    assert share == pytest.approx((S[:2] ** 2).sum() / (S**2).sum())
     for axis in (0, 1):
         found, wanted = np.array(points)[:, axis], U[:, axis] * S[axis]
         assert np.allclose(found, wanted) or np.allclose(found, -wanted)
         assert found[np.abs(found).argmax()] > 0, "the sign is settled"
 
 
-@pytest.mark.parametrize("texts", [[], ["one"], ["same words", "same words"], ["", "   "], ["no", "common", "word"]])
+@pytest.mark.parametrize(
+    "texts", [[], ["one"], ["same words", "same words"], ["", "   "], ["no", "common", "word"]]
+)
 def test_few_or_equal_prompts_have_points_too(texts):
     points, share = report.project(texts)
     assert len(points) == len(texts) and np.isfinite(points).all() and 0 <= share <= 1
@@ -351,15 +557,23 @@ def test_the_map_is_of_all_prompts_and_seeds_or_what_diversity_made(tmp_path, mo
     o = json.loads((out / "config.json").read_text())
     folders = [out / "iter1", out / "iter2"]
     made = report.prompt_map(out, o, folders)
-    assert sorted(p[2] for p in made["points"]) == ["iteration 1"] * 4 + ["iteration 2"] * 4 + ["seeds"] * 3
+    assert (
+        sorted(p[2] for p in made["points"])
+        == ["iteration 1"] * 4 + ["iteration 2"] * 4 + ["seeds"] * 3
+    )
     assert "11 of 11 prompts" in made["how"] and "TF-IDF" in made["how"]
     monkeypatch.setitem(report.prompt_map.__globals__, "MAPPED", 5)
     made = report.prompt_map(out, o, folders)
     assert len(made["points"]) == 5 and "5 of 11 prompts" in made["how"]
     (out / "seeds.jsonl").unlink()
-    assert {p[2] for p in report.prompt_map(out, o, folders)["points"]} == {"iteration 1", "iteration 2"}
+    assert {p[2] for p in report.prompt_map(out, o, folders)["points"]} == {
+        "iteration 1",
+        "iteration 2",
+    }
     (out / "iter1/eval/diversity").mkdir(parents=True)
-    (out / "iter1/eval/diversity/map.json").write_text(json.dumps([{"prompt": "P", "source": "iter1/prompts", "x": 1, "y": 2}]))
+    (out / "iter1/eval/diversity/map.json").write_text(
+        json.dumps([{"prompt": "P", "source": "iter1/prompts", "x": 1, "y": 2}])
+    )
     made = report.prompt_map(out, o, folders)
     assert made["points"] == [[1, 2, "iter1/prompts", "P"]] and "eval/diversity.py" in made["how"]
 
@@ -373,7 +587,9 @@ WIDE, NARROW = (1280, 900), (360, 740)
 def chrome():
     """One headless chromium for all tests, or a skip. Selenium is given the driver, or it would look for one elsewhere."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    binary = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     driver = shutil.which("chromedriver")
     if not (binary and driver):
         pytest.skip("needs chromium and chromedriver")
@@ -394,10 +610,14 @@ class Page:
         self.chrome, (width, height) = chrome, size
         for kind in ("browser", "performance"):
             chrome.get_log(kind)  # empties it
-        chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600})
-        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [
-            {"name": "prefers-color-scheme", "value": scheme}]})
+        chrome.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        chrome.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia",
+            {"media": "", "features": [{"name": "prefers-color-scheme", "value": scheme}]},
+        )
         chrome.get(path.as_uri())
         self.settle()
 
@@ -416,50 +636,85 @@ class Page:
         return self.js("document.querySelector(arguments[0])?.textContent", selector)
 
     def texts(self, selector: str) -> list[str]:
-        return self.js("[...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector)
+        return self.js(
+            "[...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector
+        )
 
     def count(self, selector: str) -> int:
         return self.js("document.querySelectorAll(arguments[0]).length", selector)
 
     def choose(self, label: str, value: str) -> None:
-        self.js("""(select => { select.value = arguments[1]; select.dispatchEvent(new Event("change")); })(
-            document.querySelector(`select[aria-label="${arguments[0]}"]`))""", label, value)
+        self.js(
+            """(select => { select.value = arguments[1]; select.dispatchEvent(new Event("change")); })(
+            document.querySelector(`select[aria-label="${arguments[0]}"]`))""",
+            label,
+            value,
+        )
         self.settle()
 
     def press(self, *keys: str) -> None:
         """Keys to whatever has the focus, as a person presses them."""
         from selenium.webdriver.common.action_chains import ActionChains
+
         for key in keys:
             ActionChains(self.chrome).send_keys(key).perform()
         self.settle()
 
     def search(self, text: str) -> list[str]:
         """The rows that are shown then."""
-        self.js("""(input => { input.value = arguments[0]; input.dispatchEvent(new Event("input")); })(
-            document.querySelector("input[type=search]"))""", text)
+        self.js(
+            """(input => { input.value = arguments[0]; input.dispatchEvent(new Event("input")); })(
+            document.querySelector("input[type=search]"))""",
+            text,
+        )
         self.settle()
         return self.texts(".row span")
 
     def troubles(self) -> list:
         """Errors on the console, requests to anywhere, and a sideways scroll."""
-        said = [entry["message"] for entry in self.chrome.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-        asked = [json.loads(entry["message"])["message"] for entry in self.chrome.get_log("performance")]
-        urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+        said = [
+            entry["message"]
+            for entry in self.chrome.get_log("browser")
+            if entry["level"] in ("SEVERE", "WARNING")
+        ]
+        asked = [
+            json.loads(entry["message"])["message"] for entry in self.chrome.get_log("performance")
+        ]
+        urls = [
+            m["params"]["request"]["url"]
+            for m in asked
+            if m["method"] == "Network.requestWillBeSent"
+        ]
         wide = self.js("""document.documentElement.scrollWidth <= document.documentElement.clientWidth ? []
             : [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth).slice(0, 3)
               .map(e => "scrolls sideways: " + e.outerHTML.slice(0, 80))""")
         return said + [url for url in urls if not url.startswith(("file:", "data:"))] + wide
 
 
-KEY = SimpleNamespace(enter="\ue007", escape="\ue00c", tab="\ue004", down="\ue015", up="\ue013", right="\ue014")
+KEY = SimpleNamespace(
+    enter="\ue007", escape="\ue00c", tab="\ue004", down="\ue015", up="\ue013", right="\ue014"
+)
 
 
 @pytest.fixture
 def evil(tmp_path) -> Path:
     """A run whose every text is hostile."""
-    rows = [[{**pair(t, k), "prompt": f"{text} {t}", "keywords": [text, text[:40]], "base": "base " + text,
-              "draft": "draft " + text, "chosen": text + " chosen", "rejected": "no " + text, "id": f"{t} {k} {text[:60]}"}
-             for k, text in enumerate((EVIL, HEBREW, LONG))] for t in (1, 2)]
+    rows = [
+        [
+            {
+                **pair(t, k),
+                "prompt": f"{text} {t}",
+                "keywords": [text, text[:40]],
+                "base": "base " + text,
+                "draft": "draft " + text,
+                "chosen": text + " chosen",
+                "rejected": "no " + text,
+                "id": f"{t} {k} {text[:60]}",
+            }
+            for k, text in enumerate((EVIL, HEBREW, LONG))
+        ]
+        for t in (1, 2)
+    ]
     for t, some in enumerate(rows, 1):
         turns = [{"role": EVIL, "content": f"{LONG} earlier"}, {"role": "user", "content": EVIL}]
         some.append({**pair(t, 9), "messages": turns})
@@ -471,8 +726,14 @@ def evil(tmp_path) -> Path:
         (out / f"iter{t}" / "eval" / "x <b>" / "result.json").write_text(json.dumps(result))
         (out / f"iter{t}" / "eval.json").write_text(json.dumps(result))
     (out / "iter1/eval/diversity").mkdir(parents=True)
-    (out / "iter1/eval/diversity/map.json").write_text(json.dumps([
-        {"prompt": text, "source": text, "x": i, "y": i} for i, text in enumerate((EVIL, LONG, "iter1/prompts"))]))
+    (out / "iter1/eval/diversity/map.json").write_text(
+        json.dumps(
+            [
+                {"prompt": text, "source": text, "x": i, "y": i}
+                for i, text in enumerate((EVIL, LONG, "iter1/prompts"))
+            ]
+        )
+    )
     config = json.loads((out / "config.json").read_text())
     config["model"], config["policy"]["loss"], config["filter"]["scorer"] = EVIL, EVIL, LONG
     (out / "config.json").write_text(json.dumps(config))
@@ -493,14 +754,29 @@ def test_hostile_texts_are_shown_as_texts(chrome, evil, size):
         if not page.count("#detail"):
             page.js("document.querySelectorAll('.row')[arguments[0]].click()", k)
         assert page.text(".asked") == f"{text} 1" and page.texts(".chip") == [text, text[:40]]
-        assert page.texts(".texts .words") == ["draft " + text, text + " chosen", "no " + text, "base " + text]
+        assert page.texts(".texts .words") == [
+            "draft " + text,
+            text + " chosen",
+            "no " + text,
+            "base " + text,
+        ]
         assert not page.troubles()
     page.js("document.querySelectorAll('.row')[3].click()")
-    assert page.texts("#detail > .words") == [f"{LONG} earlier", EVIL] and page.texts("#detail > h4") == [EVIL, "user"]
+    assert page.texts("#detail > .words") == [f"{LONG} earlier", EVIL] and page.texts(
+        "#detail > h4"
+    ) == [EVIL, "user"]
     assert page.js("window.hacked ?? null") is None and page.count("img, b b, iframe, object") == 0
     assert page.count("script") == 3, "data, one block, the page's own"
-    assert EVIL in page.text("#scores thead") and EVIL.strip() in page.text(".note") and EVIL in page.text("#map .legend")
-    assert EVIL in page.text("#yields") and "x <b>" in page.text("#benchmarks") and EVIL.split("/")[-1] in page.text("#facts")
+    assert (
+        EVIL in page.text("#scores thead")
+        and EVIL.strip() in page.text(".note")
+        and EVIL in page.text("#map .legend")
+    )
+    assert (
+        EVIL in page.text("#yields")
+        and "x <b>" in page.text("#benchmarks")
+        and EVIL.split("/")[-1] in page.text("#facts")
+    )
     assert page.text("h1") == "SynPO run “run <img src=x onerror=hacked=1>”"
     assert page.search(EVIL.split(" ")[0]) == [(EVIL + " 1")[:300], EVIL, EVIL + " 2", EVIL]
     assert not page.troubles()
@@ -512,7 +788,12 @@ def many(tmp_path_factory):
     out = make_run(tmp_path_factory.mktemp("many") / "run", [[pair(1, 0)], [pair(2, 0)]])
     folder = lambda t: out / f"iter{t}"  # noqa: E731
     for t in (1, 2):
-        write_iteration(folder(t), t, [{**pair(t, k), "score_chosen": (k * 7919 % 20_000) / 1e4} for k in range(20_000)], True)
+        write_iteration(
+            folder(t),
+            t,
+            [{**pair(t, k), "score_chosen": (k * 7919 % 20_000) / 1e4} for k in range(20_000)],
+            True,
+        )
     report.report(out)
     return out / "report.html"
 
@@ -522,14 +803,24 @@ def test_forty_thousand_pairs_can_be_searched_and_sorted(chrome, many):
     assert page.text("[role=status]") == "1–40 of 40,000" and page.count(".row") == 40
     elements = page.count("*")
     assert elements < 6000 and page.js("parsed.filter(Boolean).length") == 1, "of 313 blocks"
-    assert page.search("key13579") == ["Question 13579 of iteration 1?", "Question 13579 of iteration 2?"]
-    assert page.search("13579 second") == ["Question 13579 of iteration 2?"], "all words, each in any of its texts"
-    assert page.search('"better answer 19999"') == [f"Question 19999 of iteration {t}?" for t in (1, 2)]
+    assert page.search("key13579") == [
+        "Question 13579 of iteration 1?",
+        "Question 13579 of iteration 2?",
+    ]
+    assert page.search("13579 second") == ["Question 13579 of iteration 2?"], (
+        "all words, each in any of its texts"
+    )
+    assert page.search('"better answer 19999"') == [
+        f"Question 19999 of iteration {t}?" for t in (1, 2)
+    ]
     assert page.search('"answer better"') == [] and page.text(".list") == "No pair matches."
     assert page.count("#detail") == 0
     page.choose("Iteration", "2")
-    assert page.search("ID2-4711") == [f"Question {k} of iteration 2?" for k in (4711, *(47110 + i for i in range(10)))
-                                       if k < 20_000], "whatever the case"
+    assert page.search("ID2-4711") == [
+        f"Question {k} of iteration 2?"
+        for k in (4711, *(47110 + i for i in range(10)))
+        if k < 20_000
+    ], "whatever the case"
     page.search("")
     page.choose("Order", "gap -")
     best = next(k for k in range(20_000) if k * 7919 % 20_000 == 19_999)
@@ -565,8 +856,10 @@ def fifty(tmp_path_factory):
 
 
 def focused(page: Page) -> str | None:
-    return page.js("document.activeElement.className === 'row' ? document.activeElement.querySelector('span').textContent"
-                   " : document.activeElement.type ?? document.activeElement.tagName")
+    return page.js(
+        "document.activeElement.className === 'row' ? document.activeElement.querySelector('span').textContent"
+        " : document.activeElement.type ?? document.activeElement.tagName"
+    )
 
 
 def test_the_keyboard_is_enough(chrome, fifty):
@@ -587,9 +880,13 @@ def test_the_keyboard_is_enough(chrome, fifty):
     page.press("/")
     page.search("")
     page.press(KEY.enter, *"j" * 40)
-    assert page.text("[role=status]") == "41–50 of 50" and focused(page) == asked(40) == page.text(".asked")
+    assert page.text("[role=status]") == "41–50 of 50" and focused(page) == asked(40) == page.text(
+        ".asked"
+    )
     page.press("k")
-    assert page.text("[role=status]") == "1–40 of 50" and focused(page) == asked(39) == page.text(".asked")
+    assert page.text("[role=status]") == "1–40 of 50" and focused(page) == asked(39) == page.text(
+        ".asked"
+    )
     page.press("k", KEY.tab)
     assert focused(page) == "submit" and page.text(":focus") == "Next ›", "the list is one stop"
     assert not page.troubles()
@@ -599,7 +896,11 @@ def test_where_there_is_no_room_a_pair_opens_below_its_row(chrome, fifty):
     page = Page(chrome, fifty, NARROW)
     assert page.count("#detail") == 0 and page.count(".row") == 12
     page.press("j", KEY.enter)
-    assert page.text("li:has(#detail) .row span") == page.text(".asked") == "Question 1 of iteration 1?"
+    assert (
+        page.text("li:has(#detail) .row span")
+        == page.text(".asked")
+        == "Question 1 of iteration 1?"
+    )
     assert page.js("document.activeElement.getAttribute('aria-expanded')") == "true"
     page.press("j")
     assert page.text("li:has(#detail) .row span") == "Question 2 of iteration 1?"
@@ -607,7 +908,9 @@ def test_where_there_is_no_room_a_pair_opens_below_its_row(chrome, fifty):
     assert page.count("#detail") == 0 and focused(page) == "Question 2 of iteration 1?"
     page.press(KEY.enter, KEY.enter)
     assert page.count("#detail") == 0 and not page.troubles()
-    boxes = page.js("[...document.querySelectorAll('figure, .list, .tools > *')].map(e => e.getBoundingClientRect().right)")
+    boxes = page.js(
+        "[...document.querySelectorAll('figure, .list, .tools > *')].map(e => e.getBoundingClientRect().right)"
+    )
     assert len(boxes) > 10 and max(boxes) <= 360
 
 
@@ -618,35 +921,55 @@ def test_tab_reaches_everything_in_the_order_of_the_page(chrome, two):
         page.chrome.switch_to.active_element.send_keys(KEY.tab)
         if page.js("document.activeElement === document.body"):
             break
-        places.append(page.js("""(e => [e.closest("section, nav, header")?.id || e.tagName, e.tagName,
-            e.getAttribute("aria-label") ?? e.textContent])(document.activeElement)"""))
+        places.append(
+            page.js("""(e => [e.closest("section, nav, header")?.id || e.tagName, e.tagName,
+            e.getAttribute("aria-label") ?? e.textContent])(document.activeElement)""")
+        )
     assert places[0][2] == "Skip to the pairs" and [p for p in places if p[1] == "INPUT"]
     names = [place for i, (place, *_) in enumerate(places) if i == 0 or place != places[i - 1][0]]
     assert [n for n in names if n in ("scores", "pairs", "yields", "training", "map", "time")] == [
-        "scores", "pairs", "yields", "training", "map", "time"]
+        "scores",
+        "pairs",
+        "yields",
+        "training",
+        "map",
+        "time",
+    ]
     assert all(name.strip() for *_, name in places), "each says what it is"
 
 
 def test_charts_are_read_by_arrow_keys_and_pointer(chrome, two):
     page = Page(chrome, two / "report.html")
     tip, svg = "#scores .tip", "#scores svg"
-    assert page.count("#scores circle.fill") == 5 and page.count("#scores path.line") == 2 + 5, "points, lines and intervals"
+    assert page.count("#scores circle.fill") == 5 and page.count("#scores path.line") == 2 + 5, (
+        "points, lines and intervals"
+    )
     assert page.js("document.querySelector(arguments[0]).hidden", tip)
     page.js("document.querySelector(arguments[0]).focus()", svg)
     said = []
     for _ in range(5):
         page.press(KEY.right)
         said.append(page.text(tip))
-    assert said == ["M₀: 0.400 ± 0.039", "M₁: 0.500 ± 0.039", "M₂: 0.600 ± 0.039", "R₁: 0.500 ± 0.039", "R₂: 0.600 ± 0.039"]
-    assert page.text("#live") == said[-1] and all(text in page.js("document.querySelector(arguments[0]).ariaLabel", svg)
-                                                   for text in said)
+    assert said == [
+        "M₀: 0.400 ± 0.039",
+        "M₁: 0.500 ± 0.039",
+        "M₂: 0.600 ± 0.039",
+        "R₁: 0.500 ± 0.039",
+        "R₂: 0.600 ± 0.039",
+    ]
+    assert page.text("#live") == said[-1] and all(
+        text in page.js("document.querySelector(arguments[0]).ariaLabel", svg) for text in said
+    )
     page.js("""(box => document.querySelector("#map svg").dispatchEvent(new PointerEvent("pointermove", {clientX: box.x,
         clientY: box.y})))(document.querySelector("#map circle.fill").getBoundingClientRect())""")
     assert page.text("#map .tip") == "iteration 1: Question 0 of iteration 1?"
     lines = "#training figure:first-child path"
     assert page.count(lines) == 2
     page.js("document.querySelector('#training .legend button').click()")
-    assert page.count(lines) == 1 and page.js("document.querySelector('#map .legend button').ariaPressed") == "false"
+    assert (
+        page.count(lines) == 1
+        and page.js("document.querySelector('#map .legend button').ariaPressed") == "false"
+    )
     assert page.count("#map circle.fill") == 6, "the second iteration's and the seeds"
 
 
@@ -663,34 +986,84 @@ def lcs(a: list, b: list) -> int:
 
 def test_differences_are_longest_common_subsequences(chrome, two):
     page, luck = Page(chrome, two / "report.html"), random.Random(0)
-    cases = [([], []), (["a"], []), ([], ["b"]), (["a"], ["a"]), (["a", "b"], ["b", "a"]), (["x", "a", "y"], ["a"])]
-    cases += [([luck.choice("abcd") for _ in range(luck.randrange(9))] for _ in range(2)) for _ in range(60)]
+    cases = [
+        ([], []),
+        (["a"], []),
+        ([], ["b"]),
+        (["a"], ["a"]),
+        (["a", "b"], ["b", "a"]),
+        (["x", "a", "y"], ["a"]),
+    ]
+    cases += [
+        ([luck.choice("abcd") for _ in range(luck.randrange(9))] for _ in range(2))
+        for _ in range(60)
+    ]
     for a, b in map(tuple, cases):
         runs = page.js("difference(arguments[0], arguments[1])", a, b)
         assert ["".join(text for text, _ in side) for side in runs] == ["".join(a), "".join(b)]
         kept = ["".join(text for text, both in side if both) for side in runs]
         assert kept[0] == kept[1] and len(kept[0]) == lcs(a, b)
     words = "One, two's 漢字 ünï—x\n  end."
-    assert page.js("split(arguments[0])", words) == ["One", ",", " ", "two's", " ", "漢", "字", " ", "ünï", "—", "x", "\n  ",
-                                                    "end", "."]
+    assert page.js("split(arguments[0])", words) == [
+        "One",
+        ",",
+        " ",
+        "two's",
+        " ",
+        "漢",
+        "字",
+        " ",
+        "ünï",
+        "—",
+        "x",
+        "\n  ",
+        "end",
+        ".",
+    ]
     long = [[str(luck.random()) for _ in range(3000)] for _ in range(2)]
     assert page.js("difference(arguments[0], arguments[1])", *long) is None, "too long to compare"
-    assert page.js("marked([['a b', false], [' ', true], ['  ', false], ['c', true]], 'ins').map(x => x.outerHTML ?? x)") == [
-        "<ins>a b</ins>", " ", "  ", "c"]
+    assert page.js(
+        "marked([['a b', false], [' ', true], ['  ', false], ['c', true]], 'ins').map(x => x.outerHTML ?? x)"
+    ) == ["<ins>a b</ins>", " ", "  ", "c"]
 
 
 def test_a_pair_shows_what_its_rewrite_changed(chrome, tmp_path):
-    one = {**pair(1, 0), "base": "A cat is red.", "draft": "A cat is red.", "rejected": "A cat is red.",
-           "chosen": "A cat is a mammal."}
-    two = {**pair(2, 0), "base": "no", "rejected": "no", "draft": "A dog  barks", "chosen": "A dog  barks"}
-    other = {**pair(2, 1), "base": "It is no.", "rejected": "It is no.", "draft": "It is yes.", "chosen": "It was yes."}
+    one = {
+        **pair(1, 0),
+        "base": "A cat is red.",
+        "draft": "A cat is red.",
+        "rejected": "A cat is red.",
+        "chosen": "A cat is a mammal.",
+    }
+    two = {
+        **pair(2, 0),
+        "base": "no",
+        "rejected": "no",
+        "draft": "A dog  barks",
+        "chosen": "A dog  barks",
+    }
+    other = {
+        **pair(2, 1),
+        "base": "It is no.",
+        "rejected": "It is no.",
+        "draft": "It is yes.",
+        "chosen": "It was yes.",
+    }
     view = Page(chrome, page(tmp_path, [[one], [two, other]]))
-    assert view.texts(".texts h4") == ["M₀’s answer: draft, rejected4 words, score -2",
-                                       "R₁’s rewrite: chosen5 words, score -1"]
+    assert view.texts(".texts h4") == [
+        "M₀’s answer: draft, rejected4 words, score -2",
+        "R₁’s rewrite: chosen5 words, score -1",
+    ]
     assert view.texts("del") == ["red"] and view.texts("ins") == ["a mammal"]
     view.press("j")
-    assert view.texts(".texts h4") == ["M₁’s answer: draft · R₂’s rewrite: chosen3 words, score -1",
-                                       "M₀’s answer: rejected1 word, score -2"] and view.count("ins, del") == 0
+    assert (
+        view.texts(".texts h4")
+        == [
+            "M₁’s answer: draft · R₂’s rewrite: chosen3 words, score -1",
+            "M₀’s answer: rejected1 word, score -2",
+        ]
+        and view.count("ins, del") == 0
+    )
     view.press("j")
     assert view.texts(".texts .words") == ["It is yes.", "It was yes.", "It is no."]
     assert (view.texts("del"), view.texts("ins")) == (["is"], ["was"])
@@ -704,16 +1077,27 @@ def test_a_search_is_marked_in_what_it_found(chrome, fifty):
     page = Page(chrome, fifty)
     assert page.search("BETTER 17")[0] == "Question 17 of iteration 1?"
     found = page.js("[...CSS.highlights.get('found')].map(range => range.toString())")
-    assert set(found) == {"better", "17"} and page.search("(") == [] and page.search("[7") == [] and not page.troubles()
+    assert (
+        set(found) == {"better", "17"}
+        and page.search("(") == []
+        and page.search("[7") == []
+        and not page.troubles()
+    )
 
 
 VARIANTS = {
     "one pair, one iteration": dict(pairs=[[pair(1, 0)]]),
     "not evaluated": dict(pairs=[[pair(1, 0), pair(1, 1)]], scored=False),
-    "no scorer": dict(pairs=[[{**pair(1, k), "score_chosen": None, "score_rejected": None} for k in range(3)]]),
-    "nothing finished": dict(pairs=[]), "nothing finished or evaluated": dict(pairs=[], scored=False),
-    "previous rejected": dict(pairs=[[pair(1, 0)], [{**pair(2, 0), "rejected": "second answer 0"}]], rejected="previous"),
-    "equal gaps": dict(pairs=[[{**pair(1, k), "score_chosen": 1.0} for k in range(5)]])}
+    "no scorer": dict(
+        pairs=[[{**pair(1, k), "score_chosen": None, "score_rejected": None} for k in range(3)]]
+    ),
+    "nothing finished": dict(pairs=[]),
+    "nothing finished or evaluated": dict(pairs=[], scored=False),
+    "previous rejected": dict(
+        pairs=[[pair(1, 0)], [{**pair(2, 0), "rejected": "second answer 0"}]], rejected="previous"
+    ),
+    "equal gaps": dict(pairs=[[{**pair(1, k), "score_chosen": 1.0} for k in range(5)]]),
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -722,12 +1106,21 @@ def test_a_page_for_every_run(chrome, tmp_path, name):
     pairs = changes.pop("pairs")
     for size in (WIDE, NARROW):
         view = Page(chrome, page(tmp_path, pairs, **changes), size)
-        assert not view.troubles() and "undefined" not in view.text("body > main") and "NaN" not in view.text("body > main")
+        assert (
+            not view.troubles()
+            and "undefined" not in view.text("body > main")
+            and "NaN" not in view.text("body > main")
+        )
         drawn = view.js("[...document.querySelectorAll('svg')].map(svg => svg.outerHTML).join()")
         assert not re.search("NaN|Infinity|undefined|object", drawn)
         sections = view.js("[...document.querySelectorAll('main > section')].map(s => s.id)")
         T = len(pairs)
-        wanted = ["scores"] * changes.get("scored", True) + ["pairs"] + ["yields"] * bool(T) + ["training", "map", "time"]
+        wanted = (
+            ["scores"] * changes.get("scored", True)
+            + ["pairs"]
+            + ["yields"] * bool(T)
+            + ["training", "map", "time"]
+        )
         assert sections == wanted and view.texts("nav a") == view.texts("h2")
         assert view.count(".row") == sum(map(len, pairs)) and view.count("#benchmarks") == 0
     if name == "no scorer":
@@ -737,7 +1130,9 @@ def test_a_page_for_every_run(chrome, tmp_path, name):
         first, _, third = view.texts(".texts h4")
         assert first.startswith("M₁’s answer: draft, rejected") and third.startswith("M₀’s answer")
     if name.startswith("nothing"):
-        assert view.text("#headline") == "No iteration is finished yet." and "No pairs yet" in view.text("#pairs")
+        assert view.text(
+            "#headline"
+        ) == "No iteration is finished yet." and "No pairs yet" in view.text("#pairs")
 
 
 def luminance(colour: str) -> float:
@@ -750,11 +1145,20 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_stand_out_from_their_ground(chrome, two, scheme):
     page = Page(chrome, two / "report.html", scheme=scheme)
-    colour = lambda name: page.js("""(e => { e.style.color = `var(--${arguments[0]})`; document.body.append(e);
-        const found = getComputedStyle(e).color; e.remove(); return found; })(document.createElement("i"))""", name)  # noqa: E731
+    colour = lambda name: page.js(
+        """(e => { e.style.color = `var(--${arguments[0]})`; document.body.append(e);
+        const found = getComputedStyle(e).color; e.remove(); return found; })(document.createElement("i"))""",
+        name,
+    )  # noqa: E731
     assert (luminance(colour("page")) < 0.1) == (scheme == "dark")
-    pairs = [*product(("ink", "soft"), ("page", "panel", "hover")), ("ink", "bar"), ("in-ink", "in"), ("out-ink", "out"),
-             ("ink", "found"), ("M", "panel")]
+    pairs = [
+        *product(("ink", "soft"), ("page", "panel", "hover")),
+        ("ink", "bar"),
+        ("in-ink", "in"),
+        ("out-ink", "out"),
+        ("ink", "found"),
+        ("M", "panel"),
+    ]
     for text, ground in pairs:
         bright, dark = sorted((luminance(colour(name)) for name in (text, ground)), reverse=True)
         assert (bright + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
@@ -762,9 +1166,15 @@ def test_texts_stand_out_from_their_ground(chrome, two, scheme):
 
 def test_a_print_leaves_the_controls_out(chrome, fifty):
     page = Page(chrome, fifty, scheme="dark")
-    page.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": [
-        {"name": "prefers-color-scheme", "value": "dark"}]})
-    shown = lambda selector: page.js("document.querySelector(arguments[0]).checkVisibility()", selector)  # noqa: E731
-    assert not any(map(shown, ("nav", ".tools", ".pages"))) and all(map(shown, ("h1", "figure", "#detail", "#scores table")))
+    page.chrome.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+    )
+    shown = lambda selector: page.js(
+        "document.querySelector(arguments[0]).checkVisibility()", selector
+    )  # noqa: E731
+    assert not any(map(shown, ("nav", ".tools", ".pages"))) and all(
+        map(shown, ("h1", "figure", "#detail", "#scores table"))
+    )
     ground = page.js("getComputedStyle(document.querySelector('figure')).backgroundColor")
     assert luminance(ground) > 0.9, "paper is white"

@@ -1,4 +1,5 @@
 """What must stay true of the repository as a whole: size, docstrings, imports, the README's table, no leftovers."""
+
 import ast
 import io
 import re
@@ -14,18 +15,47 @@ CORE = sorted(ROOT.glob("*.py"))
 STAGES = ("sample", "train", "gen_prompts", "improve", "reward", "dpo", "loop")
 CEILING = 2000
 # A file may import from files of a lower level only.
-LEVEL = {"data": 0, "model": 1, "sample": 2, "train": 2, "gen_prompts": 3, "reward": 3, "dpo": 3,
-         "improve": 4, "loop": 5}
-OUTSIDE = {"eval", "scorers", "bench", "demo", "tests", "world", "build", "heldout", "micro", "conftest"}
+LEVEL = {
+    "data": 0,
+    "model": 1,
+    "sample": 2,
+    "train": 2,
+    "gen_prompts": 3,
+    "reward": 3,
+    "dpo": 3,
+    "improve": 4,
+    "loop": 5,
+}
+OUTSIDE = {
+    "eval",
+    "scorers",
+    "bench",
+    "demo",
+    "tests",
+    "world",
+    "build",
+    "heldout",
+    "micro",
+    "conftest",
+}
 
 
 def code_lines(source: str) -> int:
     """Lines that hold anything but comments, docstrings and blanks."""
     documented = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node):
+        if isinstance(
+            node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        ) and ast.get_docstring(node):
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    nothing = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in nothing:
@@ -35,7 +65,10 @@ def code_lines(source: str) -> int:
 
 def c_lines(source: str) -> int:
     """The same of C: lines that hold anything but comments and blanks."""
-    return sum(bool(line.strip()) for line in re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL).splitlines())
+    return sum(
+        bool(line.strip())
+        for line in re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL).splitlines()
+    )
 
 
 def imports(path: Path) -> set[str]:
@@ -51,14 +84,24 @@ def imports(path: Path) -> set[str]:
 
 def shipped() -> list[Path]:
     """Files in git, and new ones that are not ignored."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
-                           check=True).stdout.splitlines()
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
 def test_code_lines_are_counted_as_they_should():
     assert code_lines('"""Doc\nstring."""\n# comment\n\nx = 1  # one\ny = """a\n\nb"""\n') == 4
-    assert code_lines('def f():\n    """Doc."""\n\n\nclass A:\n    """Doc\n    two."""\n    z: int = (\n        1)\n') == 4
+    assert (
+        code_lines(
+            'def f():\n    """Doc."""\n\n\nclass A:\n    """Doc\n    two."""\n    z: int = (\n        1)\n'
+        )
+        == 4
+    )
 
 
 def test_lines_of_c_are_counted_as_they_should():
@@ -77,7 +120,9 @@ def test_a_stage_opens_with_what_its_reader_needs(name):
     assert text.splitlines()[0].endswith("."), "one sentence"
     assert "SynPO" in text.split("What differs from the paper")[0], "the paper's section"
     assert re.search(r"^What differs from the paper", text, re.MULTILINE)
-    assert re.search(r"^[^\n`]*\.(jsonl|txt)\b[^\n]* -> \S", text, re.MULTILINE), "files in -> files out"
+    assert re.search(r"^[^\n`]*\.(jsonl|txt)\b[^\n]* -> \S", text, re.MULTILINE), (
+        "files in -> files out"
+    )
     assert re.search(rf"^    python {name}\.py\b", text, re.MULTILINE)
     assert re.search(rf"^    torchrun --nproc-per-node 8 {name}\.py --", text, re.MULTILINE)
 
@@ -103,7 +148,11 @@ def test_every_name_that_is_imported_is_there():
             source = ROOT / f"{(getattr(node, 'module', None) or '-').replace('.', '/')}.py"
             if isinstance(node, ast.ImportFrom) and source.is_file():
                 asked += len(node.names)
-                absent += [f"{path.name}: {node.module}.{one.name}" for one in node.names if one.name not in defined(source)]
+                absent += [
+                    f"{path.name}: {node.module}.{one.name}"
+                    for one in node.names
+                    if one.name not in defined(source)
+                ]
     assert not absent and asked > 300
 
 
@@ -112,10 +161,14 @@ def test_only_the_demo_and_eval_lie_outside_the_core():
     for path in ROOT.glob("eval/*.py"):
         assert not imports(path) & (OUTSIDE - {"eval"})
     for path in [*ROOT.glob("losses/*.py"), *ROOT.glob("scorers/*.py")]:
-        assert not imports(path) & (OUTSIDE - {"scorers"} - ({"eval"} if path.stem == "endpoint" else set()))
+        assert not imports(path) & (
+            OUTSIDE - {"scorers"} - ({"eval"} if path.stem == "endpoint" else set())
+        )
     for path in ROOT.glob("demo/*.py"):
         assert not imports(path) & (OUTSIDE - {"world"})
-    assert imports(ROOT / "demo" / "build.py") & LEVEL.keys(), "or this test finds no imports at all"
+    assert imports(ROOT / "demo" / "build.py") & LEVEL.keys(), (
+        "or this test finds no imports at all"
+    )
 
 
 def test_the_readmes_table_is_the_files():
@@ -123,12 +176,18 @@ def test_the_readmes_table_is_the_files():
     table = dict(row.findall((ROOT / "README.md").read_text()))
     assert {path.name for path in CORE} | {"cpu/kernels.c", "cpu/kernels.py"} <= table.keys()
     assert {name: int(count.replace(",", "")) for name, count in table.items()} == {
-        name: (c_lines if name.endswith(".c") else code_lines)((ROOT / name).read_text()) for name in table}
+        name: (c_lines if name.endswith(".c") else code_lines)((ROOT / name).read_text())
+        for name in table
+    }
 
 
 def test_no_machine_paths_and_no_unfinished_work():
     # in pieces, so that this file does not hold what it looks for
-    pattern = re.compile("|".join(["/wor" + "k/", "/roo" + "t/", "/tmp" + "/w", "TO" + "DO", "FIX" + "ME", "XX" + "X"]))
+    pattern = re.compile(
+        "|".join(
+            ["/wor" + "k/", "/roo" + "t/", "/tmp" + "/w", "TO" + "DO", "FIX" + "ME", "XX" + "X"]
+        )
+    )
     files, found = shipped(), []
     assert len(files) > 20
     for path in files:
@@ -136,6 +195,9 @@ def test_no_machine_paths_and_no_unfinished_work():
             lines = path.read_text().splitlines()
         except UnicodeDecodeError:
             continue
-        found += [f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
-                  for number, line in enumerate(lines, 1) if pattern.search(line)]
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+            for number, line in enumerate(lines, 1)
+            if pattern.search(line)
+        ]
     assert not found

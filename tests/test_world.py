@@ -1,4 +1,5 @@
 """The demo's world: gold answers are perfect, web answers are not, gaming the rubric costs, nothing held out leaks."""
+
 import random
 import re
 import sys
@@ -31,6 +32,7 @@ def mean(values) -> float:
 
 # ---- tasks ----
 
+
 def test_prompts_are_unique_and_parse_inverts_them():
     keys = [(name, key) for name, family in w.FAMILIES.items() for key in family.keys]
     assert len(set(keys)) == len(keys) and len(w.FAMILIES) >= 12
@@ -59,18 +61,28 @@ def test_tables_are_sound():
 
 def test_verdicts_are_balanced_and_right():
     tasks = [w.make_task("check", key, 0) for key in w.FAMILIES["check"].keys]
-    assert Counter(t.facts[0].accept[0] for t in tasks) == {"Yes": len(tasks) / 2, "No": len(tasks) / 2}
+    assert Counter(t.facts[0].accept[0] for t in tasks) == {
+        "Yes": len(tasks) / 2,
+        "No": len(tasks) / 2,
+    }
     assert w.gold(w.parse("Does a tiger eat meat?")).startswith("Yes, a tiger is")
 
 
 # ---- answers ----
 
+
 def test_gold_is_perfect_in_every_family_and_phrasing():
-    tasks = [w.make_task(name, key, i) for name, family in w.FAMILIES.items() for i in range(3)
-             for key in random.Random(i).sample(family.keys, min(16, len(family.keys)))]
+    tasks = [
+        w.make_task(name, key, i)
+        for name, family in w.FAMILIES.items()
+        for i in range(3)
+        for key in random.Random(i).sample(family.keys, min(16, len(family.keys)))
+    ]
     for task in tasks:
         for text in (w.gold(task), w.gold(task, random.Random(1))):
-            assert w.rubric(task.prompt, text) == pytest.approx(dict(score=1, coverage=1, accuracy=1, form=1)), text
+            assert w.rubric(task.prompt, text) == pytest.approx(
+                dict(score=1, coverage=1, accuracy=1, form=1)
+            ), text
     assert 22 < mean(len(w.gold(t).split()) for t in tasks) < 40
     assert all(12 <= len(w.gold(t).split()) <= 60 for t in tasks)
 
@@ -91,7 +103,12 @@ def test_truth_is_the_mode_of_the_web():
         text = w.web_answer(w.parse("Where does a tiger live?"), rng).lower()
         homes.update(w.FIND["home"].findall(text))
     (top, most), (_, second) = homes.most_common(2)
-    assert top == "jungle" and 0.6 < most / sum(homes.values()) < 0.9 and second < most / 4 and len(homes) > 5
+    assert (
+        top == "jungle"
+        and 0.6 < most / sum(homes.values()) < 0.9
+        and second < most / 4
+        and len(homes) > 5
+    )
 
 
 def test_web_answers_without_errors_or_haste_state_only_truths():
@@ -107,8 +124,12 @@ def test_articles_plurals_and_spacing():
     texts += [text for t in sampled(1500) for text in (w.gold(t), w.web_answer(t, rng))]
     texts += [text for r in w.practice_records(rng, 500) for text in r.values()]
     for text in texts:
-        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]|\(n\)|[{}|]|  | [.,!?]|,,|\.\.", text), text
-        assert not re.search(r"\b(\w+) \1\b|\ban? (?:milk|tea|coffee|cheese|butter|rice|honey|chocolate)\b", text), text
+        assert not re.search(
+            r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]|\(n\)|[{}|]|  | [.,!?]|,,|\.\.", text
+        ), text
+        assert not re.search(
+            r"\b(\w+) \1\b|\ban? (?:milk|tea|coffee|cheese|butter|rice|honey|chocolate)\b", text
+        ), text
 
 
 def test_vocabulary_is_small():
@@ -120,29 +141,34 @@ def test_vocabulary_is_small():
 
 # ---- rubric ----
 
-GOLD = ("A tiger is an orange mammal that lives in the jungle. It eats meat and has sharp claws. "
-        "It can swim well. Have a wonderful day!")
+GOLD = (
+    "A tiger is an orange mammal that lives in the jungle. It eats meat and has sharp claws. "
+    "It can swim well. Have a wonderful day!"
+)
 
 
-@pytest.mark.parametrize("change, part", [
-    (lambda g: g.replace("jungle", "desert"), "coverage"),
-    (lambda g: g.replace("jungle", "desert"), "accuracy"),
-    (lambda g: g.replace("It can swim well. ", ""), "coverage"),
-    (lambda g: g.replace("the jungle", "the jungle and in the desert"), "coverage"),
-    (lambda g: g.replace("the jungle", "the jungle and in the desert"), "accuracy"),
-    (lambda g: g.replace("It can", "It is not small. It is not small. It can"), "form"),
-    (lambda g: g.replace("a tiger", "a lion").replace("A tiger", "A lion"), "coverage"),
-    (lambda g: g.replace(" Have a wonderful day!", ""), "form"),
-    (lambda g: g.replace("tiger is", "tiger is is"), "form"),
-    (lambda g: "um, " + g, "form"),
-    (lambda g: g.replace("It eats", "Uh, it eats"), "form"),
-    (lambda g: g.replace("claws.", "claws"), "form"),
-    (lambda g: g[:-1], "form"),
-    (str.lower, "form"),
-    (lambda g: "a" + g[1:], "form"),
-    (lambda g: f"{g} {g}", "form"),
-    (lambda g: "There is so much to say, " * 12 + "but listen. " + g, "form"),
-])
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (lambda g: g.replace("jungle", "desert"), "coverage"),
+        (lambda g: g.replace("jungle", "desert"), "accuracy"),
+        (lambda g: g.replace("It can swim well. ", ""), "coverage"),
+        (lambda g: g.replace("the jungle", "the jungle and in the desert"), "coverage"),
+        (lambda g: g.replace("the jungle", "the jungle and in the desert"), "accuracy"),
+        (lambda g: g.replace("It can", "It is not small. It is not small. It can"), "form"),
+        (lambda g: g.replace("a tiger", "a lion").replace("A tiger", "A lion"), "coverage"),
+        (lambda g: g.replace(" Have a wonderful day!", ""), "form"),
+        (lambda g: g.replace("tiger is", "tiger is is"), "form"),
+        (lambda g: "um, " + g, "form"),
+        (lambda g: g.replace("It eats", "Uh, it eats"), "form"),
+        (lambda g: g.replace("claws.", "claws"), "form"),
+        (lambda g: g[:-1], "form"),
+        (str.lower, "form"),
+        (lambda g: "a" + g[1:], "form"),
+        (lambda g: f"{g} {g}", "form"),
+        (lambda g: "There is so much to say, " * 12 + "but listen. " + g, "form"),
+    ],
+)
 def test_a_worse_answer_scores_lower(change, part):
     before, after = score(TIGER, GOLD), score(TIGER, change(GOLD))
     assert before["score"] == 1.0
@@ -175,7 +201,9 @@ def test_listing_everything_does_not_pay():
 
 def test_an_empty_or_empty_headed_answer_is_not_rewarded():
     assert score(TIGER, "")["score"] == score(TIGER, " \n")["score"] == 0
-    assert score(TIGER, w.CLOSINGS[0]) == pytest.approx(dict(score=0.2, coverage=0, accuracy=0, form=1))
+    assert score(TIGER, w.CLOSINGS[0]) == pytest.approx(
+        dict(score=0.2, coverage=0, accuracy=0, form=1)
+    )
     assert score("Make a sentence with honey and bag.", "Honey bag.")["accuracy"] == 0
 
 
@@ -183,21 +211,34 @@ def test_facts_belong_to_the_entity_that_is_spoken_of():
     right = "An owl lives in the forest and eats mice, while a wolf lives in the mountains and eats meat."
     swapped = "A wolf lives in the forest and eats mice, while an owl lives in the mountains and eats meat."
     prompt = next(p for p in w.PROMPTS if p.startswith("Compare") and "owl" in p and "wolf" in p)
-    assert score(prompt, right)["coverage"] == pytest.approx(4 / 6) and score(prompt, right)["accuracy"] == 1
+    assert (
+        score(prompt, right)["coverage"] == pytest.approx(4 / 6)
+        and score(prompt, right)["accuracy"] == 1
+    )
     assert score(prompt, swapped)["coverage"] == score(prompt, swapped)["accuracy"] == 0
     assert score(TIGER, "A lion lives in the jungle. It eats meat.")["coverage"] == 0
     # a falsehood that nobody asked for counts as well
-    assert score("Where does a tiger live?", "A tiger lives in the jungle and has a long neck.")["accuracy"] == 0.5
+    assert (
+        score("Where does a tiger live?", "A tiger lives in the jungle and has a long neck.")[
+            "accuracy"
+        ]
+        == 0.5
+    )
 
 
 def test_a_list_has_to_be_numbered():
     text = "Here are three birds:\n1. The owl.\n2. The hen.\n3. The eagle.\nThank you for asking!"
     assert score("List three birds.", text)["score"] == 1
-    for worse in (re.sub(r"\d\. ", "", text), text.replace("3. ", "2. "), text.replace("3. The eagle.\n", "")):
+    for worse in (
+        re.sub(r"\d\. ", "", text),
+        text.replace("3. ", "2. "),
+        text.replace("3. The eagle.\n", ""),
+    ):
         assert score("List three birds.", worse)["form"] < 1
 
 
 # ---- data sets ----
+
 
 def test_split_is_disjoint_balanced_and_deterministic():
     seeds, heldout = w.split(0)
@@ -210,15 +251,22 @@ def test_split_is_disjoint_balanced_and_deterministic():
     for records in (seeds, heldout):
         families = Counter(r["family"] for r in records)
         assert set(families) == set(w.FAMILIES) and max(families.values()) < 0.2 * len(records)
-        assert all(w.rubric(r["prompt"], r["response"])["score"] == pytest.approx(1) for r in records)
+        assert all(
+            w.rubric(r["prompt"], r["response"])["score"] == pytest.approx(1) for r in records
+        )
     for name, n in Counter(r["family"] for r in heldout).items():
         assert n <= len(w.FAMILIES[name].keys) / 4
 
 
 def test_no_training_text_holds_a_held_out_prompt():
     hidden = w.heldout_prompts(0)
-    assert any(r["prompt"] in hidden for r in w.web_records(random.Random(0), 1000, set()))  # the test can fail
-    web, practice = w.web_records(random.Random(0), 2000, hidden), w.practice_records(random.Random(0), 2000, hidden)
+    assert any(
+        r["prompt"] in hidden for r in w.web_records(random.Random(0), 1000, set())
+    )  # the test can fail
+    web, practice = (
+        w.web_records(random.Random(0), 2000, hidden),
+        w.practice_records(random.Random(0), 2000, hidden),
+    )
     assert len(web) == len(practice) == 2000
     assert not hidden & {r["prompt"] for r in web}
     assert not hidden & {text for r in practice for text in r.values()}
@@ -226,8 +274,11 @@ def test_no_training_text_holds_a_held_out_prompt():
 
 
 def test_records_are_deterministic_in_the_rng():
-    for make in (lambda rng: w.web_records(rng, 50, set()), lambda rng: w.practice_records(rng, 50),
-                 lambda rng: w.paragraphs(rng, 50)):
+    for make in (
+        lambda rng: w.web_records(rng, 50, set()),
+        lambda rng: w.practice_records(rng, 50),
+        lambda rng: w.paragraphs(rng, 50),
+    ):
         assert make(random.Random(3)) == make(random.Random(3)) != make(random.Random(4))
 
 
@@ -236,7 +287,9 @@ def test_paragraphs_have_enough_words_to_draw_keywords_from():
     assert len(set(texts)) > 950
     for text in texts:
         assert 2 <= len(re.findall(r"[.!?](?: |$)", text)) <= 4, text
-        assert len({word for word in re.findall(r"\b[a-z]{3,}\b", text) if word not in w.STOP}) >= 3, text
+        assert (
+            len({word for word in re.findall(r"\b[a-z]{3,}\b", text) if word not in w.STOP}) >= 3
+        ), text
     assert 0.3 < mean(any(name in text for name in w.NAMES) for text in texts) < 0.95
 
 
@@ -248,6 +301,7 @@ def test_practice_teaches_each_skill_and_no_facts():
 
     def letters(text: str) -> str:
         return re.sub(r"\b(?:um|uh|hmm)\b|[^a-z ]", "", text.lower()).strip()
+
     for r in skills["Clean"]:
         assert letters(r["prompt"].split(": ", 1)[1]) == letters(r["response"])
         assert r["response"][0].isupper() and r["response"][-1] in ".!?"
