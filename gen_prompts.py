@@ -1,22 +1,24 @@
-"""The self-prompt generator G: keywords -> a new prompt (SynPO section 2.1).
+r"""The self-prompt generator G: keywords -> a new prompt (SynPO section 2.1).
 
 What differs from the paper
-1. Keyword extractor (not stated there): words of three letters or more that stand in lower case in the text, are no
-   stop-words, and are not capitalised more often than not in all texts together. That leaves out personal names, which
-   are capitalised, without a list of names. The order of a list's words is random.
+1. Keyword extractor (not stated there): words of three letters or more that stand in lower case in
+   the text, are no stop-words, and are not capitalised more often than not in all texts together.
+   That leaves out personal names, which are capitalised, without a list of names. The order of a
+   list's words is random.
 2. Loss on the target only, --loss-on-prompt for the template too (not stated).
-3. G is trained to write the prompt and its solution. The solution is never used, so sampling stops at the end of the
-   question (--stop "" lets it go on).
-4. Generated prompts are dropped, and counted by reason, that are malformed, too short or too long, that speak of a text which
-   they do not hold, or that repeat a seed, a held-out prompt, an earlier iteration's or another new prompt (the paper states
-   no such filter). Near-duplicate means a Jaccard similarity of word trigrams of --near-duplicate or more; 0 keeps all but
-   exact repeats.
+3. G is trained to write the prompt and its solution. The solution is never used, so sampling stops
+   at the end of the question (--prompts.stop "" lets it go on).
+4. Generated prompts are dropped, and counted by reason, that are malformed, too short or too long,
+   that speak of a text which they do not contain, or that repeat a seed, a held-out prompt, an
+   earlier iteration's or another new prompt (the paper states no such filter). Near-duplicate means
+   a Jaccard similarity of word trigrams of --near-duplicate or more; 0 keeps all but exact repeats.
 
 seeds.jsonl {prompt, response} -> DIR/generator: a checkpoint
 corpus.txt (paragraphs with a blank line between) -> DIR/prompts.jsonl {id, prompt, keywords}
 
-    python gen_prompts.py --model DIR --seeds seeds.jsonl --corpus corpus.txt --out DIR --lists 1000
-    torchrun --nproc-per-node 8 gen_prompts.py --model DIR --seeds seeds.jsonl --corpus corpus.txt --out DIR
+    python gen_prompts.py --model DIR --seeds seeds.jsonl --corpus corpus.txt --out DIR
+    torchrun --nproc-per-node 8 gen_prompts.py --model DIR --seeds seeds.jsonl \
+        --corpus corpus.txt --out DIR --prompts.lists 64000
 """
 
 import re
@@ -24,71 +26,81 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import (
-    ROOT,
-    Common,
+from checkpoint import Checkpoint
+from plumbing.options import cli
+from plumbing.ranks import on_rank0
+from plumbing.records import (
+    STOP_WORDS,
     InputError,
-    command,
     digest,
-    messages_of,
-    on_first,
-    part,
+    last_message,
     read_jsonl,
     read_text,
     rng,
-    stage,
     write_jsonl,
 )
-from sample import SampleOptions, sample
+from plumbing.stage import Stage
+from sample import SampleOptions, generate
 from train import TrainOptions, sft
 
 TEMPLATE = """\
-Make up one new instruction or question that a person could ask an assistant, then answer it yourself.
-The question should have to do with the keywords, be clear and complete without any other text, and be answerable. \
-The solution must be correct and show its reasoning in detail.
+Make up one new instruction or question that a person could ask an assistant, then answer it \
+yourself.
+The question should have to do with the keywords, be clear and complete without any other text, \
+and be answerable. The solution must be correct and show its reasoning in detail.
 
 Keywords: {keywords}
 
-Write the question between <question> and </question>, then the solution between <solution> and </solution>."""
+Write the question between <question> and </question>, then the solution between <solution> \
+and </solution>."""
 
-STOP_WORDS = frozenset((ROOT / "stop_words.txt").read_text().split())
-
-# A prompt that speaks of a text it does not hold ("Rewrite the following sentence.") cannot be answered.
-MISSING = re.compile(
+# A prompt that speaks of a text it does not contain ("Rewrite the following sentence.") cannot be
+# answered.
+MISSING_INPUT = re.compile(
     r"\b(the|this|these|that) (following|given|previous|aforementioned|above)\b|"
     r"\bthis (sentence|text|paragraph|passage|table|data ?set)\b",
     re.IGNORECASE,
 )
 
 
-@dataclass(kw_only=True)
-class GeneratorOptions(TrainOptions, SampleOptions):
+@dataclass(frozen=True, kw_only=True)
+class GeneratorOptions(TrainOptions):
     keywords: int = 3  # words in a list
-    noise: int = 1  # how many of them come from another seed's prompt in training; 0 is none
-    draws: int = 1  # training examples per seed, each with a draw of keywords of its own
-    lists: int = 64_000  # keyword lists per iteration, each of one paragraph of the corpus
-    prompts: int = 50_000  # new prompts per iteration to keep at most
-    min_words: int = 3  # of a prompt
-    max_words: int = 150  # of a prompt
-    near_duplicate: float = 0.7  # least similarity of two prompts that count as one; 0 is off
+    noise: int = 1  # how many of them come from another seed's prompt in training; 0: none
+    draws: int = 1  # training examples per seed, each with keywords of its own
     template: str = TEMPLATE  # what G reads; {keywords} stands for the list
     max_length: int = 8000  # tokens of template and target; what is longer loses its end
-    stop: str = "</question>"  # stop sampling once the text has this
+
+    @property
+    def reads(self) -> dict:
+        """What G reads, in training and in sampling."""
+        return {"template": self.template, "keywords": self.keywords}
 
 
-# ---------------------------------------------------------------------------------------------- keywords
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(SampleOptions):
+    lists: int = 64_000  # keyword lists per iteration, each from one paragraph of the corpus
+    max_prompts: int = 50_000  # keep at most N new prompts per iteration
+    min_words: int = 3  # of a prompt
+    max_words: int = 150  # of a prompt
+    near_duplicate: float = 0.7  # similarity from which two prompts count as one; 0: exact repeats
+    stop: str = "</question>"  # stop sampling once the text contains this
+
+
+# ---------------------------------------------------------------------------------------- keywords
 
 
 class Keywords:
-    """Finds the keywords of a text; `texts` tell which words are names."""
+    """Finds the keywords of a text; all of `texts` together tell which words are names."""
 
     def __init__(self, texts: list[str]):
-        # a capital behind a lower-case word or a comma is no sentence's beginning
-        inside = Counter(
-            w.lower() for t in texts for w in re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", t)
-        )
-        lower = Counter(w for t in texts for w in re.findall(r"\b[a-z]+\b", t))
-        self.names = {w for w, n in inside.items() if n > lower[w]}
+        capitalised: Counter = Counter()
+        lower: Counter = Counter()
+        for text in texts:
+            # a capital after a lower-case word or a comma does not begin a sentence
+            capitalised.update(w.lower() for w in re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text))
+            lower.update(re.findall(r"\b[a-z]+\b", text))
+        self.names = {word for word, n in capitalised.items() if n > lower[word]}
 
     def of(self, text: str) -> list[str]:
         """Distinct keywords in the order of the text."""
@@ -96,225 +108,253 @@ class Keywords:
         return list(dict.fromkeys(w for w in words if w not in STOP_WORDS and w not in self.names))
 
 
-def training_rows(seeds: list[dict], o: GeneratorOptions, seed: int) -> list[dict]:
-    """G's examples: keywords of a seed's own prompt and noise from another seed's -> that prompt and its answer."""
-    texts = [messages_of(row)[-1]["content"] for row in seeds]
-    finder, rows = (
-        Keywords(
-            [t for text, row in zip(texts, seeds, strict=True) for t in (text, row["response"])]
-        ),
-        [],
-    )
-    found = [finder.of(text) for text in texts]
+def training_rows(seeds: list[dict], o: GeneratorOptions) -> list[dict]:
+    """G's examples: keywords of a seed's own prompt, and noise from another seed's -> that prompt
+    and its response.
+    """
+    prompts = [last_message(seed) for seed in seeds]
+    responses = [seed["response"] for seed in seeds]
+    finder = Keywords(prompts + responses)
+    found = [finder.of(prompt) for prompt in prompts]
+
+    # seeds with enough keywords of their own
     own = o.keywords - o.noise
     usable = [i for i, words in enumerate(found) if len(words) >= own]
     if len(usable) < 2:
-        raise InputError(
-            f"seeds: field 'prompt': only {len(usable)} of {len(seeds)} have {own} keywords; give more seeds"
-        )
+        problem = f"only {len(usable)} of {len(seeds)} have {own} keywords"
+        raise InputError(f"seeds: field 'prompt': {problem}; give more seeds")
+
+    rows = []
     for draw in range(o.draws):
         for i in usable:
-            random = rng(seed, "keywords", draw, seeds[i]["id"])
-            other = [
-                w for w in found[random.choice([j for j in usable if j != i])] if w not in found[i]
-            ]
-            words = random.sample(found[i], own) + random.sample(other, min(o.noise, len(other)))
+            random = rng(o.run.seed, "keywords", draw, seeds[i]["id"])
+            other = found[random.choice([j for j in usable if j != i])]
+            noise = [word for word in other if word not in found[i]]
+            words = random.sample(found[i], own) + random.sample(noise, min(o.noise, len(noise)))
             random.shuffle(words)
-            rows.append(
-                {
-                    "id": digest(seeds[i]["id"], draw),
-                    "prompt": o.template.replace("{keywords}", ", ".join(words)),
-                    "response": f"<question>{texts[i]}</question>\n<solution>{seeds[i]['response']}</solution>",
-                }
-            )
+            target = f"<question>{prompts[i]}</question>\n<solution>{responses[i]}</solution>"
+            row = {"id": digest(seeds[i]["id"], draw), "prompt": fill(o.template, words)}
+            rows.append({**row, "response": target})
     return rows
 
 
+def fill(template: str, words: list[str]) -> str:
+    return template.replace("{keywords}", ", ".join(words))
+
+
 def read_corpus(path: str | Path) -> list[str]:
-    """Paragraphs of a text file, blank lines between."""
+    """Paragraphs of a text file, with blank lines between."""
     return [p for p in re.split(r"\n\s*\n", read_text(path)) if p.strip()]
 
 
-def keyword_lists(
-    corpus: list[str], source: str | Path, o: GeneratorOptions, seed: int, iteration: int
-) -> list[list[str]]:
-    """Fresh lists for one iteration, each of one paragraph drawn at random."""
-    finder, random = Keywords(corpus), rng(seed, "lists", iteration)
-    usable = [words for words in map(finder.of, corpus) if len(words) >= o.keywords]
+def keyword_lists(corpus: Path, keywords: int, lists: int, seed: int, t: int) -> list[list[str]]:
+    """Fresh keyword lists for iteration t, each of one paragraph drawn at random."""
+    paragraphs = read_corpus(corpus)
+    finder = Keywords(paragraphs)
+    usable = [words for words in map(finder.of, paragraphs) if len(words) >= keywords]
     if not usable:
-        raise InputError(
-            f"{source}: none of its {len(corpus)} paragraphs has {o.keywords} usable keywords; give other text"
-        )
-    return [random.sample(random.choice(usable), o.keywords) for _ in range(o.lists)]
+        problem = f"none of its {len(paragraphs)} paragraphs has {keywords} usable keywords"
+        raise InputError(f"{corpus}: {problem}; give another text")
+    random = rng(seed, "lists", t)
+    return [random.sample(random.choice(usable), keywords) for _ in range(lists)]
 
 
-# ---------------------------------------------------------------------------------------------- filtering prompts
+# ------------------------------------------------------------------------------- filtering prompts
 
 
 class Novelty:
     """Texts seen so far, each with a label, and which of them a new one repeats."""
 
-    def __init__(self, near: float):
-        self.near, self.exact, self.sets, self.index = near, {}, [], defaultdict(list)
+    def __init__(self, near_duplicate: float):
+        self.near = near_duplicate
+        self.exact: dict[str, str] = {}  # normalised text -> label
+        self.sets: list[tuple[str, set[str]]] = []  # (label, shingles)
+        self.index = defaultdict(list)  # shingle -> places in sets
+
+    @staticmethod
+    def normalise(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.lower()))
 
     @staticmethod
     def shingles(text: str) -> list[str]:
+        """Hashes of the word trigrams of a text, sorted."""
         words = ["", *re.findall(r"\w+", text.lower()), ""]
-        return sorted(
-            {digest(*trigram) for trigram in zip(words, words[1:], words[2:], strict=False)}
-        )
+        trigrams = zip(words, words[1:], words[2:], strict=False)
+        return sorted({digest(*trigram) for trigram in trigrams})
 
     def prefix(self, shingles: list[str]) -> list[str]:
-        """Two sets of similarity >= near have one of these first shingles in common (prefix filtering, exact)."""
+        """Two sets of similarity >= near share one of these first shingles (prefix filtering,
+        exact).
+        """
         return shingles[: len(shingles) - int(self.near * len(shingles) - 1e-9)]
 
     def repeats(self, text: str) -> tuple[str, bool] | None:
-        """(label, whether it is the same to the word) of a text that this one repeats, or None."""
-        key = " ".join(re.findall(r"\w+", text.lower()))
+        """(label, whether word for word) of a text that this one repeats, or None."""
+        key = self.normalise(text)
         if key in self.exact:
             return self.exact[key], True
+        if not self.near:
+            return None
         shingles = self.shingles(text)
-        candidates = (
-            {i for s in self.prefix(shingles) for i in self.index[s]} if self.near else set()
-        )
         mine = set(shingles)
-        for i in sorted(candidates):
+        for i in sorted({i for s in self.prefix(shingles) for i in self.index[s]}):
             label, other = self.sets[i]
             if len(mine & other) >= self.near * len(mine | other):
                 return label, False
         return None
 
     def add(self, text: str, label: str) -> None:
-        self.exact.setdefault(" ".join(re.findall(r"\w+", text.lower())), label)
+        self.exact.setdefault(self.normalise(text), label)
         if self.near:
             shingles = self.shingles(text)
-            for s in self.prefix(shingles):
-                self.index[s].append(len(self.sets))
+            for shingle in self.prefix(shingles):
+                self.index[shingle].append(len(self.sets))
             self.sets.append((label, set(shingles)))
 
 
-def parse(text: str) -> str | None:
-    """The question of G's output, or None."""
+def parse_question(text: str) -> str | None:
+    """The question in G's output, or None."""
     found = re.search(r"<question>(.*?)</question>", text, re.DOTALL)
-    return found[1].strip() if found and not re.search("<question>|<solution>", found[1]) else None
+    if found is None or re.search("<question>|<solution>", found[1]):
+        return None
+    return found[1].strip()
 
 
-def accept(
-    generated: list[dict], known: dict[str, list[str]], o: GeneratorOptions
+def filter_prompts(
+    generated: list[dict], seen: dict[str, list[str]], o: PromptOptions
 ) -> tuple[list[dict], Counter]:
-    """New prompts {id, prompt, keywords} in the order of G's outputs, and how many were dropped for which reason.
+    """New prompts {id, prompt, keywords} in the order of G's outputs, and how many were dropped for
+    which reason.
 
-    known: label -> texts that must not come again, such as {"seed": [...], "heldout": [...], "earlier": [...]}.
+    seen: label -> texts that must not come again, such as {"seed": [...], "heldout": [...],
+    "earlier": [...]}.
     """
-    novelty, kept, dropped = Novelty(o.near_duplicate), [], Counter()
-    for label, texts in known.items():
+    novelty = Novelty(o.near_duplicate)
+    for label, texts in seen.items():
         for text in texts:
             novelty.add(text, label)
+    kept: list[dict] = []
+    dropped: Counter = Counter()
     for row in generated:
-        prompt = parse(row["response"])
-        words = len(prompt.split()) if prompt else 0
-        if not prompt:
-            dropped["malformed"] += 1
-        elif words < o.min_words:
-            dropped["too_short"] += 1
-        elif words > o.max_words:
-            dropped["too_long"] += 1
-        elif MISSING.search(prompt) and not re.search(r"[\n:\"“]", prompt):
-            dropped["missing_input"] += 1
-        elif repeat := novelty.repeats(prompt):
-            label, same = repeat
-            dropped[
-                f"repeats_{label}" if label != "new" else "duplicate" if same else "near_duplicate"
-            ] += 1
-        elif len(kept) == o.prompts:
-            dropped["surplus"] += 1
-        else:
-            novelty.add(prompt, "new")
-            kept.append({"id": digest(prompt), "prompt": prompt, "keywords": row["keywords"]})
+        prompt = parse_question(row["response"])
+        reason = reason_to_drop(prompt, novelty, o)
+        if not reason and len(kept) == o.max_prompts:
+            reason = "surplus"
+        if reason:
+            dropped[reason] += 1
+            continue
+        novelty.add(prompt, "new")
+        kept.append({"id": digest(prompt), "prompt": prompt, "keywords": row["keywords"]})
     return kept, dropped
 
 
-# ---------------------------------------------------------------------------------------------- the two stages
+def reason_to_drop(prompt: str | None, novelty: Novelty, o: PromptOptions) -> str:
+    """Why a prompt is not used; empty if it is."""
+    if not prompt:
+        return "malformed"
+    words = len(prompt.split())
+    if words < o.min_words:
+        return "too_short"
+    if words > o.max_words:
+        return "too_long"
+    if MISSING_INPUT.search(prompt) and not re.search(r"[\n:\"“]", prompt):
+        return "missing_input"
+    repeat = novelty.repeats(prompt)
+    if repeat is None:
+        return ""
+    label, word_for_word = repeat
+    if label != "new":
+        return f"repeats_{label}"
+    return "duplicate" if word_for_word else "near_duplicate"
 
 
-def train_generator(
-    model: str | Path, seeds: list[dict], out: str | Path, o: GeneratorOptions, common: Common
-) -> dict:
-    """SFT of M_0 on keywords -> prompt and answer; once, before the loop."""
-    rows = training_rows(seeds, o, common.seed)
-    return {"seeds": len(seeds), **sft(model, rows, out, o, common)}
+# ---------------------------------------------------------------------------------- the two stages
+
+
+def train_generator(model: Checkpoint, seeds: Path, out: Path, o: GeneratorOptions) -> Path:
+    """G <- SFT(M_0): keywords -> prompt and response; once, before the loop."""
+    stage = Stage(out, o, model=model, seeds=seeds)
+    if stage.done:
+        return out
+    rows = read_jsonl(seeds, "prompt", "response")
+    counts = sft(model, training_rows(rows, o), stage, o)
+    return stage.finish(seeds=len(rows), **counts)
 
 
 def sample_prompts(
-    generator: str | Path,
-    corpus: str | Path,
-    known: dict[str, list[str]],
-    out: str | Path,
-    o: GeneratorOptions,
-    common: Common,
-    iteration: int = 1,
-) -> dict:
-    """Draw keyword lists, sample G, keep the usable prompts; what G wrote stays beside them in *.raw.jsonl."""
-    lists = keyword_lists(read_corpus(corpus), corpus, o, common.seed, iteration)
-    rows = [
-        {"id": digest(i, words), "prompt": o.template.replace("{keywords}", ", ".join(words))}
-        for i, words in enumerate(lists)
-    ]
-    raw = Path(out).with_suffix(".raw.jsonl")
-    counts = sample(
-        generator, rows, raw, o, common, purpose=f"prompts {iteration}", source="keyword lists"
-    )
-    generated = [
-        {**row, "keywords": words} for row, words in zip(read_jsonl(raw), lists, strict=True)
-    ]
-    kept, dropped = accept(generated, known, o)
+    generator: Checkpoint,
+    corpus: Path,
+    seen: dict[str, list[Path]],
+    out: Path,
+    o: PromptOptions,
+    reads: dict,
+    t: int = 1,
+) -> Path:
+    """x ~ G(. | keywords): draw keyword lists, sample G, keep usable prompts; G's outputs stay in
+    OUT.raw.jsonl.
+
+    seen: label -> files of records whose prompts must not come again; reads:
+    GeneratorOptions.reads; t: the iteration.
+    """
+    stage = Stage(out, o, generator=generator, corpus=corpus, seen=seen, reads=reads, iteration=t)
+    if stage.done:
+        return out
+
+    # sample G on fresh keyword lists
+    lists = keyword_lists(corpus, reads["keywords"], o.lists, o.run.seed, t)
+    rows = []
+    for i, words in enumerate(lists):
+        rows.append({"id": digest(i, words), "prompt": fill(reads["template"], words)})
+    raw = out.with_suffix(".raw.jsonl")  # for the curious; nothing reads it
+    purpose = f"prompts {t}"
+    counts = generate(generator, rows, raw, o, stage.scratch, purpose, "keyword lists")
+
+    # keep what is usable and new
+    texts = {}
+    for label, paths in seen.items():
+        texts[label] = [last_message(row) for path in paths for row in read_jsonl(path)]
+    outputs = read_jsonl(raw)
+    generated = [{**row, "keywords": words} for row, words in zip(outputs, lists, strict=True)]
+    kept, dropped = filter_prompts(generated, texts, o)
     if not kept:
-        raise InputError(
-            f"{out}: none of {len(lists)} outputs of {generator} is a usable prompt ({dict(dropped)}); see {raw}"
-        )
-    on_first(write_jsonl, out, kept)
-    used = [
-        sum(
-            re.search(rf"\b{word[:5]}", row["prompt"].lower()) is not None
-            for word in row["keywords"]
-        )
-        for row in kept
-    ]
+        problem = f"none of {len(lists)} outputs is a usable prompt ({dict(dropped)})"
+        raise InputError(f"{out}: {problem}; see {raw}")
+    on_rank0(write_jsonl, out, kept)
+    return stage.finish(
+        lists=len(lists),
+        **dropped,
+        prompts=len(kept),
+        **keyword_use(kept),
+        tokens=counts["tokens"],
+        fresh=counts["fresh"],
+    )
+
+
+def keyword_use(prompts: list[dict]) -> dict:
+    """How many keywords, by their first five letters, the prompts use."""
+    used = []
+    for row in prompts:
+        text = row["prompt"].lower()
+        used.append(sum(re.search(rf"\b{word[:5]}", text) is not None for word in row["keywords"]))
+    share = sum(n > 0 for n in used) / len(used)
     return {
-        "lists": len(lists),
-        **dict(dropped),
-        "prompts": len(kept),
-        "tokens": counts["tokens"],
-        "use_a_keyword": round(sum(n > 0 for n in used) / len(kept), 3),
-        "keywords_used": round(sum(used) / len(kept), 2),
+        "use_a_keyword": round(share, 3),
+        "keywords_used": round(sum(used) / len(used), 2),
     }
 
 
-@dataclass(kw_only=True)
-class Options(GeneratorOptions, Common):
-    model: str  # M_0
-    seeds: str  # JSONL of {"prompt", "response"}
-    corpus: str  # text file, paragraphs with blank lines between
-    out: str  # directory for the generator and prompts.jsonl
-
-
-def main(o: Options) -> dict:
-    out, seeds = Path(o.out), read_jsonl(o.seeds, "prompt", "response")
-    shared = {**part(o, GeneratorOptions), **part(o, Common)}
-    stage(
-        out / "generator",
-        {"model": o.model, "seeds": o.seeds},
-        shared,
-        lambda: train_generator(o.model, seeds, out / "generator", o, o),
-    )
-    known = {"seed": [messages_of(row)[-1]["content"] for row in seeds]}
-    return stage(
-        out / "prompts.jsonl",
-        {"model": out / "generator", "corpus": o.corpus},
-        shared,
-        lambda: sample_prompts(out / "generator", o.corpus, known, out / "prompts.jsonl", o, o),
-    )
+def main(
+    model: Checkpoint,  # M_0
+    seeds: Path,  # JSONL of {"prompt", "response"}
+    corpus: Path,  # text file, paragraphs with blank lines between
+    out: Path,  # folder for generator/ and prompts.jsonl
+    generator: GeneratorOptions,
+    prompts: PromptOptions,
+) -> Path:
+    G = train_generator(model, seeds, out / "generator", generator)
+    seen = {"seed": [seeds]}
+    return sample_prompts(G, corpus, seen, out / "prompts.jsonl", prompts, generator.reads)
 
 
 if __name__ == "__main__":
-    command(main, Options)
+    cli(main)

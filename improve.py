@@ -1,44 +1,41 @@
-"""The response improver R_t: a prompt and a draft -> a better answer (SynPO section 2.2).
+r"""The response improver R_t: a prompt and a draft -> a better response (SynPO section 2.2).
 
 What differs from the paper
-1. By default no seed is filtered out; --scorer and --threshold give the paper's rule. --drafts sampled answers per seed may
-   serve as training drafts (the paper: one).
-2. --rewrites of each draft may be sampled, the draft itself may compete (--draft-competes), and --pick names the scorer
-   that chooses (the paper: one rewrite, no competition). The README's demo uses it.
-3. The template is not part of the loss (not stated there; --loss-on-prompt is the other reading).
+1. By default no seed is filtered out; --improver.scorer and --improver.threshold give the paper's
+   rule. --improver.drafts sampled responses per seed may serve as training drafts (the paper: one).
+2. Several rewrites of each draft may be sampled (--rewrites.best_of), and the draft itself may
+   compete (--rewrites.draft-competes); --rewrites.scorer names the scorer that picks the best (the
+   paper: one rewrite, no competition). The demo's recipe uses this.
+3. The template is not part of the loss (not stated there; --improver.loss-on-prompt is the other
+   reading).
 
-seeds.jsonl, seed_answers.jsonl -> improver/: a checkpoint, always trained from M_0
-prompts.jsonl, answers.jsonl of M_{t-1} -> rewrites.candidates.jsonl; the best of each -> rewrites.jsonl {id, prompt, response,
-draft, finish_reason}
+seeds.jsonl, seed_answers.jsonl of M_{t-1} -> improver/: a checkpoint, always trained from M_0
+answers.jsonl of M_{t-1} -> rewrites.jsonl {id, prompt, response, draft, finish_reason}; all
+candidates in rewrites.candidates.jsonl
 
     python improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR
-    torchrun --nproc-per-node 8 improve.py --model M0 --policy M1 --seeds seeds.jsonl --prompts prompts.jsonl --out DIR
+    torchrun --nproc-per-node 8 improve.py --model M0 --policy M1 --seeds seeds.jsonl \
+        --prompts prompts.jsonl --out DIR
 """
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import (
-    Common,
-    InputError,
-    command,
-    digest,
-    messages_of,
-    on_first,
-    part,
-    read_jsonl,
-    stage,
-    write_jsonl,
-)
-from reward import Scorer, load_scorer, quantiles, scorer_file
-from sample import SampleOptions, sample
+from checkpoint import Checkpoint
+from plumbing.options import RunOptions, cli
+from plumbing.ranks import on_rank0
+from plumbing.records import InputError, conversation_text, digest, read_jsonl, write_jsonl
+from plumbing.stage import Stage
+from sample import SampleOptions, generate, repeat, sample
+from scorers.base import Scorer, quantiles
+from scorers.load import load_scorer, scorer_files
 from train import TrainOptions, sft
 
 TEMPLATE = """\
-You are a careful assistant. Below are a question and an answer that somebody gave to it. Rewrite the answer so that it is \
-better: mend what is wrong, add what is missing, stay with the question, and give full detail.
+You are a careful assistant. Below are a question and an answer that somebody gave to it. Rewrite \
+the answer so that it is better: mend what is wrong, add what is missing, stay with the question, \
+and give full detail.
 
 Given question:
 {prompt}
@@ -49,192 +46,189 @@ Original answer:
 Rewritten answer:"""
 
 
-@dataclass(kw_only=True)
-class ImproverOptions(TrainOptions, SampleOptions):
-    drafts: int = 1  # sampled answers per seed to train on
-    threshold: float = (
-        0.0  # train only where score(gold) - score(draft) is above (the paper: as for pairs)
-    )
-    scorer: str = "none"  # of that rule: none keeps all; likelihood, a reward-model directory, or FILE.py:FUNCTION
-    rewrites: int = 1  # samples per draft
-    draft_competes: bool = False  # the draft is a candidate beside its rewrites
-    pick: str = "none"  # scorer that picks the best candidate; none takes the first rewrite
+@dataclass(frozen=True, kw_only=True)
+class ImproverOptions(TrainOptions):
+    drafts: int = 1  # sampled responses per seed to train on
+    threshold: float = 0.0  # train only where score(gold) - score(draft) exceeds this
+    scorer: str = "none"  # of that rule; none keeps all; see scorers/load.py
     template: str = TEMPLATE  # what R reads; {prompt} and {draft} stand for the texts
-    max_length: int = 6000  # tokens of template and gold answer; what is longer loses its end
+    max_length: int = 6000  # tokens of template and gold response; what is longer loses its end
 
 
-def improver_prompt(row: dict, draft: str, o: ImproverOptions) -> str:
+@dataclass(frozen=True, kw_only=True)
+class RewriteOptions(SampleOptions):
+    best_of: int = 1  # rewrites sampled per draft; the scorer picks one
+    scorer: str = "none"  # picks the best candidate; none takes the first; see scorers/load.py
+    draft_competes: bool = False  # the draft is a candidate beside its rewrites
+
+
+def improver_prompt(row: dict, draft: str, template: str) -> str:
     """The template filled in; earlier turns of a conversation come before its last question."""
-    turns = messages_of(row)
-    asked = (
-        turns[0]["content"]
-        if len(turns) == 1
-        else "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
-    )
-    # in one pass, and not by format: the texts themselves may hold braces
-    return re.sub(
-        r"{(prompt|draft)}", lambda name: {"prompt": asked, "draft": draft}[name[1]], o.template
-    )
+    texts = {"prompt": conversation_text(row), "draft": draft}
+    # in one pass, and not by format(): the texts themselves may contain braces
+    return re.sub(r"{(prompt|draft)}", lambda match: texts[match[1]], template)
 
 
-def training_rows(
-    seeds: list[dict], answers: list[dict], o: ImproverOptions, scorer: Scorer | None
-) -> tuple[list[dict], dict]:
-    """R's examples (prompt and sampled draft -> gold) where the gold answer is better by more than the threshold."""
-    by_id = {row["id"]: row for row in seeds}
-    drafts = [(by_id[row["id"]], row) for row in answers if row["response"]]
-    if scorer:
-        gold, sampled = scorer([seed for seed, _ in drafts]), scorer([draft for _, draft in drafts])
-        gaps = [g - s for g, s in zip(gold, sampled, strict=True)]
-        kept = [pair for pair, gap in zip(drafts, gaps, strict=True) if gap > o.threshold]
-        if not kept:
-            raise InputError(
-                f"improver: no seed's gold answer beats its draft by {o.threshold}; score gaps {quantiles(gaps)}; "
-                "lower the improver's --threshold"
-            )
-    else:
-        kept = drafts
-    rows = [
-        {
-            "id": digest(seed["id"], draft.get("sample", 0)),
-            "prompt": improver_prompt(seed, draft["response"], o),
-            "response": seed["response"],
-        }
-        for seed, draft in kept
-    ]
-    return rows, {"drafts": len(answers), "kept": len(kept)}
+# -------------------------------------------------------------------------------------- training R
 
 
 def train_improver(
-    model: str | Path,
-    seeds: list[dict],
-    answers: list[dict],
-    out: str | Path,
-    o: ImproverOptions,
-    common: Common,
-) -> dict:
-    """SFT of M_0 on drafts -> gold answers."""
-    rows, counts = training_rows(
-        seeds, answers, o, load_scorer(o.scorer, model, common, alone=True)
+    model: Checkpoint, seeds: Path, drafts: Path, out: Path, o: ImproverOptions
+) -> Path:
+    """R_t <- SFT(M_0) on (seed prompt, draft) -> gold. drafts: responses of M_{t-1} to the seeds'
+    prompts.
+    """
+    stage = Stage(
+        out, o, model=model, seeds=seeds, answers=drafts, scorer_files=scorer_files(o.scorer)
     )
-    return {**counts, **sft(model, rows, out, o, common)}
+    if stage.done:
+        return out
+    scorer = load_scorer(o.scorer, model, o.run, single=True)
+    gold = read_jsonl(seeds, "prompt", "response")
+    answers = read_jsonl(drafts)
+    rows = training_rows(gold, answers, scorer, o)
+    counts = {"drafts": len(answers), "kept": len(rows)}
+    return stage.finish(**counts, **sft(model, rows, stage, o))
+
+
+def training_rows(
+    seeds: list[dict], answers: list[dict], scorer: Scorer | None, o: ImproverOptions
+) -> list[dict]:
+    """R's examples, where the gold response scores higher than the draft by more than the
+    threshold.
+    """
+    by_id = {seed["id"]: seed for seed in seeds}
+    pairs = [(by_id[draft["id"]], draft) for draft in answers if draft["response"]]
+    if scorer:
+        gold_scores = scorer([seed for seed, _ in pairs])
+        draft_scores = scorer([draft for _, draft in pairs])
+        gaps = [gold - draft for gold, draft in zip(gold_scores, draft_scores, strict=True)]
+        pairs = [pair for pair, gap in zip(pairs, gaps, strict=True) if gap > o.threshold]
+        if not pairs:
+            problem = f"no seed's gold response beats its draft by {o.threshold}"
+            fix = "lower the improver's --threshold"
+            raise InputError(f"improver: {problem}; score gaps {quantiles(gaps)}; {fix}")
+    rows = []
+    for seed, draft in pairs:
+        name = digest(seed["id"], draft.get("sample", 0))
+        prompt = improver_prompt(seed, draft["response"], o.template)
+        rows.append({"id": name, "prompt": prompt, "response": seed["response"]})
+    return rows
+
+
+# --------------------------------------------------------------------------------------- rewriting
 
 
 def rewrite(
-    model: str | Path,
-    improver: Path,
-    answers: Path,
+    improver: Checkpoint,
+    drafts: Path,
+    base: Checkpoint,
     out: Path,
-    o: ImproverOptions,
-    common: Common,
-    shared: dict,
-    iteration: int = 1,
-) -> dict:
-    """Two stages: candidates for every answer, then the best of each; returns the counts of the second.
+    o: RewriteOptions,
+    template: str = TEMPLATE,
+    t: int = 1,
+) -> Path:
+    """y^ ~ R_t(. | x, y): the best of several rewrites of every draft; all candidates stay in
+    OUT.candidates.jsonl.
 
-    model is M_0, under which `likelihood` scores; answers: a file of records {id, prompt | messages, response, finish_reason};
-    shared: the options that the manifests of both name.
+    drafts: records {id, prompt | messages, response, finish_reason}; base: M_0, under which
+    `likelihood` scores.
     """
-    rows, candidates = read_jsonl(answers), Path(out).with_suffix(".candidates.jsonl")
-    requests = [
-        {"id": row["id"], "prompt": improver_prompt(row, row["response"], o)} for row in rows
-    ]
-    stage(
-        candidates,
-        {"model": improver, "answers": answers},
-        shared,
-        lambda: sample(
-            improver, requests, candidates, o, common, f"rewrites {iteration}", o.rewrites, "drafts"
-        ),
+    files = scorer_files(o.scorer)
+    stage = Stage(
+        out, o, improver=improver, drafts=drafts, base=base, template=template, scorer_files=files
     )
-    return stage(
-        out,
-        {"model": improver, "base": model, "answers": answers, **scorer_file(o.pick)},
-        shared,
-        lambda: pick(model, rows, candidates, out, o, common),
+    if stage.done:
+        return out
+    rows = read_jsonl(drafts)
+    requests = []
+    for row in rows:
+        prompt = improver_prompt(row, row["response"], template)
+        requests.append({"id": row["id"], "prompt": prompt})
+    candidates = out.with_suffix(".candidates.jsonl")
+    requests = repeat(requests, o.best_of)
+    counts = generate(improver, requests, candidates, o, stage.scratch, f"rewrites {t}", "drafts")
+
+    # pick the best of each draft's candidates
+    scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", single=True)
+    best = pick(rows, read_jsonl(candidates), scorer, o)
+    on_rank0(write_jsonl, out, best)
+    unchanged = sum(row["response"].split() == row["draft"].split() for row in best)
+    cut_off = sum(row["finish_reason"] == "length" for row in best)
+    return stage.finish(
+        drafts=len(rows),
+        rewrites=len(best),
+        unchanged=unchanged,
+        cut_off=cut_off,
+        tokens=counts["tokens"],
+        fresh=counts["fresh"],
     )
 
 
 def pick(
-    model: str | Path,
-    answers: list[dict],
-    candidates: Path,
-    out: Path,
-    o: ImproverOptions,
-    common: Common,
-) -> dict:
-    """The best candidate of each answer becomes its rewrite."""
-    texts: dict[str, list[dict]] = {row["id"]: [] for row in answers}
-    for row in read_jsonl(candidates) + (answers if o.draft_competes else []):
-        texts[row["id"]].append(
-            {"response": row["response"], "finish_reason": row["finish_reason"]}
-        )
-    asked = {
-        row["id"]: {name: row[name] for name in ("id", "prompt", "messages") if name in row}
-        for row in answers
-    }
-    flat = [{**asked[name], **candidate} for name, some in texts.items() for candidate in some]
-    keep = out.with_suffix(".scores")
-    scorer = load_scorer(o.pick, model, common, keep, alone=True)
-    scores = iter(scorer(flat) if scorer else [0.0] * len(flat))
+    drafts: list[dict], rewrites: list[dict], scorer: Scorer | None, o: RewriteOptions
+) -> list[dict]:
+    """Records {id, prompt | messages, draft, response, finish_reason}: the best candidate of each
+    draft.
+    """
+    # the candidates of each draft, rewrites first
+    asked = {}
+    candidates: dict[str, list[dict]] = {}
+    for row in drafts:
+        asked[row["id"]] = {k: row[k] for k in ("id", "prompt", "messages") if k in row}
+        candidates[row["id"]] = []
+    for row in rewrites + (drafts if o.draft_competes else []):
+        kept = {name: row[name] for name in ("response", "finish_reason")}
+        candidates[row["id"]].append({**asked[row["id"]], **kept})
+
+    # scores of all, in one call
+    flat = [candidate for some in candidates.values() for candidate in some]
+    scores = scorer(flat) if scorer else [0.0] * len(flat)
+    for candidate, score in zip(flat, scores, strict=True):
+        candidate["score"] = score
+
+    # the first of the best: an empty or cut-off text only where there is no other
     rows = []
-    for row in answers:
-        # the first of the best: an empty or cut-off text only where there is no other
-        ranked = max(
-            texts[row["id"]],
-            key=lambda c: (bool(c["response"]), c["finish_reason"] == "stop", next(scores)),
-        )
-        rows.append({**asked[row["id"]], "draft": row["response"], **ranked})
-    on_first(write_jsonl, out, rows)
-    on_first(shutil.rmtree, keep, True)
-    unchanged = sum(row["response"].split() == row["draft"].split() for row in rows)
-    return {
-        "drafts": len(answers),
-        "rewrites": len(rows),
-        "unchanged": unchanged,
-        "cut_off": sum(row["finish_reason"] == "length" for row in rows),
-    }
+    for draft in drafts:
+        best = max(candidates[draft["id"]], key=rank)
+        kept = {name: best[name] for name in ("response", "finish_reason")}
+        rows.append({**asked[draft["id"]], "draft": draft["response"], **kept})
+    return rows
 
 
-@dataclass(kw_only=True)
-class Options(ImproverOptions, Common):
-    model: str  # M_0, from which the improver is trained
-    policy: str = ""  # M_{t-1}, which writes the drafts; default: M_0
-    seeds: str  # JSONL of {"prompt", "response"}
-    prompts: str  # JSONL of new prompts
-    out: str  # directory to write
+def rank(candidate: dict) -> tuple:
+    complete = candidate["finish_reason"] == "stop"
+    return bool(candidate["response"]), complete, candidate["score"]
 
 
-def main(o: Options) -> dict:
-    out, policy = Path(o.out), o.policy or o.model
-    seeds, prompts = read_jsonl(o.seeds, "prompt", "response"), read_jsonl(o.prompts, "prompt")
-    shared = {**part(o, ImproverOptions), **part(o, Common)}
-    stage(
-        out / "seed_answers.jsonl",
-        {"model": policy, "seeds": o.seeds},
-        shared,
-        lambda: sample(
-            policy, seeds, out / "seed_answers.jsonl", o, o, "seed answers", o.drafts, o.seeds
-        ),
-    )
-    stage(
-        out / "improver",
-        {"model": o.model, "seeds": o.seeds, "answers": out / "seed_answers.jsonl"},
-        shared,
-        lambda: train_improver(
-            o.model, seeds, read_jsonl(out / "seed_answers.jsonl"), out / "improver", o, o
-        ),
-    )
-    stage(
-        out / "answers.jsonl",
-        {"model": policy, "prompts": o.prompts},
-        shared,
-        lambda: sample(policy, prompts, out / "answers.jsonl", o, o, "answers", source=o.prompts),
-    )
-    return rewrite(
-        o.model, out / "improver", out / "answers.jsonl", out / "rewrites.jsonl", o, o, shared
-    )
+# ------------------------------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    run: RunOptions = RunOptions()
+    answers: SampleOptions = SampleOptions()  # sampling drafts from the policy
+    improver: ImproverOptions = ImproverOptions()
+    rewrites: RewriteOptions = RewriteOptions()
+
+
+def main(
+    model: Checkpoint,  # M_0, where the improver starts
+    seeds: Path,  # JSONL of {"prompt", "response"}
+    prompts: Path,  # JSONL of new prompts
+    out: Path,  # folder to write
+    o: Options,
+    policy: Checkpoint | None = None,  # M_{t-1}, which writes the drafts; default: M_0
+) -> Path:
+    """Train R on the policy's responses to the seeds, then rewrite its responses to the prompts."""
+    policy = policy or model
+    n = o.improver.drafts
+    seed_answers = sample(policy, seeds, out / "seed_answers.jsonl", o.answers, n, "seed answers")
+    R = train_improver(model, seeds, seed_answers, out / "improver", o.improver)
+    drafts = sample(policy, prompts, out / "answers.jsonl", o.answers, purpose="answers")
+    template = o.improver.template
+    return rewrite(R, drafts, model, out / "rewrites.jsonl", o.rewrites, template)
 
 
 if __name__ == "__main__":
-    command(main, Options)
+    cli(main)

@@ -1,15 +1,19 @@
-"""Answer prompts: a KV-cached, ragged, batched sampler with slot refill (SynPO section 3.1, every y ~ M(. | x)).
+"""Answer prompts: a KV-cached, ragged, batched sampler with slot refill (SynPO section 3.1, every y
+~ M(. | x)).
 
 What differs from the paper
 1. The paper states the temperature (0.7) only; top-p is 1 and the token limit an option here.
-2. Nothing is taken from a checkpoint's generation config but its end tokens: what is sampled is what is scored.
+2. Nothing is taken from a checkpoint's generation config but its end tokens: what is sampled is
+   what is scored.
 
-Reproducible: one uniform number per (seed, record id, sample, position) inverts the distribution's CDF, so a record's
-luck depends on nothing else. Consecutive records form a chunk, the unit that is sampled, written and resumed, and that a
-process takes when it is free: the same chunk with the same slots and threads on the same kind of machine gives the same bytes,
-whatever the number of processes.
+Reproducible: one uniform number per (seed, purpose, record id, sample, position) inverts the
+distribution's CDF, so a record's samples depend on nothing else. Consecutive requests form a chunk,
+the unit that is sampled, written and resumed, and that a rank takes when it is free. The same chunk
+with the same slots and threads on the same kind of CPU gives the same bytes, however many processes
+there are.
 
-prompts.jsonl {prompt | messages, [id], [max_new_tokens]} -> out.jsonl {id, prompt, response, finish_reason, tokens}
+prompts.jsonl {prompt | messages, [id], [max_new_tokens]} -> out.jsonl {id, prompt, response,
+finish_reason, tokens}
 
     python sample.py --model DIR --prompts prompts.jsonl --out answers.jsonl
     torchrun --nproc-per-node 8 sample.py --model DIR --prompts prompts.jsonl --out answers.jsonl
@@ -17,7 +21,6 @@ prompts.jsonl {prompt | messages, [id], [max_new_tokens]} -> out.jsonl {id, prom
 
 import gc
 import json
-import shutil
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,224 +29,227 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cpu import kernels
-from cpu.pack import pack
-from gpu.graph import Graph
-from data import (
-    DEVICE,
-    RANK,
-    Chat,
-    Common,
-    InputError,
-    clock,
-    command,
-    deciding,
-    digest,
-    fingerprint,
-    gather,
-    memory,
-    on_first,
-    part,
-    read_jsonl,
-    share,
-    spent,
-    stage,
-    write_jsonl,
-    write_text,
-)
-from model import Cache, Config, Decode, Model, Prefill, load
+from checkpoint import Checkpoint, load, load_config
+from model import Model
+from ops import cpu
+from ops.attention import Cache, Decode, Prefill
+from ops.cuda_graph import Graph
+from ops.pack import pack
+from plumbing.chat import Chat
+from plumbing.options import RunOptions, cli
+from plumbing.ranks import DEVICE, RANK, gather, on_rank0, work_queue
+from plumbing.records import InputError, digest, read_jsonl, write_jsonl
+from plumbing.stage import Stage
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleOptions:
+    run: RunOptions = RunOptions()
     temperature: float = 0.7  # 0 is greedy
-    top_p: float = 1.0  # sample from the smallest set of tokens with this much probability; below 1 costs a sort
-    max_new_tokens: int = 512  # limit per answer; a record's own max_new_tokens wins
+    top_p: float = 1.0  # nucleus: the fewest tokens with this probability; below 1 costs a sort
+    max_new_tokens: int = 512  # limit per response; a record's own max_new_tokens wins
     ignore_eos: bool = False  # go on to the limit
-    stop: str = ""  # also end an answer once it contains this text
-    slots: int = 128  # answers written at a time, at most: fewer where their KV cache takes more than half of the memory left
-    chunk: int = 256  # consecutive records per unit of work
-    prefill_tokens: int = 2048  # prompts are read in packed micro-batches of about so many tokens
-    cuda_graph: bool = False  # GPU: record a chunk's decode step once and replay it (written from documentation, not measured)
+    stop: str = ""  # also end a response once it contains this text
+    slots: int = 128  # max batch size; reduced if the KV cache would exceed half of free memory
+    chunk: int = 256  # consecutive requests per unit of work
+    prefill_tokens: int = 2048  # prompts are read in packed micro-batches of about this size
+    cuda_graph: bool = False  # GPU: replay the recorded decode step (not yet measured)
 
 
-# ---------------------------------------------------------------------------------------------- drawing a token
+# --------------------------------------------------------------------------------- drawing a token
 
 
-def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One number in [0, 1) per pair of int64 (B,), (B,) -> (B,) float64, by splitmix64: a counter, so no state to keep."""
+def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One number in [0, 1) for each pair of int64 (B,), (B,) -> (B,) float64.
 
-    def right(x, n):  # logical shift; int64's own is arithmetic
-        return (x >> n) & ((1 << (64 - n)) - 1)
+    splitmix64 is a hash of a counter, so there is no state to keep.
+    """
+    x = seeds + (positions + 1) * -0x61C8864680B583EB  # int64 wraps around, as the algorithm wants
+    x = (x ^ shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    x = x ^ shift_right(x, 31)
+    return shift_right(x, 11).double() * 2.0**-53
 
-    x = keys + (positions + 1) * -0x61C8864680B583EB  # int64 wraps round, as the algorithm wants
-    x = (x ^ right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ right(x, 27)) * -0x6B2FB644ECCEEE15
-    return right(x ^ right(x, 31), 11).double() * 2.0**-53
+
+def shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
+    """A logical shift; that of int64 is arithmetic."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
 
 
-def draw(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Tokens (B,) from logits (B, V) and uniform numbers u (B,): the first token whose cumulated probability exceeds u."""
+@cpu.compiled(cpu.sample_token)
+def sample_token(
+    logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
+) -> torch.Tensor:
+    """Tokens (B,) from logits (B, V) and uniform numbers u (B,): the first whose cumulative
+    probability exceeds u.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    if top_p == 1 and kernels.ready(logits, 1):
-        return kernels.draw(logits, u, temperature)
     logits = logits.float() / temperature
     weights = (logits - logits.amax(-1, keepdim=True)).exp()  # (B, V)
     if top_p < 1:
         ordered, order = weights.sort(descending=True)
         before = ordered.cumsum(-1) - ordered
-        weights = torch.zeros_like(weights).scatter(
-            1, order, ordered * (before < top_p * ordered.sum(-1, keepdim=True))
-        )
-    # Two levels, in float64 where it counts: find the block of 256 tokens first, then the token inside it. A cumulative
-    # sum over the whole vocabulary would cost more, and its fp32 rounding would drown rare tokens.
-    blocks = F.pad(weights, (0, -weights.shape[1] % 256)).unflatten(
-        1, (-1, 256)
-    )  # (B, V / 256, 256)
+        kept = before < top_p * ordered.sum(-1, keepdim=True)
+        weights = torch.zeros_like(weights).scatter(1, order, ordered * kept)
+
+    # Two levels, in float64 where it counts: find the block of 256 tokens first, then the token
+    # inside it. A cumulative sum over the whole vocabulary would cost more, and its fp32 rounding
+    # would drown rare tokens.
+    blocks = F.pad(weights, (0, -weights.shape[1] % 256)).unflatten(1, (-1, 256))  # (B, V/256, 256)
     sums = blocks.sum(-1).double()
-    block, left = invert(sums, u * sums.sum(-1))
+    block, rest = inverse_cdf(sums, u * sums.sum(-1))
     inside = blocks[torch.arange(len(block), device=block.device), block].double()  # (B, 256)
-    return block * 256 + invert(inside, left)[0]
+    token, _ = inverse_cdf(inside, rest)
+    return block * 256 + token
 
 
-def invert(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index (B,) of the first of weights (B, n) whose cumulative sum exceeds target (B,), and what is left of target."""
+def inverse_cdf(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index (B,) of the first of weights (B, n) whose cumulative sum exceeds target (B,), and the
+    rest of target.
+    """
     ends = weights.cumsum(-1)
-    target = target.minimum(ends[:, -1] * (1 - 1e-12))[
-        :, None
-    ]  # rounding must not step past the last positive weight
-    index = torch.searchsorted(ends, target, right=True)
-    left = target - ends.gather(1, index) + weights.gather(1, index)
-    return index[:, 0], left[:, 0].clamp(
-        min=0
-    )  # rounding must not step before the first positive weight either
+    # rounding must not step past the last positive weight
+    target = target.minimum(ends[:, -1] * (1 - 1e-12))[:, None]
+    index = torch.searchsorted(ends, target, right=True)  # (B, 1)
+    rest = target - ends.gather(1, index) + weights.gather(1, index)
+    # nor step before the first positive weight
+    return index[:, 0], rest[:, 0].clamp(min=0)
 
 
-# ---------------------------------------------------------------------------------------------- the engine
+# -------------------------------------------------------------------------------------- the engine
 
 
 @dataclass
 class Request:
     ids: list[int]  # the prompt
-    limit: int  # most tokens to write
-    key: int = 0  # of its random numbers, int64
+    max_new_tokens: int
+    seed: int = 0  # of its random numbers, int64
     output: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop", or "length" where the limit cut it off
 
 
 class Engine:
-    """Writes the answers of a list of requests, some at a time; when some are finished, others take their places.
+    """Continuous batching: finished rows are replaced from the queue.
 
-    `rows` are the requests being written: rows[i] has row i of the cache, without gaps. A row's last token is the one that
-    is not in the cache yet; the next step reads it.
+    `rows` are the requests in progress: rows[i] has row i of the cache, without gaps. A row's last
+    token is the one not yet in the cache; the next step reads it.
     """
 
     def __init__(self, model: Model, chat: Chat, o: SampleOptions, progress=None):
-        self.model, self.chat, self.o, self.progress = model, chat, o, progress
+        self.model = model
+        self.chat = chat
+        self.o = o
+        self.progress = progress
         weight = next(model.parameters())
-        self.dtype, self.device = weight.dtype, weight.device
-        self.cache = self.graph = None  # of one run
-        self.stops = set() if o.ignore_eos else chat.stops
-        # a stop text can only be complete when a token comes that holds its last character, or the last of its bytes
-        vocabulary = range(chat.tokenizer.get_vocab_size()) if o.stop else ()
-        self.stop_ends = {i for i in vocabulary if {o.stop[-1], "\ufffd"} & set(chat.text([i]))}
+        self.dtype = weight.dtype
+        self.device = weight.device
+        self.cache = None  # of one run
+        self.graph = None
+        self.stop_token_ids = set() if o.ignore_eos else chat.stop_token_ids
+        self.stop_ends = self.tokens_that_end_stop()
+
+    def tokens_that_end_stop(self) -> set[int]:
+        """Tokens after which the stop text may be complete: they hold its last character, or the
+        last of its bytes.
+        """
+        if not self.o.stop:
+            return set()
+        endings = {self.o.stop[-1], "\ufffd"}
+        vocabulary = range(self.chat.tokenizer.get_vocab_size())
+        return {token for token in vocabulary if endings & set(self.chat.text([token]))}
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> None:
-        """Fill output and finish_reason of every request. Longest first, so that no long answer starts last."""
-        config, queue, rows = self.model.config, deque(sorted(requests, key=lambda r: -r.limit)), []
-        longest = max(len(r.ids) + r.limit for r in requests)
-        left = memory() - sum(p.numel() * p.element_size() for p in self.model.parameters())
-        slots = max(
-            1,
-            min(
-                self.o.slots,
-                len(requests),
-                left // 2 // Cache.row_bytes(config, longest, self.dtype),
-            ),
-        )
-        self.cache = self.graph = None  # of the last run: freed before there is another
-        self.cache = Cache(config, slots, longest, self.dtype, self.device)
+        """Fill output and finish_reason of every request. Longest first, so that no long response
+        starts last.
+        """
+        queue = deque(sorted(requests, key=lambda r: -r.max_new_tokens))
+        rows: list[Request] = []
+        slots = self.make_cache(requests)
         while queue or rows:
+            # some slots may stay free for a while: one prompt costs nearly as much to read as many
             free = slots - len(rows)
-            if (
-                free > slots // 8
-            ):  # some may stay free for a while: reading one prompt costs nearly as much as reading many
+            if free > slots // 8:
                 while queue and len(rows) < slots:  # again where a first token was the last one
                     self.prefill(rows, queue, slots)
             if rows:
                 self.decode(rows)
 
+    def make_cache(self, requests: list[Request]) -> int:
+        """Allocate the KV cache; returns how many rows it has."""
+        longest = max(len(r.ids) + r.max_new_tokens for r in requests)
+        slots = min(self.o.slots, len(requests), Cache.most_rows(self.model, longest))
+        self.cache = None  # that of the last run is freed before there is another
+        self.graph = None
+        self.cache = Cache(self.model.config, slots, longest, self.dtype, self.device)
+        return slots
+
     def prefill(self, rows: list[Request], queue: deque[Request], slots: int) -> None:
-        """Read the prompts of the next requests, as many as one micro-batch and the slots hold; draw their first tokens."""
-        first, tokens = len(rows), 0
-        while (
-            queue
-            and len(rows) < slots
-            and (not tokens or tokens + len(queue[0].ids) <= self.o.prefill_tokens)
-        ):
+        """Read the prompts of the next requests, up to one micro-batch; draw their first tokens."""
+        first = len(rows)
+        tokens = 0
+        while queue and len(rows) < slots:
+            if tokens and tokens + len(queue[0].ids) > self.o.prefill_tokens:
+                break
             rows.append(queue.popleft())
             tokens += len(rows[-1].ids)
         new = rows[first:]
-        context = Prefill(
-            self.cache, list(range(first, len(rows))), [len(r.ids) for r in new], self.device
-        )
-        ids = torch.tensor([t for r in new for t in r.ids], device=self.device)  # (N,)
-        logits = self.model(ids, context, context.last)
-        keys = torch.tensor([r.key for r in new], device=self.device)
-        self.accept(rows, first, self.choose(logits, keys, torch.zeros_like(keys)))
+        lengths = [len(r.ids) for r in new]
+        context = Prefill(self.cache, list(range(first, len(rows))), lengths, self.device)
+        ids = torch.tensor([token for r in new for token in r.ids], device=self.device)  # (N,)
+        logits = self.model(ids, context, context.last)  # (B, V)
+        seeds = torch.tensor([r.seed for r in new], device=self.device)
+        self.append(rows, first, self.choose(logits, seeds, torch.zeros_like(seeds)))
 
     def decode(self, rows: list[Request]) -> None:
         """One more token for every row."""
-        state = torch.tensor(
-            [
-                [r.output[-1] for r in rows],
-                [len(r.ids) + len(r.output) - 1 for r in rows],
-                [r.key for r in rows],
-                [len(r.output) for r in rows],
-            ]
-        )  # (4, B)
-        if self.o.cuda_graph:
-            slots, tokens = self.cache.k.shape[1:3]
-            state = F.pad(state, (0, slots - len(rows))).to(
-                self.device
-            )  # a graph has one shape; dead rows write to free slots
-            self.graph = self.graph or Graph(lambda state: self.step(state, tokens), state)
-            drawn = self.graph(state)[: len(rows)]
+        last = [r.output[-1] for r in rows]
+        cached = [len(r.ids) + len(r.output) - 1 for r in rows]
+        seeds = [r.seed for r in rows]
+        written = [len(r.output) for r in rows]
+        state = torch.tensor([last, cached, seeds, written])  # (4, B)
+        if not self.o.cuda_graph:
+            tokens = self.step(state.to(self.device), max(cached) + 1)
         else:
-            drawn = self.step(state.to(self.device), max(len(r.ids) + len(r.output) for r in rows))
-        self.accept(rows, 0, drawn)
+            # a graph has one shape; dead rows write to free slots
+            slots, length = self.cache.k.shape[1:3]
+            state = F.pad(state, (0, slots - len(rows))).to(self.device)
+            if self.graph is None:
+                self.graph = Graph(lambda state: self.step(state, length), state)
+            tokens = self.graph(state)[: len(rows)]
+        self.append(rows, 0, tokens)
 
     def step(self, state: torch.Tensor, live: int) -> torch.Tensor:
-        """Next tokens (B,) from state (4, B): last tokens, how many are cached before them, keys, how many were written.
+        """Next tokens (B,) from state (4, B): last tokens, how many are cached before them, seeds,
+        how many are written.
 
         One tensor, so that it is one copy to a GPU and the one input of a graph. live: see Decode.
         """
-        ids, lengths, keys, counts = state
+        ids, lengths, seeds, written = state
         context = Decode(self.cache, lengths, live, self.model.config.sliding_window)
-        return self.choose(
-            self.model(ids, context, torch.arange(len(ids), device=self.device)), keys, counts
-        )
+        logits = self.model(ids, context, torch.arange(len(ids), device=self.device))  # (B, V)
+        return self.choose(logits, seeds, written)
 
-    def choose(self, logits, keys, counts) -> torch.Tensor:
-        """Tokens (B,) from logits (B, V), by the random numbers of keys (B,) at positions counts (B,)."""
-        return draw(logits, uniform(keys, counts), self.o.temperature, self.o.top_p)
+    def choose(self, logits, seeds, written) -> torch.Tensor:
+        """Tokens (B,) from logits (B, V), by the random numbers of seeds (B,) at positions written
+        (B,).
+        """
+        return sample_token(logits, uniform(seeds, written), self.o.temperature, self.o.top_p)
 
-    def accept(self, rows: list[Request], first: int, tokens: torch.Tensor) -> None:
-        """Append tokens to rows[first:]; drop the rows that are finished and fill their places with the last ones."""
+    def append(self, rows: list[Request], first: int, tokens: torch.Tensor) -> None:
+        """Append tokens to rows[first:]; drop finished rows, and fill their places with the last
+        ones.
+        """
         for r, token in zip(rows[first:], tokens.tolist(), strict=True):
             r.output.append(token)
-            if token in self.stops or (
-                token in self.stop_ends
-                and self.o.stop in self.chat.text(r.output[-len(self.o.stop.encode()) :])
-            ):
+            if token in self.stop_token_ids or self.has_stop(r):
                 r.finish_reason = "stop"
-            elif len(r.output) == r.limit:
+            elif len(r.output) == r.max_new_tokens:
                 r.finish_reason = "length"
-        for i in reversed(
-            range(first, len(rows))
-        ):  # so the last row is never a finished one, unless it is row i
+
+        # from the end, so that the row moved is never a finished one
+        for i in reversed(range(first, len(rows))):
             if rows[i].finish_reason:
                 last = rows.pop()
                 if i < len(rows):
@@ -252,166 +258,169 @@ class Engine:
         if self.progress is not None:
             self.progress.update(len(tokens))
 
+    def has_stop(self, r: Request) -> bool:
+        """Whether the stop text is complete. Its last tokens, one a byte at most, are all that need
+        be looked at.
+        """
+        if r.output[-1] not in self.stop_ends:
+            return False
+        return self.o.stop in self.chat.text(r.output[-len(self.o.stop.encode()) :])
 
-# ---------------------------------------------------------------------------------------------- files to files
+
+# ---------------------------------------------------------------------------------- files to files
 
 
 def sample(
+    model: Checkpoint,  # a chat model
+    prompts: Path,  # JSONL of {"prompt"} or {"messages"}
+    out: Path,  # JSONL to write
+    o: SampleOptions,
+    samples: int = 1,  # responses per prompt
+    purpose: str = "",  # tells the random numbers of this use of a prompt from those of another
+) -> Path:
+    """Answer every prompt of a file; writes records {id, prompt | messages, response,
+    finish_reason, tokens}.
+
+    Several responses to a prompt are numbered in the field `sample`. Raises InputError before the
+    weights are read if a prompt does not fit the model's positions.
+    """
+    stage = Stage(out, o, model=model, prompts=prompts, samples=samples, purpose=purpose)
+    if stage.done:
+        return out
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out {out}: the name must end in .jsonl")
+    if samples < 1:
+        raise InputError(f"--samples must be at least 1, got {samples}")
+    rows = repeat(read_jsonl(prompts, "prompt"), samples)
+    counts = generate(model, rows, out, o, stage.scratch, purpose, prompts)
+    return stage.finish(records=len(rows) // samples, **counts)
+
+
+def repeat(rows: list[dict], samples: int) -> list[dict]:
+    """Every record once for each of its samples, numbered if there are several."""
+    if samples == 1:
+        return rows
+    return [{**row, "sample": i} for row in rows for i in range(samples)]
+
+
+def generate(
     model: str | Path,
     rows: list[dict],
-    out: str | Path,
+    out: Path,
     o: SampleOptions,
-    common: Common,
+    scratch: Path,
     purpose: str = "",
-    samples: int = 1,
     source: str | Path = "prompts",
 ) -> dict:
-    """Answer every record of rows into the file out; returns counts. Goes on with the chunks that an earlier call left.
+    """Write a response to each of rows into the file out; returns counts for Stage.finish().
 
-    purpose: sets the random numbers of one use of a prompt apart from those of another; source: names rows in errors.
-    Every rank calls it. Raises InputError before the weights are read if a prompt does not fit the model's context.
+    Chunks lie in the folder scratch; those an earlier call left there are kept. source names rows
+    in errors. Every rank calls it.
     """
-    if o.cuda_graph and DEVICE.type != "cuda":
-        raise InputError("--cuda-graph: there is no GPU; leave it out")
-    for name, good in (
-        ("temperature", o.temperature >= 0),
-        ("top-p", 0 < o.top_p <= 1),
-        ("slots", o.slots > 0),
-        ("chunk", o.chunk > 0),
-        ("samples", samples > 0),
-    ):
-        if not good:
-            raise InputError(f"--{name}: the value makes no sense; see --help")
-    out = Path(out)
-    chat, config = Chat(model, common.chat_template), Config.load(model)
-    with clock("waiting for data"):
-        requests = [
-            make_request(
-                row,
-                number,
-                i,
-                chat,
-                config.context,
-                o,
-                digest_key(common.seed, purpose, row["id"], i),
-                source,
-            )
-            for number, row in enumerate(rows, 1)
-            for i in range(samples)
-        ]
-    starts = range(0, len(requests), o.chunk)
-    parts = out.with_suffix(".parts")
-    file_of = lambda start: parts / f"{start}.jsonl"  # noqa: E731
-    key = digest(
-        fingerprint(model),
-        part(o, SampleOptions),
-        deciding(part(common, Common)),
-        purpose,
-        samples,
-        rows,
-    )
+    check_options(o)
+    chat = Chat(model, o.run.chat_template)
+    positions = load_config(model).max_positions
+    requests = []
+    number = 0  # of the record; its samples stand side by side
+    for i, row in enumerate(rows):
+        number += i == 0 or row["id"] != rows[i - 1]["id"]
+        request = make_request(row, number, chat, positions, o, source)
+        request.seed = seed_of(o.run.seed, purpose, row["id"], row.get("sample", 0))
+        requests.append(request)
 
-    def unfinished():
-        if not (parts / "key").is_file() or (parts / "key").read_text() != key:
-            shutil.rmtree(parts, ignore_errors=True)
-            write_text(parts / "key", key)
-        return [start for start in starts if not file_of(start).is_file()]
-
-    def merge():
-        lines = [json.loads(line) for start in starts for line in open(file_of(start))]
-        wanted = [(row["id"], i) for row in rows for i in range(samples)]
-        assert [(line["id"], line.get("sample", 0)) for line in lines] == wanted, (
-            "every record exactly once"
-        )
-        write_jsonl(out, lines)
-        return {
-            "records": len(rows),
-            "answers": len(lines),
-            "tokens": sum(line["tokens"] for line in lines),
-            "cut_off": sum(line["finish_reason"] == "length" for line in lines),
-        }
-
-    pending = sorted(
-        on_first(unfinished),
-        key=lambda start: -sum(r.limit for r in requests[start : start + o.chunk]),
+    # a chunk is a file; those that are there are finished, and the longest of the others comes
+    # first
+    starts = range(0, len(rows), o.chunk)
+    parts = {start: scratch / f"chunk{start}.jsonl" for start in starts}
+    finished = on_rank0(finished_files, scratch)
+    pending = [start for start in starts if parts[start].name not in finished]
+    pending.sort(
+        key=lambda start: -sum(r.max_new_tokens for r in requests[start : start + o.chunk])
     )
     engine = None
-    with tqdm(desc=out.stem, unit=" tok", leave=False, disable=RANK > 0 or not pending) as progress:
-        for start in share(pending):  # the dearest chunk first
-            engine = engine or Engine(
-                pack(load(model, common.torch_dtype, DEVICE)), chat, o, progress
-            )
-            chunk = requests[start : start + o.chunk]
-            engine.run(chunk)
-            spent["done"] += sum(len(r.output) for r in chunk)
-            write_jsonl(
-                file_of(start),
-                [
-                    answer(rows[(start + i) // samples], (start + i) % samples, samples, r, chat, o)
-                    for i, r in enumerate(chunk)
-                ],
-            )
+    fresh = 0  # tokens that this call wrote
+    silent = RANK > 0 or not pending
+    with tqdm(desc=out.stem, unit=" tok", leave=False, disable=silent) as progress:
+        for start in work_queue(pending):
+            if engine is None:
+                engine = Engine(pack(load(model, o.run.torch_dtype, DEVICE)), chat, o, progress)
+            chunk = slice(start, start + o.chunk)
+            engine.run(requests[chunk])
+            fresh += sum(len(r.output) for r in requests[chunk])
+            pairs = zip(rows[chunk], requests[chunk], strict=True)
+            write_jsonl(parts[start], [make_answer(row, request, chat) for row, request in pairs])
     del engine
     gc.collect()
-    gather(None)  # wait for all; a broadcast would not
-    counts = on_first(merge)
-    on_first(shutil.rmtree, parts, True)
-    return counts
+    fresh = sum(gather(fresh))  # and all chunks are written
+    return {**on_rank0(merge, rows, list(parts.values()), out), "fresh": fresh}
 
 
-def digest_key(*parts) -> int:
+def finished_files(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.jsonl")}
+
+
+def merge(rows: list[dict], parts: list[Path], out: Path) -> dict:
+    """Join chunks into one file; returns counts."""
+    answers = [json.loads(line) for part in parts for line in open(part, encoding="utf-8")]
+    wanted = [(row["id"], row.get("sample", 0)) for row in rows]
+    found = [(answer["id"], answer.get("sample", 0)) for answer in answers]
+    assert found == wanted, "every record must come exactly once"
+    write_jsonl(out, answers)
+    return {
+        "answers": len(answers),
+        "tokens": sum(answer["tokens"] for answer in answers),
+        "cut_off": sum(answer["finish_reason"] == "length" for answer in answers),
+    }
+
+
+def check_options(o: SampleOptions) -> None:
+    """Raise InputError where an option is out of its range."""
+    if o.cuda_graph and DEVICE.type != "cuda":
+        raise InputError("--cuda-graph: there is no GPU; leave it out")
+    if o.temperature < 0:
+        raise InputError(f"--temperature must be at least 0, got {o.temperature}")
+    if not 0 < o.top_p <= 1:
+        raise InputError(f"--top-p must be in (0, 1], got {o.top_p}")
+    for name in ("slots", "chunk"):
+        if getattr(o, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(o, name)}")
+
+
+def seed_of(*parts) -> int:
     """64 bits of a hash, as the int64 that uniform() takes."""
     return int.from_bytes(bytes.fromhex(digest(*parts)), "big", signed=True)
 
 
-def make_request(row, number, i, chat, context, o, key, source) -> Request:
-    """Check and tokenise one record; the limit shrinks to what the context has room for."""
-    ids, limit = chat.prompt_ids(row), row.get("max_new_tokens", o.max_new_tokens)
+def make_request(
+    row: dict, number: int, chat: Chat, positions: int, o: SampleOptions, source: str | Path
+) -> Request:
+    """Check and tokenise record `number` of source; its limit shrinks to the positions that are
+    left.
+    """
+    where = f"{source}: line {number}"
+    ids = chat.prompt_ids(row)
+    limit = row.get("max_new_tokens", o.max_new_tokens)
     if not isinstance(limit, int) or limit < 1:
+        problem = f"field 'max_new_tokens' must be a positive integer, got {limit!r}"
+        raise InputError(f"{where}: {problem}")
+    if not 0 < len(ids) < positions:
+        problem = f"field 'prompt' has {len(ids)} tokens with its template"
         raise InputError(
-            f"{source}: line {number}: field 'max_new_tokens' is {limit!r}; make it a positive whole number"
+            f"{where}: {problem}, the model has {positions} positions; shorten or remove it"
         )
-    if not 0 < len(ids) < context:
-        raise InputError(
-            f"{source}: line {number}: field 'prompt' has {len(ids)} tokens with its template, the model's "
-            f"context is {context}; shorten or remove it"
-        )
-    return Request(ids, min(limit, context - len(ids)), key)
+    return Request(ids, min(limit, positions - len(ids)))
 
 
-def answer(row, i, samples, request, chat, o) -> dict:
-    """The output record; an end token is counted but is no text."""
-    kept = {name: row[name] for name in ("id", "prompt", "messages") if name in row}
-    numbered = {"sample": i} if samples > 1 else {}
+def make_answer(row: dict, request: Request, chat: Chat) -> dict:
+    """The output record. An end token is counted but is no text."""
+    kept = {name: row[name] for name in ("id", "prompt", "messages", "sample") if name in row}
     return {
         **kept,
-        **numbered,
         "response": chat.text(request.output).strip(),
         "finish_reason": request.finish_reason,
         "tokens": len(request.output),
     }
 
 
-@dataclass(kw_only=True)
-class Options(SampleOptions, Common):
-    model: str  # checkpoint directory
-    prompts: str  # JSONL of {"prompt"} or {"messages"}
-    out: str  # JSONL to write
-    samples: int = 1  # answers per prompt
-
-
-def main(o: Options) -> dict:
-    if not o.out.endswith(".jsonl"):
-        raise InputError(f"--out {o.out}: give a name that ends in .jsonl")
-    rows = read_jsonl(o.prompts, "prompt")
-    options = {**part(o, SampleOptions), **part(o, Common), "samples": o.samples}
-    return stage(
-        o.out,
-        {"model": o.model, "prompts": o.prompts},
-        options,
-        lambda: sample(o.model, rows, o.out, o, o, samples=o.samples, source=o.prompts),
-    )
-
-
 if __name__ == "__main__":
-    command(main, Options)
+    cli(sample)

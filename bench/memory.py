@@ -1,32 +1,67 @@
-"""The memory that training takes of each process: foretold from fake tensors, and held against what processes really take.
+"""Peak memory of training per process: estimated from fake tensors, and measured.
 
-    python dpo.py --dry-run 8 --model DIR --pairs - --out -    foretells: no weights, no other processes, no GPU
-    python bench/memory.py                                     foretells small models on 1, 2 and 4 processes, measures them
+    python -m bench.memory dpo.py FLAGS --processes 8    needs no weights, GPU or other processes
+    python -m bench.memory                               small models, estimated and measured
 
-A dry run goes through two optimizer steps of two micro-batches each of train.py's own model and FSDP2, in a process group that
-only pretends to have others, on tensors that have a shape but no numbers. Of all storage that is alive, the moment when
-it is the most is shown by part. It counts what PyTorch asks for: a GPU's allocator adds its own rounding and fragments (set
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True), and CUDA and NCCL take 1 to 2 GB beside it. Attention is taken to be
-flash-attn's. JSON in the last line.
+FLAGS are those of train.py or dpo.py, unchanged. The estimate runs two optimizer steps of two
+micro-batches each of train.py's own model and FSDP2, in a process group that only pretends to have
+other members, on tensors that have a shape but no numbers. It shows what all living storage is made
+of at its peak. It counts what PyTorch asks for: a GPU's allocator adds its own rounding and
+fragments (set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True), and CUDA and NCCL take 1 to 2 GB
+more. Attention is taken to be flash-attn's. The last line is JSON.
 """
 
 import argparse
 import gc
+import inspect
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+# Private paths, but the ones that PyTorch's documentation of fake tensors and modes names; the
+# names are the same in 2.11 to 2.15. Nothing else of PyTorch can run a model without memory.
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from bench.command import answer, finish, make_parser, run_part
+from bench.tables import add_json_flag, write_figures
+from checkpoint import parse_config
+from dpo import train_policy
+from eval.table import table
+from model import Model
+from ops import attention, cpu
+from plumbing.options import RunOptions, parse_options
+from plumbing.ranks import gather, distributed
+from plumbing.records import InputError
+
+# The part of the work to which new memory belongs, by the innermost of these functions that asks
+# for it; "activations" where none does. FSDP's own names only decide labels: the total stands.
+PARTS_BY_FUNCTION = {  # name -> file, part
+    "shard": ("/train.py", "parameters"),
+    "foreach_all_gather": ("/_fsdp_collectives.py", "all-gathers"),
+    "init_all_gather_outputs": ("/_fsdp_param.py", "all-gathers"),
+    "foreach_reduce": ("/_fsdp_collectives.py", "reduce-scatters"),
+    "forward": ("/ops/logps.py", "logits chunks"),
+    "backward": ("/ops/logps.py", "logits chunks"),
+    "run_backward": ("/bench/memory.py", "backward"),
+    "run_optimizer": ("/bench/memory.py", "optimizer"),
+}
 PARTS = (
     "parameters",
     "gradients",
@@ -37,7 +72,8 @@ PARTS = (
     "logits chunks",
     "backward",
 )
-MEASURED = {
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
     "vocab_size": 8192,
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -45,385 +81,365 @@ MEASURED = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
 }
 
 
-# ---------------------------------------------------------------------------------------------- fake tensors
+@dataclass(frozen=True)
+class Setup:
+    """What the memory of a training process depends on."""
+
+    model: str
+    processes: int = 1
+    max_length: int = 512  # tokens of a sequence
+    micro_batch_tokens: int = 2048
+    prompt_tokens: int = 1  # of each sequence: these need no head
+    activation_checkpointing: bool = False
+    dtype: str = "bfloat16"
+    device: str = "cpu"  # whose functions to estimate: cpu or gpu
+    node_gpus: int = 8
+
+    @property
+    def options(self) -> train.TrainOptions:
+        run = RunOptions(dtype=self.dtype)
+        return train.TrainOptions(run=run, activation_checkpointing=self.activation_checkpointing)
+
+    @property
+    def sequences(self) -> list[train.Sequence]:
+        length = min(self.max_length, self.micro_batch_tokens)
+        count = max(1, self.micro_batch_tokens // length)
+        return [([1] * length, self.prompt_tokens)] * count
 
 
-def make_tracker():
-    """The mode that watches what is allocated; made in a function because it needs torch."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch.distributed.tensor import DTensor
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Tracker(TorchDispatchMode):
-        """Labels each new storage by the part of the work that allocates it; keeps the moment when all together is the most."""
-
-        def __init__(self):
-            super().__init__()
-            self.label, self.known, self.bytes, self.resized, self.most = (
-                "activations",
-                {},
-                Counter(),
-                {},
-                Counter(),
-            )
-
-        def add(self, tensor) -> bool:
-            """Count a tensor's storage under the label at hand until it is freed; returns whether it is new."""
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in self.known:
-                return False
-            self.known[key] = self.label
-            if (
-                self.label == "all-gathers"
-            ):  # FSDP gives their memory back and takes it again: measured whenever it counts
-                self.resized[key] = weakref.ref(storage)
-                weakref.finalize(storage, self.forget, key, 0)
-            else:
-                self.bytes[self.label] += storage.nbytes()
-                weakref.finalize(storage, self.forget, key, storage.nbytes())
-            return True
-
-        def forget(self, key: int, size: int) -> None:
-            self.bytes[self.known.pop(key)] -= size
-            self.resized.pop(key, None)
-
-        def now(self) -> Counter:
-            """Bytes alive by label."""
-            gathered = sum(
-                storage.nbytes()
-                for reference in self.resized.values()
-                if (storage := reference()) is not None
-            )
-            return Counter({**self.bytes, "all-gathers": gathered})
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **kwargs or {})
-            new = False
-            for tensor in tree_leaves(result):
-                # only what has memory: a DTensor is the cover of a local one, a meta tensor a shape
-                tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-                if isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
-                    new |= self.add(tensor)
-            if new and sum((sizes := self.now()).values()) > sum(self.most.values()):
-                self.most = sizes
-            return result
-
-        @contextmanager
-        def labelled(self, label: str):
-            before, self.label = self.label, label
-            try:
-                yield
-            finally:
-                self.label = before
-
-        def wrap(self, owner, name: str, label: str) -> None:
-            """Label what owner.name allocates."""
-            function = getattr(owner, name)
-
-            def inside(*args, **named):
-                with self.labelled(label):
-                    return function(*args, **named)
-
-            setattr(
-                owner,
-                name,
-                staticmethod(inside)
-                if isinstance(owner.__dict__.get(name), staticmethod)
-                else inside,
-            )
-
-    return Tracker()
+# ---------------------------------------------------------------------------------- two steps
 
 
-def fake_flash():
-    """Stands in for flash-attn's function on fake tensors: the same results by shape, and the same things kept for later."""
-    import torch
-
-    class Flash(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            out = torch.empty_like(q)
-            ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
-            return out
-
-        @staticmethod
-        def backward(ctx, dout):
-            return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-    return lambda q, k, v, *_, **__: Flash.apply(q, k, v)
-
-
-def run_foretell(args) -> dict:
-    """Bytes by part at the worst moment of two_steps(), of rank 0 of args.processes."""
-    import torch.distributed as dist
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    import model
-    import train
-    from cpu import kernels
-    from data import Common
-
-    kernels.call = lambda *_: None
-    if args.device == "gpu":  # what runs there: flash-attn, and PyTorch for the rest
-        model.use_flash, model.flash_attn_varlen_func, kernels.ready = (
-            lambda _: True,
-            fake_flash(),
-            lambda *_, **__: False,
-        )
-    else:
-        kernels.PLAIN = (*kernels.PLAIN, FakeTensor)
-    train.fill = lambda *_: None
-    tracker = make_tracker()
-    tracker.wrap(FSDPParam, "init_all_gather_outputs", "all-gathers")
-    tracker.wrap(train.TimedAllGather, "allocate", "all-gathers")
-    for name in ("forward", "backward"):
-        tracker.wrap(model.TokenLogps, name, "logits chunks")
-    scatter = (
-        train.TimedReduceScatter.allocate
-    )  # FSDP asks for its input first, then for its output: the gradients
-
-    def allocate(self, size, **named):
-        self.asked = getattr(self, "asked", 0) + 1
-        with tracker.labelled("reduce-scatters" if self.asked % 2 else "gradients"):
-            return scatter(self, size, **named)
-
-    train.TimedReduceScatter.allocate = allocate
-
-    dist.init_process_group("fake", rank=0, world_size=args.processes, store=FakeStore())
-    train.mesh()  # which needs real tensors
-    length = min(args.max_length, args.micro_tokens)
-    sequences = [([1] * length, args.prompt_tokens)] * max(1, args.micro_tokens // length)
-    with FakeTensorMode(), tracker:
-        o = train.TrainOptions(recompute=args.recompute)
-        with tracker.labelled("parameters"):
-            net = train.shard(args.model, o, Common(dtype=args.dtype))
-        two_steps(net, sequences, tracker.labelled)
-    dist.destroy_process_group()
-    return {
-        "parts": {part: tracker.most[part] for part in PARTS},
-        "total": sum(tracker.most.values()),
-        "tokens": length * len(sequences),
-    }
-
-
-# ---------------------------------------------------------------------------------------------- real processes
-
-
-def run_measure(args) -> dict:
-    """Real training of the same shape: how much more memory this process has at most than before it began."""
-    import train
-    from data import Common, gather, processes
-
-    def resident() -> int:  # without the pages of files, such as the checkpoint's
-        _, pages, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
-        return (pages - shared) * os.sysconf("SC_PAGE_SIZE")
-
-    most, stop = [0], threading.Event()
-
-    def watch():
-        while not stop.is_set():
-            most[0] = max(most[0], resident())
-            time.sleep(0.002)
-
-    def work(model: str) -> None:
-        net = train.shard(
-            model, train.TrainOptions(recompute=args.recompute), Common(dtype=args.dtype)
-        )
-        two_steps(
-            net,
-            [([1] * args.max_length, args.prompt_tokens)]
-            * max(1, args.micro_tokens // args.max_length),
-        )
-
-    with processes(), tempfile.TemporaryDirectory() as folder:
-        work(
-            random_checkpoint(
-                folder, hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64
-            )
-        )
-        gc.collect()  # what Python and its libraries take is there now
-        before, watcher = resident(), threading.Thread(target=watch)
-        watcher.start()
-        work(args.model)
-        stop.set()
-        watcher.join()
-        return {"total": max(gather(most[0] - before))}
-
-
-def two_steps(net, sequences: list, label=lambda _: nullcontext()) -> None:
-    """Two optimizer steps of two micro-batches each: the second step finds its moments, the second micro-batch gradients."""
-    import torch
-
-    from train import response_logps
-
+def two_steps(net: torch.nn.Module, sequences: list[train.Sequence]) -> None:
+    """Two optimizer steps of two micro-batches: the second finds its moments, and gradients."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
     for _ in range(2):
         for _ in range(2):
-            logps = response_logps(net, sequences)
-            with label("backward"):
-                torch.stack([one.sum() for one in logps]).sum().backward()
-        with label("optimizer"):
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
+            run_backward(train.response_logps(net, sequences))
+        run_optimizer(net, optimizer)
         optimizer.zero_grad(set_to_none=True)
 
 
-# ---------------------------------------------------------------------------------------------- commands
+def run_backward(logps: list[torch.Tensor]) -> None:
+    torch.stack([one.sum() for one in logps]).sum().backward()
 
 
-def child(what: str, args, processes: int, **changes) -> dict:
-    """foretell or measure in processes of their own: one that pretends to be the first of many, or all of them."""
-    options = {**vars(args), **changes, "processes": processes}
-    flags = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in options.items()
-        if not isinstance(value, bool) and name != "part"
-    ] + [f"--{name}" for name, value in options.items() if value is True]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-    }  # large blocks go back when they are freed
-    many = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        if what == "measure"
-        else []
-    )
-    if what == "foretell":
-        env |= {
-            "RANK": "0",
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(min(args.node_gpus, processes)),
+def run_optimizer(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------------------- estimates
+
+
+class Tracker(TorchDispatchMode):
+    """Labels each new storage by the part of the work that asks for it; keeps the peak's labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, str] = {}  # id of a storage -> its part
+        self.bytes: Counter = Counter()  # by part, but for all-gathers
+        self.gathered: dict[int, weakref.ref] = {}  # id of a storage -> that storage
+        self.reductions = 0
+        self.peak: Counter = Counter()  # bytes by part
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        new = [self.add(tensor) for tensor in local_tensors(result)]
+        if any(new):
+            now = self.now()
+            if now.total() > self.peak.total():
+                self.peak = now
+        return result
+
+    def add(self, tensor: torch.Tensor) -> bool:
+        """Follow a tensor's storage until it is freed; returns whether it is new."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self.alive:
+            return False
+        part = self.part()
+        self.alive[key] = part
+        size = storage.nbytes()
+        if part == "all-gathers":
+            # FSDP frees them by resizing the storage to 0: now() asks for their size each time
+            self.gathered[key] = weakref.ref(storage)
+            size = 0
+        self.bytes[part] += size
+        weakref.finalize(storage, self.forget, key, size)
+        return True
+
+    def forget(self, key: int, size: int) -> None:
+        self.bytes[self.alive.pop(key)] -= size
+        self.gathered.pop(key, None)
+
+    def now(self) -> Counter:
+        """Bytes alive, by part."""
+        storages = [reference() for reference in self.gathered.values()]
+        gathered = sum(storage.nbytes() for storage in storages if storage is not None)
+        return Counter({**self.bytes, "all-gathers": gathered})
+
+    def part(self) -> str:
+        """The part of the work that the code now running belongs to."""
+        frame = inspect.currentframe()
+        inside_allocate = False
+        while frame is not None:
+            name = frame.f_code.co_name
+            file, part = PARTS_BY_FUNCTION.get(name, ("", ""))
+            if file and frame.f_code.co_filename.endswith(file):
+                # FSDP allocates the input of a reduction, then its output, which are the gradients
+                if part == "reduce-scatters" and inside_allocate:
+                    self.reductions += 1
+                    return part if self.reductions % 2 else "gradients"
+                return part
+            inside_allocate |= name == "allocate"
+            frame = frame.f_back
+        return "activations"
+
+
+def local_tensors(result) -> Iterator[torch.Tensor]:
+    """The tensors that an operation returns and that have memory of this process."""
+    if isinstance(result, list | tuple):
+        for one in result:
+            yield from local_tensors(one)
+    elif isinstance(result, DTensor):
+        with torch.no_grad():
+            yield from local_tensors(result.to_local())
+    elif isinstance(result, FakeTensor) and result.device.type != "meta":
+        yield result
+
+
+class FakeFlash(torch.autograd.Function):
+    """flash-attn on fake tensors: results of the same shapes, and as much kept for backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def fake_flash(q, k, v, *_, **__) -> torch.Tensor:
+    return FakeFlash.apply(q, k, v)
+
+
+def do_nothing(*_) -> None:
+    pass
+
+
+def always(*_) -> bool:
+    return True
+
+
+def run_estimate(**setup) -> dict:
+    """Bytes by part at the peak of two_steps(), of rank 0 of setup.processes."""
+    setup = Setup(**setup)
+    # no numbers: no weights are read, and no compiled function is called
+    train.load_weights = do_nothing
+    cpu.call = do_nothing
+    if setup.device == "cpu":
+        cpu.PLAIN = (*cpu.PLAIN, FakeTensor)
+    else:
+        attention.use_flash = always
+        attention.flash_attn_varlen_func = fake_flash
+
+    # the mesh needs real tensors
+    dist.init_process_group("fake", rank=0, world_size=setup.processes)
+    train.mesh()
+    tracker = Tracker()
+    with FakeTensorMode(), tracker:
+        two_steps(train.shard(setup.model, setup.options), setup.sequences)
+    dist.destroy_process_group()
+    return {
+        "parts": {part: tracker.peak[part] for part in PARTS},
+        "total": tracker.peak.total(),
+        "tokens": sum(len(ids) for ids, _ in setup.sequences),
+    }
+
+
+# ---------------------------------------------------------------------------------- measurements
+
+
+def run_measure(**setup) -> dict:
+    """Real training of the same shape: how far this process grows over what it had before."""
+    setup = Setup(**setup)
+    peak = 0
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.is_set():
+            peak = max(peak, resident())
+            time.sleep(0.002)
+
+    with distributed(), tempfile.TemporaryDirectory() as folder:
+        # a tiny model first, so that what Python and its libraries take is there already
+        tiny = {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "vocab_size": 64,
         }
-    done = subprocess.run(
-        [sys.executable, *many, __file__, "--part", what, *flags],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    if done.returncode:
-        sys.exit(f"{what}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        random_checkpoint(Path(folder), **tiny)
+        two_steps(train.shard(folder, setup.options), setup.sequences)
+        gc.collect()
+        before = resident()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        two_steps(train.shard(setup.model, setup.options), setup.sequences)
+        ended.set()
+        watcher.join()
+        return {"total": max(gather(peak - before))}
 
 
-def dry_run(o, sequences: int) -> dict:
-    """What --dry-run N prints for a trainer's options, on GPUs of --gpu-gb; an example is so many sequences of full length."""
-    from data import InputError
+def resident() -> int:
+    """Bytes of memory that this process has now, without pages of files such as a checkpoint's."""
+    _, pages, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (pages - shared) * os.sysconf("SC_PAGE_SIZE")
 
-    if o.dry_run > o.node_gpus and o.dry_run % o.node_gpus:
-        raise InputError(
-            f"--dry-run {o.dry_run}: no whole number of nodes of {o.node_gpus}; see --node-gpus"
-        )
+
+def random_checkpoint(folder: Path, **changes) -> str:
+    """A small Llama: only what train.shard() reads of a checkpoint."""
+    raw = {**SMALL, **changes}
+    (folder / "config.json").write_text(json.dumps(raw))
+    net = Model(parse_config(raw)).to(torch.bfloat16)
+    save_file(dict(net.named_parameters()), folder / "model.safetensors")
+    return str(folder)
+
+
+# ---------------------------------------------------------------------------------- commands
+
+
+def estimate(setup: Setup) -> dict:
+    """run_estimate() in a process that is told that it is the first of many."""
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "RANK": "0",
+        "WORLD_SIZE": str(setup.processes),
+        "LOCAL_WORLD_SIZE": str(min(setup.node_gpus, setup.processes)),
+        # on a GPU there is flash-attn, and PyTorch for the rest
+        "SYNPO_KERNELS": "0" if setup.device == "gpu" else "1",
+    }
+    command = [sys.executable, "-m", "bench.memory"]
+    return run_part(command, "estimate", asdict(setup), env=env)
+
+
+def measure(setup: Setup) -> dict:
+    """run_measure() in as many processes as there shall be; large blocks go back when freed."""
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={setup.processes}"]
+    command = [sys.executable, *launch, "-m", "bench.memory"]
+    env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    return run_part(command, "measure", asdict(setup), env=env)
+
+
+def estimate_command(argv: list[str]) -> dict:
+    """Print the peak memory of `train.py FLAGS` or `dpo.py FLAGS`, and what would fit a GPU."""
+    parser = make_parser(__doc__)
+    parser.add_argument("file")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of a GPU")
+    parser.add_argument("--node-gpus", type=int, default=8, help="parameters are sharded in a node")
+    add_json_flag(parser)
+    args, flags = parser.parse_known_args(argv)
+    # how many sequences of full length an example has
+    commands = {"train.py": (train.finetune, 1), "dpo.py": (train_policy, 2)}
+    if Path(args.file).name not in commands:
+        raise InputError(f"{args.file}: give train.py or dpo.py, and its flags")
+    if args.processes > args.node_gpus and args.processes % args.node_gpus:
+        problem = f"must be whole nodes of {args.node_gpus} (--node-gpus)"
+        raise InputError(f"--processes {problem}, got {args.processes}")
+    function, sequences = commands[Path(args.file).name]
+    given = parse_options(function, flags)
+    o = given["o"]
     unit = sequences * o.max_length
-    args = argparse.Namespace(
-        model=o.model,
+    setup = Setup(
+        model=str(given["model"].resolve()),
+        processes=args.processes,
         max_length=o.max_length,
-        micro_tokens=max(1, o.micro_tokens // unit) * unit,
-        prompt_tokens=1,
-        recompute=o.recompute,
-        dtype=o.dtype,
+        micro_batch_tokens=max(1, o.micro_batch_tokens // unit) * unit,
+        activation_checkpointing=o.activation_checkpointing,
+        dtype=o.run.dtype,
         device="gpu",
-        node_gpus=o.node_gpus,
+        node_gpus=args.node_gpus,
     )
-    # with many tokens memory grows in proportion to them; with few its worst moment may be another
+    return show_estimate(setup, unit, args)
+
+
+def show_estimate(setup: Setup, unit: int, args: argparse.Namespace) -> dict:
+    """unit: tokens of an example, the least that a micro-batch may grow by."""
+    # with many tokens memory grows in proportion to them; with few its peak may be elsewhere
+    sizes = (setup.micro_batch_tokens, 16 * unit, 32 * unit)
     with ThreadPoolExecutor() as pool:
-        one, some, more = pool.map(
-            lambda tokens: child("foretell", args, o.dry_run, micro_tokens=tokens),
-            (args.micro_tokens, 16 * unit, 32 * unit),
+        setups = [replace(setup, micro_batch_tokens=size) for size in sizes]
+        one, some, more = pool.map(estimate, setups)
+    room = args.gpu_gb * 1e9 - some["total"]
+    largest = max(0, 16 + math.floor(16 * room / (more["total"] - some["total"]))) * unit
+
+    # a row for each part
+    batch = f"micro-batches of {one['tokens']:,} tokens, sequences of {setup.max_length:,}"
+    checkpointing = ", activation checkpointing" if setup.activation_checkpointing else ""
+    print(f"{setup.model}: {setup.processes} processes, {batch}{checkpointing}")
+    sizes = {**one["parts"], "total at peak": one["total"]}
+    rows = [{"part": k, "GB per process": f"{size / 1e9:.2f}"} for k, size in sizes.items()]
+    print(table(rows))
+    print(f"total {one['total'] / 1e9:.2f} GB per process at peak")
+    print(f"largest micro-batch in {args.gpu_gb:g} GB: {largest:,} tokens")
+    write_figures(args.json, {"parts": rows})
+    return {**one, "largest": largest}
+
+
+def compare_command(argv: list[str]) -> list[dict]:
+    """Estimates of a small model on 1, 2 and 4 processes against what real processes take."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", default="", help="checkpoint (default: small, random weights)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
+    parser.add_argument("--prompt-tokens", type=int, default=1, help="these need no head")
+    parser.add_argument("--dtype", default="bfloat16", help="of the computation")
+    add_json_flag(parser)
+    args = parser.parse_args(argv)
+
+    # a row for each number of processes, without and with activation checkpointing
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        setup = Setup(
+            model=str(Path(args.model).resolve())
+            if args.model
+            else random_checkpoint(Path(folder)),
+            max_length=args.max_length,
+            micro_batch_tokens=args.micro_batch_tokens,
+            prompt_tokens=args.prompt_tokens,
+            dtype=args.dtype,
         )
-    examples = 16 + math.floor(
-        16 * (o.gpu_gb * 1e9 - some["total"]) / (more["total"] - some["total"])
-    )
-    print(
-        f"{o.model}: {o.dry_run} processes, micro-batches of {args.micro_tokens:,} tokens, sequences of {o.max_length:,}"
-        + ", recomputed" * o.recompute
-    )
-    for part in PARTS:
-        print(f"  {part:16s} {one['parts'][part] / 1e9:7.2f} GB")
-    print(
-        f"  {'together':16s} {one['total'] / 1e9:7.2f} GB a process at the worst moment\n"
-        f"  the largest micro-batch in {o.gpu_gb:g} GB: {max(0, examples) * unit:,} tokens"
-    )
-    return {**one, "largest": max(0, examples) * unit}
+        for processes in (1, 2, 4):
+            for checkpointing in (False, True):
+                one = replace(setup, processes=processes, activation_checkpointing=checkpointing)
+                estimated = estimate(one)["total"]
+                measured = measure(one)["total"]
+                row = {"processes": processes, "activation checkpointing": checkpointing}
+                row["estimated"] = f"{estimated / 1e6:.0f} MB"
+                row["measured"] = f"{measured / 1e6:.0f} MB"
+                rows.append({**row, "ratio": f"{estimated / measured:.2f}"})
+    print(table(rows))
+    write_figures(args.json, rows)
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default="", help="checkpoint directory; default: a small one with random weights"
-    )
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--micro-tokens", type=int, default=2048, help="tokens of a micro-batch")
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=1, help="of each sequence: these need no head"
-    )
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    parser.add_argument("--dtype", default="bfloat16", help="of the computation")
-    parser.add_argument(
-        "--device", choices=("cpu", "gpu"), default="cpu", help="whose functions to foretell"
-    )
-    parser.add_argument("--node-gpus", type=int, default=8, help="processes of a node")
-    parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
-    parser.add_argument("--part", choices=("foretell", "measure"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    if args.part:
-        result = {"foretell": run_foretell, "measure": run_measure}[args.part](args)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(json.dumps(result), flush=True)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        args.model = args.model or random_checkpoint(folder)
-        print("processes  recompute  foretold  measured   ratio")
-        results = []
-        for processes in (1, 2, 4):
-            for args.recompute in (False, True):
-                foretold, measured = (
-                    child(what, args, processes)["total"] for what in ("foretell", "measure")
-                )
-                results.append(
-                    {
-                        "processes": processes,
-                        "recompute": args.recompute,
-                        "foretold": foretold,
-                        "measured": measured,
-                    }
-                )
-                print(
-                    f"{processes:9d}  {args.recompute!s:9s} {foretold / 1e6:6.0f} MB {measured / 1e6:6.0f} MB "
-                    f"{foretold / measured:7.2f}",
-                    flush=True,
-                )
-    print(json.dumps(results))
-
-
-def random_checkpoint(folder: str, **changes) -> str:
-    """A Llama of MEASURED's shape but for changes: only what shard() reads."""
-    import torch
-    from safetensors.torch import save_file
-
-    from model import Config, Model
-
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5,
-        **MEASURED,
-        **changes,
-    }
-    (Path(folder) / "config.json").write_text(json.dumps(raw))
-    net = Model(Config.parse(raw)).to(torch.bfloat16)
-    save_file(dict(net.named_parameters()), Path(folder) / "model.safetensors")
-    return folder
+    answer({"estimate": run_estimate, "measure": run_measure})
+    argv = sys.argv[1:]
+    named = argv and argv[0].endswith(".py")
+    finish(estimate_command if named else compare_command, argv)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""The sampler against what people would use instead, against the machine's limit, and as the work grows.
+"""The sampler against its peers, against the machine's limit, and as the work grows.
 
-    python bench/sampler.py --model DIR --requests R.jsonl --transformers PYTHON --vllm PYTHON
+    python -m bench.sampler --model DIR --requests R.jsonl --transformers PYTHON --vllm PYTHON
 
-R.jsonl holds {"prompt", "max_new_tokens"}: exactly that many tokens are written for each, at temperature 0.7. PYTHON is the
-interpreter of an environment with that peer; without it the peer is left out. Everything runs in a process of its own, one
-after the other, the peers alternating with us `--rounds` times; loading and one short warm-up are not counted.
+R.jsonl holds {"prompt", "max_new_tokens"}: exactly that many tokens are written for each, at
+temperature 0.7. PYTHON is the interpreter of an environment with that peer; without it the peer is
+left out. Everything runs in a process of its own, one after the other, the peers alternating with
+us --rounds times; loading and one short warm-up are not counted.
 
-The limit is what the step's matmuls take alone, on their shapes, plus its live keys and values at the bandwidth of
-streaming memory, both measured in the same process as the step. Tables on standard output, JSON in the last line.
+The limit is what a step's matmuls take alone, on their shapes, plus its live keys and values at the
+bandwidth of streaming memory, both measured in the same process as the step. Tables on standard
+output, JSON in the last line.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,161 +22,95 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
+import torch
+
+from bench.command import ROOT, answer, finish, make_parser, measure, progress, run_part
+from bench.peers import read_requests, resident, timed
+from bench.tables import add_json_flag
+from checkpoint import load
+from model import Linear
+from ops import cpu
+from ops.attention import Cache
+from ops.pack import PackedLinear, pack
+from plumbing.chat import Chat
+from sample import Engine, Request, SampleOptions
+from train import peak_memory
+
+OURS = [sys.executable, "-m", "bench.sampler"]
+PEERS = ROOT / "bench/peers.py"
+PARTS_OF_A_STEP = ("matmuls", "attention", "norms, RoPE, SwiGLU", "sampling", "rest")
 
 
-# ---------------------------------------------------------------------------------------------- peers
+# ---------------------------------------------------------------------------------- whole runs
 
 
-def read_requests(args) -> list[dict]:
-    """As many records as asked for, from the start again where the file has fewer."""
-    rows = [json.loads(line) for line in Path(args.requests).read_text().splitlines()]
-    return [rows[i % len(rows)] for i in range(args.count or len(rows))]
+class CountingEngine(Engine):
+    """An engine that keeps how many rows each of its steps had."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.live: list[int] = []
+
+    def step(self, state, live):
+        self.live.append(state.shape[1])
+        return super().step(state, live)
 
 
-def chat_texts(tokenizer, rows: list[dict]) -> list[str]:
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
-        )
-        for row in rows
-    ]
-
-
-def timed(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def run_transformers(args) -> dict:
-    """Static batches of like lengths, the kindest order for it."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    rows = sorted(read_requests(args), key=lambda row: row["max_new_tokens"])
-
-    @torch.inference_mode()
-    def generate(rows, most: int):
-        for i in range(0, len(rows), args.batch):
-            batch = rows[i : i + args.batch]
-            inputs = tokenizer(
-                chat_texts(tokenizer, batch),
-                return_tensors="pt",
-                padding=True,
-                add_special_tokens=False,
-            )
-            n = min(most, max(row["max_new_tokens"] for row in batch))
-            model.generate(
-                **inputs,
-                max_new_tokens=n,
-                min_new_tokens=n,
-                do_sample=True,
-                temperature=0.7,
-                top_k=0,
-                top_p=1.0,
-            )
-
-    generate(rows[:4], 4)
-    return {"seconds": timed(lambda: generate(rows, 1 << 30))}
-
-
-def run_vllm(args) -> dict:
-    """vLLM's continuous batching, on its CPU build."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
-
-    rows = read_requests(args)
-    llm = LLM(args.model, dtype="bfloat16", max_model_len=2048, max_num_seqs=256)
-    texts = chat_texts(llm.get_tokenizer(), rows)
-    params = [
-        SamplingParams(
-            temperature=0.7,
-            max_tokens=row["max_new_tokens"],
-            min_tokens=row["max_new_tokens"],
-            ignore_eos=True,
-        )
-        for row in rows
-    ]
-    llm.generate(texts[:4], params[:4], use_tqdm=False)
-    return {"seconds": timed(lambda: llm.generate(texts, params, use_tqdm=False))}
-
-
-# ---------------------------------------------------------------------------------------------- us
-
-
-def run_ours(args) -> dict:
-    """The engine on chunks of requests, as sample.py runs it; how full its slots were; peak memory."""
-    import torch
-
-    from cpu.pack import pack
-    from data import Chat
-    from model import Cache, load
-    from sample import Engine, Request, SampleOptions
-    from train import peak_memory
-
-    rows, chat = read_requests(args), Chat(args.model)
+def run_ours(model: str, requests: str, slots: int = 0, count: int = 0, **_) -> dict:
+    """The engine on chunks of requests, as sample.py runs it; how full its slots were; memory."""
+    rows = read_requests(requests, count)
+    chat = Chat(model)
     before = resident()
-    model = pack(load(args.model, torch.bfloat16))
-    o = SampleOptions(ignore_eos=True, **({"slots": args.slots} if args.slots else {}))
-    engine, live, step = Engine(model, chat, o), [], Engine.step
-    requests = [
-        Request(chat.prompt_ids(row), row["max_new_tokens"], i) for i, row in enumerate(rows)
-    ]
-    engine.run([Request(r.ids, 4, r.key) for r in requests[:4]])
-    Engine.step = lambda self, state, tokens: (
-        live.append(state.shape[1]),
-        step(self, state, tokens),
-    )[1]
-    seconds = timed(
-        lambda: [engine.run(requests[i : i + o.chunk]) for i in range(0, len(requests), o.chunk)]
-    )
-    assert all(
-        len(r.output) == row["max_new_tokens"] for r, row in zip(requests, rows, strict=True)
-    )
-    longest = max(len(r.ids) + r.limit for r in requests)
-    slots = engine.cache.k.shape[1]
-    asked = sum(
-        path.stat().st_size for path in Path(args.model).glob("*.safetensors")
-    ) + slots * Cache.row_bytes(model.config, longest, torch.bfloat16)
+    net = pack(load(model, torch.bfloat16))
+    o = SampleOptions(ignore_eos=True, slots=slots or SampleOptions.slots)
+    queue = [Request(chat.prompt_ids(row), row["max_new_tokens"], i) for i, row in enumerate(rows)]
+
+    # a short warm-up, then the measurement
+    engine = CountingEngine(net, chat, o)
+    engine.run([Request(r.ids, 4, r.seed) for r in queue[:4]])
+    engine.live.clear()
+
+    def work() -> None:
+        for i in range(0, len(queue), o.chunk):
+            engine.run(queue[i : i + o.chunk])
+
+    seconds = timed(work)
+    wanted = [row["max_new_tokens"] for row in rows]
+    assert [len(r.output) for r in queue] == wanted, "every request must be written in full"
+
+    # memory that must be there: weights as they are stored, and the KV cache
+    longest = max(len(r.ids) + r.max_new_tokens for r in queue)
+    rows_of_cache = engine.cache.k.shape[1]
+    weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    cache = rows_of_cache * Cache.row_bytes(net.config, longest, torch.bfloat16)
     return {
         "seconds": seconds,
-        "live_slots": sum(live) / len(live) / slots,
-        "slots": slots,
+        "live_slots": sum(engine.live) / len(engine.live) / rows_of_cache,
+        "slots": rows_of_cache,
         "peak_bytes": peak_memory() * 1e9 - before,
-        "weights_and_cache_bytes": asked,
+        "weights_and_cache_bytes": weights + cache,
     }
 
 
-def resident() -> int:
-    """Bytes of memory that this process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+# ---------------------------------------------------------------------------------- one step
 
 
 class Parts:
     """Seconds inside functions of a step, by label; wrapped where they are looked up."""
 
     def __init__(self):
-        import torch
+        if cpu.library(torch.bfloat16) is None:
+            sys.exit("the parts of a step are those of the compiled kernels; they need a compiler")
+        self.seconds: Counter = Counter()
+        # every call of C goes through cpu.call; the function's name says which it is
+        labels = {"attend": "attention", "sample_token": "sampling"}
 
-        from cpu import kernels
-        from model import Linear
+        def label_of_call(function, *_) -> str:
+            return labels.get(function.__name__, "norms, RoPE, SwiGLU")
 
-        if kernels.library(torch.bfloat16) is None:
-            sys.exit(
-                "the parts of a step are those of the compiled kernels; they need a C compiler"
-            )
-        self.seconds = Counter()
-        labels = {"attend": "attention", "draw": "sampling"}
-        self.wrap(
-            kernels,
-            "call",
-            lambda function, *_: labels.get(function.__name__, "norms, RoPE, SwiGLU"),
-        )
-        self.wrap(Linear, "forward", lambda *_: "matmuls")
+        self.wrap(cpu, "call", label_of_call)
+        for layer in (Linear, PackedLinear):
+            self.wrap(layer, "forward", lambda *_: "matmuls")
 
     def wrap(self, owner, name: str, label) -> None:
         """Count the seconds of owner.name under label(its arguments)."""
@@ -191,276 +126,214 @@ class Parts:
 
 
 class Step:
-    """One decode step of B rows whose caches hold `lengths` tokens of noise, as Engine.step runs it."""
+    """One decode step of B rows whose caches hold `lengths` tokens of noise, as the engine's."""
 
-    def __init__(self, args, rows: int, tokens: int, shortest: int):
-        import torch
-
-        from cpu.pack import pack
-        from data import Chat
-        from model import Cache, load
-        from sample import Engine, SampleOptions
-
-        self.model = pack(load(args.model, torch.bfloat16))
-        self.engine = Engine(self.model, Chat(args.model), SampleOptions())
-        self.engine.cache = Cache(self.model.config, rows, tokens, torch.bfloat16)
+    def __init__(self, model: str, rows: int, tokens: int, shortest: int):
+        self.net = pack(load(model, torch.bfloat16))
+        config = self.net.config
+        self.engine = Engine(self.net, Chat(model), SampleOptions())
+        self.engine.cache = Cache(config, rows, tokens, torch.bfloat16)
+        # caches of noise, and rows in the middle of their responses
         torch.manual_seed(0)
         for x in (self.engine.cache.k, self.engine.cache.v):
             for layer in x:
                 layer.normal_()
         self.lengths = torch.randint(shortest, tokens, (rows,))
-        self.state = torch.stack(
-            [
-                torch.randint(self.model.config.vocab_size, (rows,)),
-                self.lengths,
-                torch.arange(rows),
-                self.lengths,
-            ]
-        )
-        self.bytes = self.lengths.sum().item() * Cache.row_bytes(
-            self.model.config, 1, torch.bfloat16
-        )
-        self()
+        last = torch.randint(config.vocab_size, (rows,))
+        self.state = torch.stack([last, self.lengths, torch.arange(rows), self.lengths])
+        self.live_tokens = self.lengths.sum().item()
+        self.bytes = self.live_tokens * Cache.row_bytes(config, 1, torch.bfloat16)
+        self.seconds()
 
-    def __call__(self) -> float:
-        import torch
-
+    def seconds(self) -> float:
         with torch.inference_mode():
             return timed(lambda: self.engine.step(self.state, int(self.lengths.max()) + 1))
 
 
-def run_limit(args) -> dict:
-    """Full slots at the middle of the work: time of a step by part, and of its matmuls and its KV stream alone."""
-    import torch
-
-    from model import Linear
-
-    rows = args.slots or 128
-    step = Step(args, rows, 240, 80)
-    layers = [m for m in step.model.modules() if isinstance(m, Linear)]
-    inputs = {m.weight.shape[1]: torch.randn(rows, m.weight.shape[1]).bfloat16() for m in layers}
-    plain, stream = Linear.forward, torch.zeros(1 << 28, dtype=torch.float32)  # 1 GiB
-    parts, totals = Parts(), []
+def run_limit(model: str, slots: int = 0, repeats: int = 15, **_) -> dict:
+    """Full slots halfway through the work: seconds of a step by part, and of its matmuls and its
+    KV stream alone.
+    """
+    # the step, and the shapes of its matmuls
+    rows = slots or SampleOptions.slots
+    step = Step(model, rows, 240, 80)
+    layers = [m for m in step.net.modules() if isinstance(m, Linear | PackedLinear)]
+    shapes = [m.weight.shape for m in layers]
+    inputs = {width: torch.randn(rows, width).bfloat16() for _, width in shapes}
+    plain = [m.forward for m in layers]  # before Parts wraps the classes' own
+    stream = torch.zeros(1 << 28, dtype=torch.float32)  # 1 GiB
+    parts = Parts()
 
     @torch.inference_mode()
-    def matmuls():
-        for m in layers:
-            plain(m, inputs[m.weight.shape[1]])
+    def matmuls() -> None:
+        for forward, (_, width) in zip(plain, shapes, strict=True):
+            forward(inputs[width])
 
-    for _ in range(args.repeats):
+    # step and limit in turn, so that both have the machine at about the same time
+    rounds = []
+    for _ in range(repeats):
         parts.seconds.clear()
-        seconds = step()
-        totals.append(
-            {
-                "step": seconds,
-                "matmuls alone": timed(matmuls),
-                "KV stream alone": step.bytes / (stream.nbytes / timed(stream.sum)),
-                **parts.seconds,
-            }
-        )
-        totals[-1]["rest"] = seconds - sum(parts.seconds.values())
-        totals[-1]["share"] = (
-            totals[-1]["matmuls alone"] + totals[-1]["KV stream alone"]
-        ) / seconds
-    result = {name: median(t[name] for t in totals) for name in totals[0]}
-    flop = 2 * rows * sum(m.weight.shape[0] * m.weight.shape[1] for m in layers)
-    return {
-        **result,
-        "rows": rows,
-        "gflops": flop / result["matmuls alone"] / 1e9,
-        "stream_gb_per_s": step.bytes / result["KV stream alone"] / 1e9,
-    }
+        seconds = step.seconds()
+        one = {name: parts.seconds[name] for name in PARTS_OF_A_STEP}
+        one["rest"] = seconds - sum(parts.seconds.values())
+        one["step"] = seconds
+        one["matmuls alone"] = timed(matmuls)
+        one["KV stream alone"] = step.bytes / (stream.nbytes / timed(stream.sum))
+        one["share"] = (one["matmuls alone"] + one["KV stream alone"]) / seconds
+        rounds.append(one)
+    result = {name: median(one[name] for one in rounds) for name in rounds[0]}
+    flop = 2 * rows * sum(out * width for out, width in shapes)
+    result["gflops"] = flop / result["matmuls alone"] / 1e9
+    result["stream_gb_per_s"] = step.bytes / result["KV stream alone"] / 1e9
+    return {**result, "rows": rows}
 
 
-def run_context(args) -> dict:
-    """16 rows of caches up to args.count tokens, the shortest an eighth of it: attention's time per live token."""
-    from train import peak_memory
-
-    step, parts, totals = Step(args, 16, args.count, args.count // 8), Parts(), []
-    for _ in range(args.repeats):
+def run_context(model: str, count: int, repeats: int = 15, **_) -> dict:
+    """16 rows of caches of up to `count` tokens, the shortest an eighth of it: attention's time."""
+    step = Step(model, 16, count, count // 8)
+    parts = Parts()
+    # attention alone is what grows with the context
+    rounds = []
+    for _ in range(repeats):
         parts.seconds.clear()
-        totals.append((step(), parts.seconds["attention"]))
-    seconds, attention = (median(x) for x in zip(*totals, strict=True))
-    live = step.lengths.sum().item()
+        rounds.append((step.seconds(), parts.seconds["attention"]))
+    seconds, attention = (median(column) for column in zip(*rounds, strict=True))
     return {
         "seconds": seconds,
-        "tokens_per_second": 16 / seconds,
         "attention": attention,
-        "live_tokens": live,
-        "ns_per_live_token": attention / live * 1e9,
+        "live_tokens": step.live_tokens,
         "peak_bytes": peak_memory() * 1e9,
     }
 
 
-# ---------------------------------------------------------------------------------------------- all of it
-
-RUNS = {
-    "ours": run_ours,
-    "transformers": run_transformers,
-    "vllm": run_vllm,
-    "limit": run_limit,
-    "context": run_context,
-}
+# ---------------------------------------------------------------------------------- all of it
 
 
-def child(args, what: str, python: str = sys.executable, **changes) -> dict:
-    """RUNS[what] in a process of its own."""
-    options = {
-        **{
-            name: getattr(args, name)
-            for name in ("model", "requests", "batch", "slots", "repeats", "count")
-        },
-        **changes,
-    }
-    flags = [x for name, value in options.items() if value for x in (f"--{name}", str(value))]
-    # not in our directory: peers must not take our files for theirs
-    done = subprocess.run(
-        [python, __file__, "--run", what, *flags],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    if done.returncode:
-        sys.exit(f"{what}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def compare(args) -> dict:
+def compare(args) -> dict[str, list[dict]]:
     """Everybody on the same requests, in turn."""
-    who = {"ours": sys.executable, "transformers": args.transformers, "vllm": args.vllm}
-    tokens = sum(row["max_new_tokens"] for row in read_requests(args))
-    runs = {name: [] for name, python in who.items() if python}
+    given = {"model": args.model, "requests": args.requests, "count": args.count}
+    commands = {"ours": (OURS, {"slots": args.slots}, ROOT)}
+    for name in ("transformers", "vllm"):
+        python = getattr(args, name)
+        if python:
+            # isolated, and not in our directory: a peer must not take our files for its own
+            commands[name] = ([python, "-I", str(PEERS)], {"batch": args.batch}, PEERS.parent)
+    tokens = sum(row["max_new_tokens"] for row in read_requests(args.requests, args.count))
+    rates = {name: [] for name in commands}
     for turn in range(args.rounds):
-        for name in runs:
-            runs[name].append(child(args, name, who[name]))
-            print(
-                f"round {turn + 1}: {name:12s} {tokens / runs[name][-1]['seconds']:7.0f} tokens/s",
-                flush=True,
-            )
-    rates = {name: [tokens / run["seconds"] for run in done] for name, done in runs.items()}
-    ratios = {
-        name: median(a / b for a, b in zip(rates["ours"], rates[name], strict=True))
-        for name in runs
-        if name != "ours"
-    }
-    for name, ratio in ratios.items():
-        print(f"we are {ratio:.2f} times as fast as {name} (median of {args.rounds} rounds)")
-    last = runs["ours"][-1]
-    print(f"slots: {last['slots']}, {last['live_slots']:.0%} of them live on average\n")
-    return {
-        "tokens_per_second": rates,
-        "times_as_fast_as": ratios,
-        "live_slots": last["live_slots"],
-    }
+        for name, (command, more, folder) in commands.items():
+            run = run_part(command, name, {**given, **more}, folder)
+            rates[name].append(tokens / run["seconds"])
+            progress(f"round {turn + 1}: {name} {rates[name][-1]:.0f} tokens/s")
+            if name == "ours":
+                print(f"{run['slots']} slots, {run['live_slots']:.0%} live on average")
+
+    # the median of the rounds' ratios, as both of a round had the machine at about the same time
+    rows = []
+    for name, theirs in rates.items():
+        ratio = median(a / b for a, b in zip(rates["ours"], theirs, strict=True))
+        shown = " ".join(f"{rate:.0f}" for rate in theirs)
+        rows.append({"sampler": name, "tokens/s": shown, "ours is": f"{ratio:.2f}x"})
+    return {"compare": rows}
 
 
-def limit(args) -> dict:
-    result = child(args, "limit")
-    print(
-        f"one step of {result['rows']} full slots: {result['step'] * 1e3:.1f} ms, "
-        f"{result['rows'] / result['step']:.0f} tokens/s, {result['share']:.0%} of the limit"
-    )
-    for name in ("matmuls", "attention", "norms, RoPE, SwiGLU", "sampling", "rest"):
-        print(f"    {name:22s} {result[name] * 1e3:6.1f} ms")
-    print(
-        f"    limit: matmuls alone   {result['matmuls alone'] * 1e3:6.1f} ms ({result['gflops']:.0f} GFLOP/s)\n"
-        f"    limit: KV stream alone {result['KV stream alone'] * 1e3:6.1f} ms ({result['stream_gb_per_s']:.1f} GB/s)\n"
-    )
-    return result
+def limit(args) -> dict[str, list[dict]]:
+    """A step of full slots by part, and how near it is to the limit."""
+    given = {"model": args.model, "slots": args.slots, "repeats": args.repeats}
+    run = run_part(OURS, "limit", given)
+    rate = run["rows"] / run["step"]
+    print(f"{run['rows']} rows, {rate:.0f} tokens/s, {run['share']:.0%} of the limit")
+    # the parts of the step, their sum, and what the machine would take at best
+    names = {name: name for name in (*PARTS_OF_A_STEP, "step")}
+    names["matmuls alone"] = f"limit: matmuls alone ({run['gflops']:.0f} GFLOP/s)"
+    names["KV stream alone"] = f"limit: KV stream alone ({run['stream_gb_per_s']:.1f} GB/s)"
+    rows = [{"part": shown, "ms": f"{run[name] * 1e3:.1f}"} for name, shown in names.items()]
+    return {"limit": rows}
 
 
-def growth(args) -> dict:
-    result = {"requests": {}, "context": {}}
-    print("requests  tokens/s  live slots  peak memory  over weights + KV cache")
-    for count in (64, 256, 1024):
-        run = child(args, "ours", count=count)
-        tokens = sum(
-            row["max_new_tokens"]
-            for row in read_requests(argparse.Namespace(requests=args.requests, count=count))
-        )
-        result["requests"][count] = {**run, "tokens_per_second": tokens / run["seconds"]}
-        print(
-            f"{count:8d}  {tokens / run['seconds']:8.0f}  {run['live_slots']:10.0%}  {run['peak_bytes'] / 1e6:8.0f} MB  "
-            f"{run['peak_bytes'] / run['weights_and_cache_bytes']:.2f}",
-            flush=True,
-        )
-    print("\ncontext  step of 16 rows  attention  per live token  peak memory")
-    for tokens in (256, 1024, 4096):
-        run = result["context"][tokens] = child(args, "context", count=tokens)
-        print(
-            f"{tokens:7d}  {run['seconds'] * 1e3:12.1f} ms  {run['attention'] * 1e3:6.1f} ms  "
-            f"{run['ns_per_live_token']:11.0f} ns  {run['peak_bytes'] / 1e6:8.0f} MB",
-            flush=True,
-        )
-    return result
-
-
-def processes(args) -> dict:
-    """sample.py by one process of one core, and by two: whole commands, the loading of the model included."""
-    seconds = {}
+def processes(args) -> dict[str, list[dict]]:
+    """sample.py by one process of one core, and by two: whole commands, loading included."""
+    rows = []
+    written = []
     with tempfile.TemporaryDirectory() as folder:
         for n in (1, 2):
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                str(n),
-                str(ROOT / "sample.py"),
-                "--model",
-                args.model,
-                "--prompts",
-                args.requests,
-                "--out",
-                f"{folder}/{n}.jsonl",
-                "--ignore-eos",
-                "--chunk",
-                "64",
-            ]
+            # a thread a process: only two use both cores
+            out = Path(folder) / f"{n}.jsonl"
+            launch = ["-m", "torch.distributed.run", f"--nproc-per-node={n}"]
+            flags = ["--model", args.model, "--prompts", args.requests, "--out", str(out)]
             done = subprocess.run(
-                command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                [sys.executable, *launch, "sample.py", *flags, "--ignore-eos", "--chunk=64"],
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             if done.returncode:
                 sys.exit(done.stderr[-3000:])
-            seconds[n] = json.loads(done.stdout.splitlines()[-1])["seconds"]
-        same = Path(folder, "1.jsonl").read_bytes() == Path(folder, "2.jsonl").read_bytes()
-    print(
-        f"two processes of one core each: {seconds[1] / seconds[2]:.2f} times as fast as one "
-        f"({seconds[1]:.1f} s, {seconds[2]:.1f} s), {'the same' if same else 'OTHER'} bytes\n"
-    )
-    return {"seconds": seconds, "times_as_fast": seconds[1] / seconds[2], "same_bytes": same}
+            written.append(out.read_bytes())
+            seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+            rows.append({"processes": n, "seconds": f"{seconds:.1f}"})
+    print("the same bytes" if written[0] == written[1] else "OTHER bytes")
+    return {"processes": rows}
+
+
+def growth(args) -> dict[str, list[dict]]:
+    """More requests, and longer contexts."""
+    requests = []
+    contexts = []
+    # more requests than slots: memory must not grow with them
+    for count in (64, 256, 1024):
+        given = {"model": args.model, "requests": args.requests, "slots": args.slots}
+        run = run_part(OURS, "ours", {**given, "count": count})
+        tokens = sum(row["max_new_tokens"] for row in read_requests(args.requests, count))
+        over = run["peak_bytes"] / run["weights_and_cache_bytes"]
+        row = {
+            "requests": count,
+            "tokens/s": f"{tokens / run['seconds']:.0f}",
+            "live slots": f"{run['live_slots']:.0%}",
+            "peak memory MB": f"{run['peak_bytes'] / 1e6:.0f}",
+            "over weights + KV cache": f"{over:.2f}",
+        }
+        requests.append(row)
+        progress(str(row))
+    # attention's time must grow with the tokens that are live, and no faster
+    for tokens in (256, 1024, 4096):
+        given = {"model": args.model, "count": tokens, "repeats": args.repeats}
+        run = run_part(OURS, "context", given)
+        row = {
+            "context": tokens,
+            "step of 16 rows ms": f"{run['seconds'] * 1e3:.1f}",
+            "attention ms": f"{run['attention'] * 1e3:.1f}",
+            "ns per live token": f"{run['attention'] / run['live_tokens'] * 1e9:.0f}",
+            "peak memory MB": f"{run['peak_bytes'] / 1e6:.0f}",
+        }
+        contexts.append(row)
+        progress(str(row))
+    return {"requests": requests, "context": contexts}
+
+
+PARTS = {"compare": compare, "limit": limit, "processes": processes, "growth": growth}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    answer({"ours": run_ours, "limit": run_limit, "context": run_context})
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory")
     parser.add_argument("--requests", required=True, help="JSONL of prompt and max_new_tokens")
     parser.add_argument("--transformers", default="", help="Python that has transformers")
     parser.add_argument("--vllm", default="", help="Python that has vLLM")
     parser.add_argument("--rounds", type=int, default=2, help="turns of everybody")
     parser.add_argument("--batch", type=int, default=64, help="of transformers")
-    parser.add_argument("--slots", type=int, default=0, help="ours; 0 is the default of sample.py")
-    parser.add_argument(
-        "--repeats", type=int, default=15, help="steps that the parts are the median of"
-    )
-    parser.add_argument("--count", type=int, default=0, help="requests; 0 is all of the file")
-    parser.add_argument(
-        "--only", choices=["compare", "limit", "processes", "growth"], help="a part of it"
-    )
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--slots", type=int, default=0, help="ours; 0: sample.py's default")
+    parser.add_argument("--repeats", type=int, default=15, help="steps of which to take the median")
+    parser.add_argument("--count", type=int, default=0, help="requests; 0: all of the file")
+    parser.add_argument("--only", choices=PARTS, help="one part of the whole")
+    add_json_flag(parser)
     args = parser.parse_args()
-    args.model, args.requests = (str(Path(path).resolve()) for path in (args.model, args.requests))
-    if args.run:
-        if args.run not in ("transformers", "vllm"):
-            sys.path.insert(0, str(ROOT))
-        print(json.dumps(RUNS[args.run](args)))
-        return
-    parts = {"compare": compare, "limit": limit, "processes": processes, "growth": growth}
-    print(
-        json.dumps({name: part(args) for name, part in parts.items() if args.only in (None, name)})
-    )
+    # the parts run in other directories
+    args.model = str(Path(args.model).resolve())
+    args.requests = str(Path(args.requests).resolve())
+    finish(measure, PARTS, args)
 
 
 if __name__ == "__main__":

@@ -1,379 +1,249 @@
-"""The trainer against what people would use instead, against the machine's matmul peak, and as the work grows.
+"""The trainer against TRL, against the machine's matmul peak, and as the work grows.
 
-    python bench/trainer.py --model DIR --pairs P.jsonl --trl PYTHON
+    python -m bench.trainer --model DIR --pairs P.jsonl --trl PYTHON
 
-P.jsonl holds {"prompt", "chosen", "rejected"}; the first `--steps` x `--batch` of them are used, cut at `--max-length` tokens.
-PYTHON is the interpreter of an environment with trl; without it we run alone. Everything runs in a process of its own, one
-after the other. SFT is on the chosen answers. Tokens are those of prompts and answers; loading is not counted, the reference
-pass is counted apart. TRL keeps its weights in bf16, as its users on small machines do; ours are fp32 masters: how many of
-either the steps moved is counted. Tables on standard output, JSON in the last line.
+P.jsonl holds {"prompt", "chosen", "rejected"}; the first --steps x --batch of them are used, cut at
+--max-length tokens. PYTHON is the interpreter of an environment with trl; without it we run alone.
+Everything runs in a process of its own, one after the other. SFT is on the chosen responses. Tokens
+are those of prompts and responses; loading is not counted, the reference pass is counted apart. TRL
+keeps its weights in bf16, as its users on small machines do; ours are fp32 masters: the share of
+either that the steps moved is shown. Tables on standard output, JSON in the last line.
 """
 
-import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
+from functools import wraps
 from pathlib import Path
 from statistics import median
 
-from sampler import resident
+import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import dpo
+import train
+from bench.command import ROOT, answer, finish, make_parser, measure, progress, run_part
+from bench.peers import most_resident, read_pairs, resident, timed
+from bench.tables import add_json_flag
+from checkpoint import Checkpoint, Weights, load_config, parse_config, save
+from model import Model
+from plumbing.chat import Chat
+from plumbing.options import RunOptions
+from plumbing.ranks import distributed
+from plumbing.records import read_jsonl, write_jsonl
+from plumbing.stage import counts_of
 
-
-def read_pairs(args) -> list[dict]:
-    """As many pairs as the steps take, from the start again where the file has fewer; prompts that leave room for an answer."""
-    rows = [json.loads(line) for line in Path(args.pairs).read_text().splitlines()]
-    rows = [row for row in rows if len(row["prompt"]) < 2 * args.max_length]
-    return [{**rows[i % len(rows)], "id": str(i)} for i in range(args.steps * args.batch)]
-
-
-def most_resident() -> int:
-    """Bytes of memory that this process had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# ---------------------------------------------------------------------------------------------- the peer
-
-
-def run_trl(args) -> dict:
-    """TRL's DPOTrainer or SFTTrainer in bf16, two micro-batches to an optimizer step."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    before = resident()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-    turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
-    marks = {}
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            marks["begin"] = time.perf_counter()
-
-        def on_train_end(self, *_, **__):
-            marks["end"] = time.perf_counter()
-
-    shared = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": args.batch // 2,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 1,
-        "max_length": args.max_length,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "logging_steps": 1000,
-    }
-    start = time.perf_counter()
-    if args.method == "dpo":
-        rows = [
-            {
-                "prompt": turn("user", r["prompt"]),
-                "chosen": turn("assistant", r["chosen"]),
-                "rejected": turn("assistant", r["rejected"]),
-            }
-            for r in read_pairs(args)
-        ]
-        config = DPOConfig(**shared, learning_rate=5e-7, beta=0.1, precompute_ref_log_probs=True)
-    else:
-        rows = [
-            {"prompt": turn("user", r["prompt"]), "completion": turn("assistant", r["chosen"])}
-            for r in read_pairs(args)
-        ]
-        config = SFTConfig(**shared, learning_rate=1e-6)
-    trainer = (DPOTrainer if args.method == "dpo" else SFTTrainer)(
-        model=model,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[Clock()],
-        args=config,
-    )
-    reference = time.perf_counter() - start
-    trainer.train()
-    peak_gb, old = (
-        (most_resident() - before) / 1e9,
-        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16),
-    )
-    moved = sum(
-        (p != q).sum().item() for p, q in zip(model.parameters(), old.parameters(), strict=True)
-    )
-    return {
-        "seconds": marks["end"] - marks["begin"],
-        "reference_seconds": reference,
-        "peak_gb": peak_gb,
-        "moved": moved / sum(p.numel() for p in model.parameters()),
-    }
+OURS = [sys.executable, "-m", "bench.trainer"]
+PEERS = ROOT / "bench/peers.py"
+GIVEN = ("model", "pairs", "steps", "batch", "max_length", "micro_batch_tokens")
 
 
-# ---------------------------------------------------------------------------------------------- us
+# ---------------------------------------------------------------------------------- one run
 
 
-def run_ours(args) -> dict:
-    """dpo.train_policy or train.sft, as the commands run them."""
-    import dpo
-    import train
-    from data import Common, peak_flops, processes
-    from dpo import policy_options, train_policy
-    from model import Weights
-    from train import TrainOptions, sft
+class Watch:
+    """Seconds of the last call of a module's function, and what it returned."""
 
-    rows, common = read_pairs(args), Common()
-    before = resident()
-    shared = {
-        "batch": args.batch,
-        "max_length": args.max_length,
-        "epochs": 1,
-        "micro_tokens": args.micro_tokens,
-        "recompute": args.recompute,
-    }
-    timed, kept = {}, {}
-
-    def clock(module, name):
+    def __init__(self, module, name: str):
+        self.seconds = 0.0
+        self.result = None
+        # replaced where it is looked up: what calls it need not know
         function = getattr(module, name)
 
-        def counted(*values, **named):
+        @wraps(function)
+        def watched(*args, **named):
             start = time.perf_counter()
-            kept[name] = function(*values, **named)
-            timed[name] = time.perf_counter() - start
-            return kept[name]
+            self.result = function(*args, **named)
+            self.seconds = time.perf_counter() - start
+            return self.result
 
-        setattr(module, name, counted)
+        setattr(module, name, watched)
 
-    with processes(), tempfile.TemporaryDirectory() as folder:
-        clock(dpo, "reference_logps")
-        clock(train, "shard")
+
+def peak_flops(n: int = 2048) -> float:
+    """Peak FLOP/s of this process: the best of several large bf16 matmuls."""
+    a = torch.randn(n, n).bfloat16()
+    best = min(timed(lambda: a @ a) for _ in range(30))
+    return 2 * n**3 / best
+
+
+def run_ours(model: str, pairs: str, method: str, steps: int, batch: int, **shared) -> dict:
+    """dpo.train_policy or train.finetune, as the commands run them."""
+    rows = read_pairs(pairs, steps * batch, shared["max_length"])
+    peak = peak_flops()
+    before = resident()
+    shared.update(run=RunOptions(peak_tflops=peak / 1e12), batch=batch, epochs=1)
+    reference = Watch(dpo, "reference_logps")
+    sharding = Watch(train, "shard")
+    with distributed(), tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.jsonl"
+        out = Path(folder) / "out"
+        write_jsonl(data, [{**row, "response": row["chosen"]} for row in rows])
         start = time.perf_counter()
-        if args.method == "dpo":
-            o = policy_options(**shared, lr=5e-7, beta=0.1)
-            counts = train_policy(
-                args.model, rows, f"{folder}/out", o, common, args.model, f"{folder}/reference"
-            )
+        if method == "dpo":
+            o = dpo.PolicyOptions(**shared, lr=5e-7, loss_parameters={"beta": 0.1})
+            dpo.train_policy(Checkpoint(model), [data], out, o)
         else:
-            o = TrainOptions(**shared, lr=1e-6)
-            counts = sft(
-                args.model,
-                [{**row, "response": row["chosen"]} for row in rows],
-                f"{folder}/out",
-                o,
-                common,
-            )
+            o = train.TrainOptions(**shared, lr=1e-6)
+            train.finetune(Checkpoint(model), data, out, o)
         whole = time.perf_counter() - start
-        lines = [json.loads(line) for line in open(f"{folder}/out/metrics.jsonl")]
-        peak_gb, old, masters = (
-            (most_resident() - before) / 1e9,
-            Weights(args.model),
-            dict(kept["shard"].named_parameters()),
-        )
-        moved = sum(
-            (p.full_tensor() != old.slice(name)[:].float()).sum().item()
-            for name, p in masters.items()
-        )
+
+        # what it took, and how many of the fp32 masters moved
+        peak_gb = (most_resident() - before) / 1e9
+        text = (out / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        tokens = counts_of(out)["tokens"]
+        old = Weights(model)
+        masters = dict(sharding.result.named_parameters())
+        moved = sum(count_moved(p, old.slice(name)) for name, p in masters.items())
     seconds = sum(line["seconds"] for line in lines)
     return {
         "seconds": seconds,
-        "reference_seconds": timed.get("reference_logps", 0.0),
+        "reference_seconds": reference.seconds,
         "peak_gb": peak_gb,
         "moved": moved / sum(p.numel() for p in masters.values()),
-        "tokens": counts["tokens"],
-        "share_of_peak": median(line["share_of_peak"] for line in lines),
-        "peak_gflops": peak_flops(common.dtype) / 1e9,
+        "tokens": tokens,
+        "mfu": median(line["mfu"] for line in lines),
+        "peak_gflops": peak / 1e9,
         "step_seconds": median(line["seconds"] for line in lines),
-        "start_seconds": whole - seconds - timed.get("reference_logps", 0.0),
+        "start_seconds": whole - seconds - reference.seconds,
     }
 
 
-# ---------------------------------------------------------------------------------------------- all of it
-
-RUNS = {"ours": run_ours, "trl": run_trl}
-
-
-def child(args, what: str, python: str = sys.executable, **changes) -> dict:
-    """RUNS[what] in a process of its own."""
-    names = (
-        "model",
-        "pairs",
-        "method",
-        "steps",
-        "batch",
-        "max_length",
-        "micro_tokens",
-        "recompute",
-    )
-    options = {**{name: getattr(args, name) for name in names}, **changes}
-    flags = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in options.items()
-        if not isinstance(value, bool)
-    ]
-    flags += [f"--{name}" for name, value in options.items() if value is True]
-    # not in our directory: peers must not take our files for theirs
-    done = subprocess.run(
-        [python, __file__, "--run", what, *flags],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    if done.returncode:
-        sys.exit(f"{what}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def count_moved(parameter: torch.Tensor, old) -> int:
+    return (parameter.full_tensor() != old[:].float()).sum().item()
 
 
-def show(who: str, run: dict) -> None:
-    rate = run["tokens"] / run["seconds"]
-    share = f"{run['share_of_peak']:6.0%}" if "share_of_peak" in run else f"{'':6s}"
-    print(
-        f"{who:22s} {rate:8.0f} {run['reference_seconds']:11.1f} {share}  {run['peak_gb']:9.2f}  {run['moved']:7.2%}",
-        flush=True,
-    )
+# ---------------------------------------------------------------------------------- what to run
 
 
-def compare(args) -> dict:
-    """DPO at the length asked for, SFT, and DPO with four times the length, where memory is what counts."""
-    print(f"{'':22s} tokens/s  reference s   peak  memory GB    moved")
-    result = {}
-    long = {"max_length": 4 * args.max_length, "steps": 1, "batch": 2}
-    for name, changes in {"dpo": {}, "sft": {"method": "sft"}, "dpo, long": long}.items():
-        if name == "dpo, long":
-            changes["pairs"] = join(args, 6)
-        ours = child(args, "ours", **changes)
-        show(f"{name}: ours", ours)
-        result[name] = {"ours": ours}
-        if args.trl:
-            peer = {**child(args, "trl", args.trl, **changes), "tokens": ours["tokens"]}
-            show(f"{name}: TRL", peer)
-            result[name] |= {
-                "trl": peer,
-                "times_as_fast": peer["seconds"] / ours["seconds"],
-                "memory": ours["peak_gb"] / peer["peak_gb"],
-            }
-            if name != "sft":
-                result[name]["times_as_fast_reference"] = (
-                    peer["reference_seconds"] / ours["reference_seconds"]
-                )
-    for name, one in result.items():
-        if args.trl:
-            reference = (
-                f", its reference pass {one['times_as_fast_reference']:.2f}"
-                if name != "sft"
-                else ""
-            )
-            print(
-                f"{name}: we are {one['times_as_fast']:.2f} times as fast as TRL{reference}, "
-                f"in {one['memory']:.2f} of its memory"
-            )
-    print(f"peak: {result['dpo']['ours']['peak_gflops']:.0f} GFLOP/s in a large bf16 matmul\n")
-    return result
-
-
-def join(args, n: int) -> str:
-    """A file of long pairs: n of the given ones in a row make one, so that nearly all reach the length."""
-    rows = [json.loads(line) for line in Path(args.pairs).read_text().splitlines()]
-    groups = [rows[i : i + n] for i in range(0, len(rows) - n + 1, n)]
+def long_pairs(pairs: str, n: int) -> str:
+    """A file of long pairs, n of the given ones joined, so that nearly all reach the length."""
+    rows = read_jsonl(pairs)
+    joined = []
+    for i in range(0, len(rows) - n + 1, n):
+        group = rows[i : i + n]
+        sides = {side: "\n\n".join(row[side] for row in group) for side in ("chosen", "rejected")}
+        joined.append({"prompt": group[0]["prompt"], **sides})
     path = Path(tempfile.mkdtemp()) / "long.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "prompt": group[0]["prompt"],
-                    **{
-                        side: "\n\n".join(row[side] for row in group)
-                        for side in ("chosen", "rejected")
-                    },
-                }
-            )
-            + "\n"
-            for group in groups
-        )
-    )
+    write_jsonl(path, joined)
     return str(path)
-
-
-def growth(args) -> dict:
-    """One step of two long pairs by length, two steps of the usual pairs by layers, many short pairs on a very small model."""
-    result = {"length": {}, "layers": {}, "pairs": {}}
-    head = "tokens/s   peak  memory GB  start s  s a step"
-
-    def row(what: str, x: int, **changes) -> None:
-        run = result[what][x] = child(args, "ours", **changes)
-        print(
-            f"{x:10d}  {run['tokens'] / run['seconds']:8.0f} {run['share_of_peak']:6.0%} {run['peak_gb']:10.2f} "
-            f"{run['start_seconds']:8.1f} {run['step_seconds']:9.3f}",
-            flush=True,
-        )
-
-    print("max length  " + head)
-    for length in (256, 1024, 4096):
-        row("length", length, max_length=length, batch=2, steps=1, pairs=join(args, 12))
-    print("    layers  " + head)
-    for layers in (1, 8, 32):
-        row("layers", layers, model=changed(args.model, num_hidden_layers=layers), steps=2)
-    print("     pairs  " + head + "   (1 layer, 64 wide, at most 64 tokens)")
-    small = changed(
-        args.model,
-        num_hidden_layers=1,
-        hidden_size=64,
-        intermediate_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-    )
-    for pairs in (100, 1000, 10000):
-        row("pairs", pairs, model=small, steps=pairs // args.batch, max_length=64)
-    return result
 
 
 def changed(model: str, **changes) -> str:
     """A checkpoint of another size with the same tokenizer, its weights random."""
-    import torch
-
-    from data import Chat
-    from model import Config, Model, save
-
-    config = Config.load(model)
-    made = Model(Config.parse({**config.raw, "head_dim": config.head_dim, **changes}))
+    config = load_config(model)
+    made = Model(parse_config({**config.raw, "head_dim": config.head_dim, **changes}))
     for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else None
-    out = Path(tempfile.mkdtemp())
-    save(made, out, model, torch.bfloat16, Chat(model).template)
-    return str(out)
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    out = tempfile.mkdtemp()
+    save(made, Path(out), model, torch.bfloat16, Chat(model).template)
+    return out
+
+
+# ---------------------------------------------------------------------------------- all of it
+
+
+def compare(args) -> dict[str, list[dict]]:
+    """DPO at the length asked for, SFT, and DPO at four times the length, where memory counts."""
+    given = {name: getattr(args, name) for name in GIVEN}
+    long = {"max_length": 4 * args.max_length, "steps": 1, "batch": 2}
+    kinds = {
+        "dpo": {"method": "dpo"},
+        "sft": {"method": "sft"},
+        "dpo, long": {"method": "dpo", **long, "pairs": long_pairs(args.pairs, 6)},
+    }
+    rows = []
+    for name, changes in kinds.items():
+        # ours; the peer is given no option that it does not have
+        checkpointing = {"activation_checkpointing": args.activation_checkpointing}
+        ours = run_part(OURS, "ours", {**given, **checkpointing, **changes})
+        rows.append(shown({"training": f"{name}: ours"}, ours))
+        print(f"peak: {ours['peak_gflops']:.0f} GFLOP/s in a large bf16 matmul")
+        if not args.trl:
+            continue
+
+        # isolated, and not in our directory: the peer must not take our files for its own
+        command = [args.trl, "-I", str(PEERS)]
+        peer = run_part(command, "trl", {**given, **changes}, PEERS.parent)
+        rows.append(shown({"training": f"{name}: TRL"}, {**peer, "tokens": ours["tokens"]}))
+        ratio = peer["seconds"] / ours["seconds"]
+        memory = ours["peak_gb"] / peer["peak_gb"]
+        reference = ""
+        if name != "sft":
+            speed = peer["reference_seconds"] / ours["reference_seconds"]
+            reference = f", reference pass {speed:.2f}x"
+        print(f"{name}: {ratio:.2f}x TRL{reference}, {memory:.2f} of its memory")
+    return {"compare": rows}
+
+
+def growth(args) -> dict[str, list[dict]]:
+    """One step of two long pairs by length, two steps of the usual pairs by layers, many short
+    pairs on a very small model.
+    """
+    small = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    small.update(num_attention_heads=2, num_key_value_heads=2)
+    changes = {"length": {}, "layers": {}, "pairs": {}}
+    for length in (256, 1024, 4096):
+        one = {"max_length": length, "batch": 2, "steps": 1, "pairs": long_pairs(args.pairs, 12)}
+        changes["length"][length] = one
+    for layers in (1, 8, 32):
+        one = {"model": changed(args.model, num_hidden_layers=layers), "steps": 2}
+        changes["layers"][layers] = one
+    for pairs in (100, 1000, 10000):
+        one = {"model": changed(args.model, **small), "max_length": 64}
+        changes["pairs"][pairs] = {**one, "steps": pairs // args.batch}
+
+    # a table for each of them
+    given = {name: getattr(args, name) for name in GIVEN}
+    given.update(method="dpo", activation_checkpointing=args.activation_checkpointing)
+    tables = {}
+    for name, runs in changes.items():
+        tables[name] = []
+        for x, one in runs.items():
+            run = run_part(OURS, "ours", {**given, **one})
+            row = shown({name: x}, run)
+            row["start s"] = f"{run['start_seconds']:.1f}"
+            tables[name].append({**row, "s a step": f"{run['step_seconds']:.3f}"})
+    return tables
+
+
+def shown(row: dict, run: dict) -> dict:
+    """A row and its run's figures; also printed at once, as the next run may take long."""
+    row = {
+        **row,
+        "tokens/s": f"{run['tokens'] / run['seconds']:.0f}",
+        "reference s": f"{run['reference_seconds']:.1f}",
+        "mfu": f"{run['mfu']:.0%}" if "mfu" in run else "-",
+        "memory GB": f"{run['peak_gb']:.2f}",
+        "moved": f"{run['moved']:.2%}",
+    }
+    progress(str(row))
+    return row
+
+
+PARTS = {"compare": compare, "growth": growth}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    answer({"ours": run_ours})
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory")
     parser.add_argument("--pairs", required=True, help="JSONL of prompt, chosen, rejected")
     parser.add_argument("--trl", default="", help="Python that has trl")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=8, help="pairs in each")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer")
-    parser.add_argument(
-        "--micro-tokens", type=int, default=4096, help="of ours: tokens of a packed micro-batch"
-    )
-    parser.add_argument(
-        "--recompute", action="store_true", help="of ours: activation checkpointing"
-    )
-    parser.add_argument("--method", choices=("dpo", "sft"), default="dpo", help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=("compare", "growth"), help="one part of the whole")
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and response")
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of ours")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="of ours")
+    parser.add_argument("--only", choices=PARTS, help="one part of the whole")
+    add_json_flag(parser)
     args = parser.parse_args()
-    if args.run:
-        print(json.dumps(RUNS[args.run](args)))
-        return
-    parts = {"compare": compare, "growth": growth}
-    print(
-        json.dumps({name: part(args) for name, part in parts.items() if args.only in (None, name)})
-    )
+    # the parts run in other directories
+    args.model = str(Path(args.model).resolve())
+    args.pairs = str(Path(args.pairs).resolve())
+    finish(measure, PARTS, args)
 
 
 if __name__ == "__main__":

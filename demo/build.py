@@ -1,34 +1,38 @@
-"""What the demo starts from: data of the closed world, and M_0, a small Llama trained from scratch on its web text.
+"""What the demo starts from: data of a closed world, and M_0, a small Llama trained from scratch.
 
-prepare() is what recipes/demo.json names in `prepare`; evaluate() is its held-out measure and score() the rubric as a
-scorer (a control: the default scorer needs nothing from outside the models). See world.py for the world itself.
+prepare() is what recipes/demo.toml names in `prepare`, and evaluate() is its held-out evaluation.
+score() is the rubric as a scorer, for comparison: the default scorer needs nothing from outside the
+models. The world itself is in world.py.
 
-M_0 learns, in one pass, from imperfect web answers, from correct paragraphs and from practice in copying, tidying and
-asking about keywords, skills that a real chat model brings along.
+M_0 learns, in one pass, from imperfect web answers, from correct paragraphs and from practice in
+copying, tidying and asking about keywords, skills that a real chat model brings along.
 """
 
 import json
 import random
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data import Common, on_first, read_jsonl, stage, write_jsonl, write_text
-from model import Config, Model, save
+from checkpoint import parse_config, save
+from demo import world
+from model import Model
+from plumbing.options import RunOptions
+from plumbing.ranks import on_rank0
+from plumbing.records import read_jsonl, write_jsonl, write_text
+from plumbing.stage import Stage
 from train import TrainOptions, sft
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import world
+# records of M_0's data
+WEB = 12_000
+PARAGRAPHS = 2_000
+PRACTICE = 2_400
+ASKING = 3_600
+# paragraphs of the corpus
+CORPUS = 3_000
 
-WEB, PARAGRAPHS, PRACTICE, ASKING, CORPUS = (
-    12_000,
-    2_000,
-    2_400,
-    3_600,
-    3_000,
-)  # records of M_0's data; of the corpus
 ARCHITECTURE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -44,97 +48,108 @@ ARCHITECTURE = {
     "tie_word_embeddings": True,
 }
 PRETRAINING = TrainOptions(
-    lr=3e-3, epochs=1, batch=32, max_length=256, loss_on_prompt=True, checkpoint_every=100
+    lr=3e-3, epochs=1, batch=32, max_length=256, loss_on_prompt=True, save_every=100
 )
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|end|>"
     "{% else %}<|user|>{{ m['content'] }}<|assistant|>{% endif %}{% endfor %}"
 )
+# What the held-out numbers do and do not show; the report prints it.
 NOTE = """
-Shown: one step of self-boosting lifts M_0 by many standard errors, with nothing from outside the models in the loop.
-Not shown: that iterating is what helps. Later steps gain little, within a standard error or two; SFT on the seeds, pairs from
-the seeds, and one shot with as many pairs end about as high (--controls). Form saturates in the first step. Held-out prompts
-combine facts that M_0's web text holds in other prompts; gold text and rubric come from the same templates (demo/world.py)."""
-SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
+Shown: one step of self-boosting lifts M_0 by many standard errors, with nothing from outside the
+models in the loop.
+Not shown: that iterating is what helps. Later steps gain little, within a standard error or two;
+SFT on the seeds, pairs from the seeds, and one shot with as many pairs end about as high
+(methods/controls.py). Form saturates in the first step. Held-out prompts combine facts that M_0's
+web text holds in other prompts. Gold text and rubric come from the same templates: see
+demo/world.py."""
 
 
-def prepare(o) -> dict[str, str]:
-    """Make M_0, seeds, corpus and held-out prompts below o.out; returns the options of loop.py that name them."""
-    data, base = Path(o.out) / "data", Path(o.out) / "base"
-    on_first(write_data, data, o.seed)
-    common = Common(seed=o.seed, dtype=o.dtype)
-    on_first(write_start, data, o.seed)
-    stage(
-        base,
-        {"model": data / "start", "data": data / "base.jsonl"},
-        {**vars(PRETRAINING), **vars(common)},
-        lambda: sft(data / "start", read_jsonl(data / "base.jsonl"), base, PRETRAINING, common),
-    )
+def prepare(o) -> dict[str, Path]:
+    """Make M_0, seeds, corpus and held-out prompts below o.out; returns loop.py's options for them.
+
+    o: loop.py's Options.
+    """
+    data = o.out / "data"
+    base = o.out / "base"
+    on_rank0(write_data, data, o.run.seed)
+    on_rank0(write_start, data, o.run.seed)
+
+    # M_0 has a chat template of its own, so the run's must not count among its options
+    options = replace(PRETRAINING, run=replace(o.run, chat_template=""))
+    rows = data / "base.jsonl"
+    stage = Stage(base, options, model=data / "start", data=rows)
+    if not stage.done:
+        counts = sft(data / "start", read_jsonl(rows), stage, options)
+        stage.finish(**counts)
     return {
-        "model": str(base),
-        "seeds": str(data / "seeds.jsonl"),
-        "heldout": str(data / "heldout.jsonl"),
-        "corpus": str(data / "corpus.txt"),
+        "model": base,
+        "seeds": data / "seeds.jsonl",
+        "heldout": data / "heldout.jsonl",
+        "corpus": data / "corpus.txt",
     }
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """Seeds and held-out prompts with gold answers, the corpus, and M_0's data, in which no held-out prompt occurs."""
-    rng, hidden = random.Random(seed), world.heldout_prompts(seed)
+    """Write seeds and held-out prompts with gold answers, the corpus, and M_0's data.
+
+    No held-out prompt occurs in M_0's data.
+    """
+    rng = random.Random(seed)
+    hidden = world.heldout_prompts(seed)
     seeds, heldout = world.split(seed)
-    asking = [
-        row
-        for row in world.practice_records(rng, 5 * ASKING, hidden)
-        if row["prompt"].startswith("Ask")
-    ][:ASKING]
-    base = [
-        *world.web_records(rng, WEB, hidden),
-        *world.practice_records(rng, PRACTICE, hidden),
-        *asking,
-        *(
-            {"prompt": "Tell me something.", "response": text}
-            for text in world.paragraphs(rng, PARAGRAPHS)
-        ),
-    ]
-    for row in base:  # M_0 knows what a tag is, as any chat model does
+
+    # the order of these draws decides the data
+    practice = world.practice_records(rng, 5 * ASKING, hidden)
+    asking = [row for row in practice if row["prompt"].startswith("Ask")][:ASKING]
+    base = world.web_records(rng, WEB, hidden)
+    base += world.practice_records(rng, PRACTICE, hidden)
+    base += asking
+    for text in world.paragraphs(rng, PARAGRAPHS):
+        base.append({"prompt": "Tell me something.", "response": text})
+
+    # M_0 knows what a tag is, as any chat model does
+    for row in base:
         if row["prompt"].startswith("Ask something"):
             row["response"] = f"<question>{row['response']}</question>"
     rng.shuffle(base)
-    for name, rows in {"seeds": seeds, "heldout": heldout, "base": base}.items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
+    write_jsonl(folder / "seeds.jsonl", seeds)
+    write_jsonl(folder / "heldout.jsonl", heldout)
+    write_jsonl(folder / "base.jsonl", base)
     write_text(folder / "corpus.txt", "\n\n".join(world.paragraphs(rng, CORPUS)))
 
 
-def write_start(folder: Path, seed: int) -> None:
-    """An untrained checkpoint: a byte-level BPE with about one token a word, and random weights."""
-    texts = [
-        text
-        for row in read_jsonl(folder / "base.jsonl")
-        for text in (row["prompt"], row["response"])
-    ]
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE with about one token a word."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts + ["<question></question>", "<solution></solution>"] * 100,
-        trainers.BpeTrainer(
-            vocab_size=1600,
-            special_tokens=SPECIAL,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    # all bytes are in the alphabet, so any text can be encoded
+    trainer = trainers.BpeTrainer(
+        vocab_size=1600,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    tags = ["<question></question>", "<solution></solution>"]
+    tokenizer.train_from_iterator(texts + tags * 100, trainer)
+    return tokenizer
+
+
+def write_start(folder: Path, seed: int) -> None:
+    """Write an untrained checkpoint: a tokenizer and random weights."""
+    rows = read_jsonl(folder / "base.jsonl")
+    tokenizer = train_tokenizer([text for row in rows for text in (row["prompt"], row["response"])])
     start = folder / "start"
     write_text(start / "tokenizer.json", tokenizer.to_str())
-    write_text(
-        start / "tokenizer_config.json",
-        json.dumps({"eos_token": SPECIAL[0], "chat_template": TEMPLATE}),
-    )
-    config = Config.parse(
-        {**ARCHITECTURE, "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0}
-    )
+    settings = {"eos_token": SPECIAL[0], "chat_template": TEMPLATE}
+    write_text(start / "tokenizer_config.json", json.dumps(settings))
+
+    # random weights; those of the norms stay 1
+    raw = {**ARCHITECTURE, "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": 0}
+    model = Model(parse_config(raw))
     generator = torch.Generator().manual_seed(seed)
-    model = Model(config)
     for name, parameter in model.named_parameters():
         if not name.endswith("norm.weight"):
             parameter.data.normal_(0, 0.02, generator=generator)
@@ -142,22 +157,33 @@ def write_start(folder: Path, seed: int) -> None:
 
 
 def evaluate(
-    answers: list[dict], heldout: list[dict], base_answers: list[dict], model, base, common
+    answers: list[dict],
+    heldout: list[dict],
+    base_answers: list[dict],
+    model: Path | None,
+    base: Path,
+    run: RunOptions,
 ) -> dict[str, float]:
-    """Mean rubric of answers to held-out prompts, its standard error, and its three parts (see world.rubric)."""
+    """Mean rubric of answers to held-out prompts, its standard error, its three parts, mean words.
+
+    See world.rubric. Only the answers are read.
+    """
+    # means over answers, then the standard error of the mean score
     marks = [world.rubric(row["prompt"], row["response"]) for row in answers]
-    mean = lambda name: sum(mark[name] for mark in marks) / len(marks)  # noqa: E731
-    variance = sum((mark["score"] - mean("score")) ** 2 for mark in marks) / max(1, len(marks) - 1)
+    n = len(marks)
+    mean = {name: sum(mark[name] for mark in marks) / n for name in marks[0]}
+    variance = sum((mark["score"] - mean["score"]) ** 2 for mark in marks) / max(1, n - 1)
     return {
-        "score": mean("score"),
-        "se": (variance / len(marks)) ** 0.5,
-        **{name: mean(name) for name in ("coverage", "accuracy", "form")},
-        "words": sum(len(row["response"].split()) for row in answers) / len(answers),
+        "score": mean["score"],
+        "se": (variance / n) ** 0.5,
+        "coverage": mean["coverage"],
+        "accuracy": mean["accuracy"],
+        "form": mean["form"],
+        "words": sum(len(row["response"].split()) for row in answers) / n,
     }
 
 
 def score(rows: list[dict]) -> list[float]:
     """The rubric as a scorer; a prompt outside the world scores 0 whatever the answer."""
-    return [
-        (world.rubric(row["prompt"], row["response"]) or {"score": 0.0})["score"] for row in rows
-    ]
+    marks = [world.rubric(row["prompt"], row["response"]) for row in rows]
+    return [mark["score"] if mark else 0.0 for mark in marks]

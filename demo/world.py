@@ -1,43 +1,48 @@
 """A small closed English world in which the quality of an answer can be measured without a judge.
 
-The world. About 40 animals, 18 foods, 17 jobs (each with its work place and its tool) and 14 advice topics. Every
-fact is true, or at least what a children's book would say; every entity has exactly one value of a kind (one home, one
-food, ...); nearly every word is short and common, so that about 1,200 byte-level BPE tokens give close to one token a
-word.
+The world. About 40 animals, 18 foods, 17 jobs (each with its work place and its tool) and 14 advice
+topics. Every fact is true, or at least what a children's book would say; every entity has exactly
+one value of a kind (one home, one food, ...); nearly every word is short and common, so that about
+1,200 byte-level BPE tokens give close to one token a word.
 
-Families. A task is a family, a key and one of three phrasings: describe, habitat, diet, compare, riddle, check, story
-and list are about animals; food, sentence, job, day, coworkers, tool, place and advice about the rest. A row of
-`FAMILIES` holds the phrasings, the keys, and the answer as a template. The template's slots (`{x.home}`: the home of
-the first key) are the facts that a good answer needs, so gold answers and rubric cannot drift apart. The same fact
-serves many families: a tiger's home is needed in seven of them, and is a clue in the riddle.
+Families. A task is a family, a key and one of three phrasings: describe, habitat, diet, compare,
+riddle, check, story and list are about animals; food, sentence, job, day, coworkers, tool, place
+and advice about the rest. A row of `FAMILIES` holds the phrasings, the keys, and the answer as a
+template. The template's slots (`{x.home}`: the home of the first key) are the facts that a good
+answer needs, so gold answers and rubric cannot drift apart. The same fact serves many families:
+a tiger's home is needed in seven of them, and is a clue in the riddle.
 
-Gold answers are correct, complete and tidy, with a numbered list where one is asked for and a friendly closing
-sentence. Web answers, the training text of M_0, are not: each fact is wrong with p = 0.25, drawn anew every time, so
-that the truth is the mode of what M_0 learns and sharpening towards the mode is a real gain; 70 % are terse (about a
-third of the facts, lower case, "um,", no closing), 30 % are gold-like, but sentences and items are missing, and half
-of them have no closing.
+Gold answers are correct, complete and tidy, with a numbered list where one is asked for and a
+friendly closing sentence. Web answers, the training text of M_0, are not: each fact is wrong with
+p = 0.25, drawn anew every time, so that the truth is the mode of what M_0 learns and sharpening
+towards the mode is a real gain; 70 % are terse (about a third of the facts, lower case, "um,", no
+closing), 30 % are gold-like, but sentences and items are missing, and half of them have no closing.
 
-Rubric. score = 0.5 coverage + 0.3 accuracy + 0.2 form, each in 0..1, from the texts of prompt and response alone.
-    coverage  share of the needed facts present. Every value of a kind beyond the number asked for cancels a hit, so
-              naming two homes is worth as much as naming none.
-    accuracy  of all facts stated about the asked entities, needed or not, the share that is right; 0 if none is
-              stated. Words that the prompt only asks to be used are no facts.
-    form      share of the checks that pass: capitals, punctuation, no fillers, a closing sentence (once, at the end),
-              nothing said twice, at most twice as long as gold, a list numbered 1..n where one is asked for.
-A statement belongs to the entity that opens its clause: "An owl eats mice" says nothing about the fox asked for.
+Rubric. score = 0.5 coverage + 0.3 accuracy + 0.2 form, each in 0..1, of prompt and response alone.
+    coverage  share of the needed facts present. Every value of a kind beyond the number asked for
+              cancels a hit, so naming two homes is worth as much as naming none.
+    accuracy  of all facts stated about the asked entities, needed or not, the share that is right;
+              0 if none is stated. Words that the prompt only asks to be used are no facts.
+    form      share of the checks that pass: capitals, punctuation, no fillers, a closing sentence
+              (once, at the end), nothing said twice, at most twice as long as gold, a list numbered
+              1..n where one is asked for.
+A statement belongs to the entity that opens its clause: "An owl eats mice" is not about foxes.
 
-Split. At most a quarter of the keys of every family is held out, in all phrasings; the seeds are drawn from the other
-keys. Both go round the families in turn, so that small ones run out before large ones.
+Split. At most a quarter of the keys of every family is held out, in all phrasings; the seeds are
+drawn from the other keys. Both go round the families in turn, so small ones run out before large
+ones.
 
 To disclose wherever a figure from this world is shown:
-(1) What is held out is a combination, never an entity: M_0's web text holds the facts of a held-out prompt in other
-    families, right three times out of four, and the corpus paragraphs hold them without errors.
-(2) `practice_records` teaches M_0 skills that a real SFT model brings along: tidying and copying text, using given
-    words, asking a question about keywords.
-(3) Rubric, gold answers and web text come from the same templates: the rubric rewards this world's idea of a complete
-    answer (a habitat without a neighbour is not) and knows no paraphrase of a value.
-(4) It is a measure for small honest models, not a reward to optimise: a denied fact counts as stated, and one true
-    fact alone has full accuracy.
+(1) What is held out is a combination, never an entity: M_0's web text holds the facts of a held-out
+    prompt in other families, right three times out of four, and the corpus paragraphs hold them
+    without errors.
+(2) `practice_records` teaches M_0 skills that a real SFT model brings along: tidying and copying
+    text, using given words, asking a question about keywords.
+(3) Rubric, gold answers and web text come from the same templates: the rubric rewards this world's
+    idea of a complete answer (a habitat without a neighbour is not) and knows no paraphrase of a
+    value.
+(4) It is a measure for small honest models, not a reward to optimise: a denied fact counts as
+    stated, and one true fact alone has full accuracy.
 
 Preview:  python demo/world.py
 """
@@ -149,7 +154,8 @@ painter: studio, paints pictures, brush, spread paint, wood, bright, large windo
 tailor: shop, sews coats, needle, join cloth, metal, tidy, pretty buttons, buy clothes
 cook: restaurant, prepares meals, pan, fry eggs, metal, cosy, round tables, have dinner
 barber: salon, cuts hair, razor, shave beards, metal, bright, big mirrors, get haircuts
-firefighter: fire station, puts out fires, hose, spray water, rubber, busy, a fast truck, report smoke
+firefighter: fire station, puts out fires, hose, spray water, rubber, busy, a fast truck, \
+report smoke
 pilot: airport, flies planes, radio, talk to the tower, plastic, loud, long runways, travel far
 courier: post office, brings letters, bag, carry parcels, leather, busy, many stamps, send cards
 mechanic: garage, repairs cars, wrench, turn bolts, metal, loud, old tyres, fix engines
@@ -188,7 +194,7 @@ NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Le
 
 
 def _groups() -> dict[str, list[str]]:
-    """Groups that a list can ask for, such as 'animals that eat grass' -> its members (three or more)."""
+    """Groups that a list can ask for, such as 'animals that eat grass' -> three or more members."""
     groups: dict[str, list[str]] = {}
     for name, animal in ANIMALS.items():
         for group in (
@@ -212,107 +218,117 @@ TABLES = {
 TABLE_OF = {name: table for table, names in TABLES.items() for name in names}
 
 
-def _records() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Entity -> kind -> acceptable values; "call" is no fact but the entity with its article."""
-    records: dict[str, dict[str, tuple[str, ...]]] = {}
-    for name, animal in ANIMALS.items():
+def _alike(name: str, column: str) -> tuple[str, ...]:
+    """The other animals that have the same value in a column."""
+    value = ANIMALS[name][column]
+    return tuple(other for other in ANIMALS if other != name and ANIMALS[other][column] == value)
 
-        def alike(column: str, name: str = name) -> tuple[str, ...]:
-            return tuple(
-                a for a in ANIMALS if a != name and ANIMALS[a][column] == ANIMALS[name][column]
-            )
 
-        records[name] = {k: (v,) for k, v in animal.items()}
-        records[name] |= {
-            "call": (f"a(n) {name}",),
-            "name": (name,),
-            "neighbour": alike("home"),
-            "rival": alike("food"),
-        }
-    for name, food in FOODS.items():
-        records[name] = {k: (v,) for k, v in food.items()}
-        records[name]["call"] = (name if name in UNCOUNTED else f"a(n) {name}",)
-    for job, w in WORK.items():
-        rows = {
-            job: {
-                "call": f"a(n) {job}",
-                "place": w["place"],
-                "duty": w["duty"],
-                "tool": w["tool"],
-                "how": w["use"],
-            },
-            w["tool"]: {
-                "call": f"a(n) {w['tool']}",
-                "use": w["use"],
-                "material": w["material"],
-                "user": job,
-                "spot": w["place"],
-            },
-            w["place"]: {
-                "call": f"the {w['place']}",
-                "feel": w["feel"],
-                "thing": w["thing"],
-                "worker": job,
-                "activity": w["activity"],
-            },
-        }
-        records |= {name: {k: (v,) for k, v in row.items()} for name, row in rows.items()}
-    records |= {
-        group: {"animal": tuple(f"the {m}" for m in members)} for group, members in GROUPS.items()
+def _job_records(job: str, w: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What is known of a job, of its tool and of its work place."""
+    return {
+        # call: the entity with its article
+        job: {
+            "call": f"a(n) {job}",
+            "place": w["place"],
+            "duty": w["duty"],
+            "tool": w["tool"],
+            "how": w["use"],
+        },
+        w["tool"]: {
+            "call": f"a(n) {w['tool']}",
+            "use": w["use"],
+            "material": w["material"],
+            "user": job,
+            "spot": w["place"],
+        },
+        w["place"]: {
+            "call": f"the {w['place']}",
+            "feel": w["feel"],
+            "thing": w["thing"],
+            "worker": job,
+            "activity": w["activity"],
+        },
     }
-    return records | {topic: {"tip": tuple(tips.values())} for topic, tips in ADVICE.items()}
+
+
+def _one_each(row: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Kind -> its only acceptable value, as a tuple."""
+    return {kind: (value,) for kind, value in row.items()}
+
+
+def _records() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Entity -> kind -> acceptable values; "call" is not a fact but the entity with its article."""
+    records: dict[str, dict[str, tuple[str, ...]]] = {}
+    # animals: neighbours and rivals are all those with the same home or food
+    for name, animal in ANIMALS.items():
+        records[name] = _one_each(animal)
+        records[name]["call"] = (f"a(n) {name}",)
+        records[name]["name"] = (name,)
+        records[name]["neighbour"] = _alike(name, "home")
+        records[name]["rival"] = _alike(name, "food")
+    # foods
+    for name, food in FOODS.items():
+        records[name] = _one_each(food)
+        records[name]["call"] = (name if name in UNCOUNTED else f"a(n) {name}",)
+    # jobs, tools and places
+    for job, w in WORK.items():
+        records |= {name: _one_each(row) for name, row in _job_records(job, w).items()}
+    # what lists and advice are made of
+    for group, members in GROUPS.items():
+        records[group] = {"animal": tuple(f"the {member}" for member in members)}
+    for topic, tips in ADVICE.items():
+        records[topic] = {"tip": tuple(tips.values())}
+    return records
 
 
 RECORD = _records()
-POOL: dict[str, list[str]] = {
-    "verdict": ["Yes", "No"]
-}  # kind -> all values, right or wrong, that an answer can state
+# kind -> all values, right or wrong, that an answer can state
+POOL: dict[str, list[str]] = {"verdict": ["Yes", "No"]}
 for _record in RECORD.values():
     for _kind, _values in _record.items():
         POOL[_kind] = list(dict.fromkeys([*POOL.get(_kind, []), *_values]))
 LISTED = ("animal", "tip")  # kinds of which the prompt asks for several
-GLOBAL = (
-    "verdict",
-    "name",
-    "neighbour",
-    "rival",
-    "word",
-    *LISTED,
-)  # looked for in all of the text, if needed at all
-SAY = {  # a fact as a short clause after the entity: the wording of terse web answers and of the corpus
-    "class": "is a(n) {}",
-    "colour": "is {}",
-    "home": "lives {}",
-    "food": "eats {}",
-    "part": "has {}",
-    "skill": "can {}",
-    "name": "is a(n) {}",
-    "neighbour": "lives near the {}",
-    "rival": "shares its food with the {}",
-    "group": "is a(n) {}",
-    "taste": "tastes {}",
-    "source": "comes from {}",
-    "place": "works at the {}",
-    "duty": "{}",
-    "tool": "uses a(n) {}",
-    "how": "knows how to {}",
-    "use": "helps to {}",
-    "material": "is made of {}",
-    "user": "is used by a(n) {}",
-    "spot": "is found at the {}",
-    "feel": "is a {} place",
-    "thing": "has {}",
-    "worker": "has a(n) {}",
-    "activity": "is the place to {}",
-    "verdict": "{},",
-}
+# kinds that are looked for in all of the text, if needed at all
+GLOBAL = ("verdict", "name", "neighbour", "rival", "word", *LISTED)
+# a fact as a short clause after the entity: the wording of terse web answers and of the corpus
+SAY = dict(
+    line.split(": ")
+    for line in """
+class: is a(n) {}
+colour: is {}
+home: lives {}
+food: eats {}
+part: has {}
+skill: can {}
+name: is a(n) {}
+neighbour: lives near the {}
+rival: shares its food with the {}
+group: is a(n) {}
+taste: tastes {}
+source: comes from {}
+place: works at the {}
+duty: {}
+tool: uses a(n) {}
+how: knows how to {}
+use: helps to {}
+material: is made of {}
+user: is used by a(n) {}
+spot: is found at the {}
+feel: is a {} place
+thing: has {}
+worker: has a(n) {}
+activity: is the place to {}
+verdict: {},
+""".strip().splitlines()
+)
 
 
 # ---- families ----
 
 
 class Family(NamedTuple):
-    """phrasings: prompt templates; keys: values of (x, y); answer: gold template, "|" between sentences."""
+    """Prompt templates, keys as values of (x, y), and the gold template, "|" between sentences."""
 
     phrasings: tuple[str, str, str]
     keys: list[tuple[str, ...]]
@@ -320,15 +336,22 @@ class Family(NamedTuple):
 
 
 def _check_keys() -> list[tuple[str, str]]:
-    """Every animal with its food and with one wrong food: "yes" and "no" are equally often right."""
-    foods = list(POOL["food"])
+    """Every animal with its food and with one wrong food: half of the verdicts are "yes"."""
+    foods = POOL["food"]
+    keys = []
+    for i, (name, animal) in enumerate(ANIMALS.items()):
+        right = foods.index(animal["food"])
+        wrong = (right + 1 + i % (len(foods) - 1)) % len(foods)
+        keys += [(name, foods[right]), (name, foods[wrong])]
+    return keys
+
+
+def _compared() -> list[tuple[str, str]]:
+    """Pairs of animals that differ in home and food."""
     return [
-        (a, f)
-        for i, a in enumerate(ANIMALS)
-        for f in (
-            ANIMALS[a]["food"],
-            foods[(foods.index(ANIMALS[a]["food"]) + 1 + i % (len(foods) - 1)) % len(foods)],
-        )
+        (a, b)
+        for a, b in combinations(ANIMALS, 2)
+        if all(ANIMALS[a][kind] != ANIMALS[b][kind] for kind in ("home", "food"))
     ]
 
 
@@ -340,8 +363,8 @@ FAMILIES = {
     "describe": Family(
         ("Describe a(n) {x}.", "Tell me about the {x}.", "What kind of animal is a(n) {x}?"),
         _each(ANIMALS),
-        "a(n) {x} is a(n) {x.colour} {x.class} that lives {x.home}.|It eats {x.food} and has {x.part}.|"
-        "It can {x.skill}.",
+        "a(n) {x} is a(n) {x.colour} {x.class} that lives {x.home}.|"
+        "It eats {x.food} and has {x.part}.|It can {x.skill}.",
     ),
     "habitat": Family(
         (
@@ -360,7 +383,8 @@ FAMILIES = {
             "What should I feed a(n) {x}?",
         ),
         _each(ANIMALS),
-        "a(n) {x} likes to eat {x.food}.|This {x.class} lives {x.home}.|The {x.rival} eats {x.food}, too.",
+        "a(n) {x} likes to eat {x.food}.|This {x.class} lives {x.home}.|"
+        "The {x.rival} eats {x.food}, too.",
     ),
     "compare": Family(
         (
@@ -368,12 +392,9 @@ FAMILIES = {
             "What is the difference between a(n) {x} and a(n) {y}?",
             "How is a(n) {x} different from a(n) {y}?",
         ),
-        [
-            (a, b)
-            for a, b in combinations(ANIMALS, 2)  # only animals that do differ
-            if all(ANIMALS[a][kind] != ANIMALS[b][kind] for kind in ("home", "food"))
-        ],
-        "a(n) {x} lives {x.home}, and a(n) {y} lives {y.home}.|The {x} eats {x.food}, while the {y} eats {y.food}.|"
+        _compared(),
+        "a(n) {x} lives {x.home}, and a(n) {y} lives {y.home}.|"
+        "The {x} eats {x.food}, while the {y} eats {y.food}.|"
         "The {x} has {x.part}, and the {y} has {y.part}.",
     ),
     "riddle": Family(
@@ -393,7 +414,8 @@ FAMILIES = {
             "I think that a(n) {x} eats {y}. Am I right?",
         ),
         _check_keys(),
-        "{x.verdict}, a(n) {x} is a(n) {x.class} that eats {x.food}.|It lives {x.home} and can {x.skill}.",
+        "{x.verdict}, a(n) {x} is a(n) {x.class} that eats {x.food}.|"
+        "It lives {x.home} and can {x.skill}.",
     ),
     "story": Family(
         (
@@ -401,9 +423,8 @@ FAMILIES = {
             "Write a short story: a(n) {x} visits the {y}.",
             "What happens when a(n) {x} comes to the {y}?",
         ),
-        [
-            (a, p) for a in ANIMALS for p in TABLES["place"] if p != "farm"
-        ],  # the farm is also an animal's home
+        # without the farm, which is also an animal's home
+        [(a, p) for a in ANIMALS for p in TABLES["place"] if p != "farm"],
         "One day, a(n) {x} came to the {y.word} and met a(n) {y.worker}.|"
         "The {x} had {x.part} and was looking for {x.food}.|They became good friends.|"
         "In the evening, it was back home {x.home}.",
@@ -416,8 +437,8 @@ FAMILIES = {
     "food": Family(
         ("What is {x.call}?", "Describe {x.call} to a child.", "What do you know about {x.call}?"),
         _each(FOODS),
-        "{x.call} is a(n) {x.group} and comes from {x.source}.|It is {x.colour} and tastes {x.taste}.|"
-        "Many people like it.",
+        "{x.call} is a(n) {x.group} and comes from {x.source}.|"
+        "It is {x.colour} and tastes {x.taste}.|Many people like it.",
     ),
     "sentence": Family(
         (
@@ -457,7 +478,8 @@ FAMILIES = {
         ),
         list(combinations(WORK, 2)),
         "a(n) {x} works at the {x.place}, and a(n) {y} works at the {y.place}.|"
-        "The {x} {x.duty}, while the {y} {y.duty}.|The {x} uses a(n) {x.tool}, and the {y} uses a(n) {y.tool}.",
+        "The {x} {x.duty}, while the {y} {y.duty}.|"
+        "The {x} uses a(n) {x.tool}, and the {y} uses a(n) {y.tool}.",
     ),
     "tool": Family(
         (
@@ -489,7 +511,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing a good answer says: `count` values of a kind about an entity, out of those in `accept`."""
+    """What a good answer says about an entity: `count` of the values in `accept`, of one kind."""
 
     about: str
     kind: str
@@ -515,39 +537,37 @@ class Task:
 def fill(
     template: str, key: tuple[str, ...], said: dict[tuple[str, str], str] | None = None
 ) -> str:
-    """Template -> text. `said` overrides the true value of (entity, kind); a(n) and capitals are resolved last."""
+    """Template -> text. `said` overrides the true value of (entity, kind)."""
     names = dict(zip("xy", key, strict=False))
 
     def slot(match: re.Match) -> str:
-        name, kind = names[match[1]], match[2]
+        name = names[match[1]]
+        kind = match[2]
         if kind is None or kind == "word":
             return name
         return (said or {}).get((name, kind)) or RECORD[name][kind][0]
 
     text = re.sub(r"\{([xy])(?:\.(\w+))?\}", slot, template)
+    # a(n) and capitals last: both depend on the words that were filled in
     text = re.sub(r"\b([Aa])\(n\)(?= ([aeiou]?))", lambda m: m[1] + ("n" if m[2] else ""), text)
     return re.sub(r"(^|[.!?]\s+)([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
 def make_task(family: str, key: tuple[str, ...], phrasing: int) -> Task:
     """The task of a family's key in one of its three phrasings (0, 1, 2)."""
-    names, facts = dict(zip("xy", key, strict=False)), []
+    names = dict(zip("xy", key, strict=False))
+    facts = []
+    # the slots of the answer's template are the facts; two kinds depend on the prompt
     for who, kind in dict.fromkeys(re.findall(r"\{([xy])\.(\w+)\}", FAMILIES[family].answer)):
+        name = names[who]
         if kind == "verdict":
-            facts.append(
-                Fact(names[who], kind, ("Yes" if key[1] in RECORD[key[0]]["food"] else "No",))
-            )
+            truth = "Yes" if key[1] in RECORD[key[0]]["food"] else "No"
+            facts.append(Fact(name, kind, (truth,)))
         elif kind == "word":
-            facts.append(Fact(names[who], kind, (names[who],)))
+            facts.append(Fact(name, kind, (name,)))
         elif kind != "call":
-            facts.append(
-                Fact(
-                    names[who],
-                    kind,
-                    RECORD[names[who]][kind],
-                    COUNT[key[1]] if kind in LISTED else 1,
-                )
-            )
+            count = COUNT[key[1]] if kind in LISTED else 1
+            facts.append(Fact(name, kind, RECORD[name][kind], count))
     return Task(family, key, fill(FAMILIES[family].phrasings[phrasing], key), tuple(facts))
 
 
@@ -569,10 +589,14 @@ def parse(prompt: str) -> Task | None:
 
 
 def _draw(task: Task, rng: random.Random, p_wrong: float = 0.0) -> dict[Fact, list[str]]:
-    """Values to state for every fact, each wrong with p_wrong. Given words never are: they are copied, not known."""
+    """Values to state for every fact, each wrong with p_wrong.
+
+    Words that the prompt gives never are: they are copied, not known.
+    """
     drawn = {}
     for fact in task.facts:
-        values, wrong = rng.sample(fact.accept, fact.count), fact.wrong
+        values = rng.sample(fact.accept, fact.count)
+        wrong = fact.wrong
         bad = rng.sample(wrong, min(fact.count, len(wrong)))
         drawn[fact] = [
             bad[i] if bad and fact.kind != "word" and rng.random() < p_wrong else v
@@ -582,8 +606,9 @@ def _draw(task: Task, rng: random.Random, p_wrong: float = 0.0) -> dict[Fact, li
 
 
 def _tidy_text(task: Task, drawn: dict[Fact, list[str]], sentences: list[str], closing: str) -> str:
-    """The answer template's sentences with the drawn values, then the closing (which may be empty)."""
-    said, separator = {}, " "
+    """The template's sentences with the drawn values, then the closing (which may be empty)."""
+    said = {}
+    separator = " "
     for fact, values in drawn.items():
         said[fact.about, fact.kind] = values[0]
         if fact.kind in LISTED:
@@ -595,9 +620,26 @@ def _tidy_text(task: Task, drawn: dict[Fact, list[str]], sentences: list[str], c
 def gold(task: Task, rng: random.Random | None = None) -> str:
     """A correct, complete and tidy answer; without an rng, always the same one for a prompt."""
     rng = rng or random.Random(task.prompt)
-    return _tidy_text(
-        task, _draw(task, rng), FAMILIES[task.family].answer.split("|"), rng.choice(CLOSINGS)
-    )
+    drawn = _draw(task, rng)
+    return _tidy_text(task, drawn, FAMILIES[task.family].answer.split("|"), rng.choice(CLOSINGS))
+
+
+def _terse_clauses(task: Task, drawn: dict[Fact, list[str]], rng: random.Random) -> str:
+    """At most half of the facts as clauses, by subject, in the order of the gold answer."""
+    # a given word appears when its entity is named
+    known = [fact for fact in task.facts if fact.kind != "word"]
+    some = set(rng.sample(known, rng.randint(1, (len(known) + 1) // 2)))
+    clauses: dict[str, list[str]] = {}
+    for fact in known:
+        if fact not in some:
+            continue
+        subject = "it" if task.family == "riddle" else RECORD[fact.about]["call"][0]
+        if fact.kind == "verdict":
+            subject = ""
+        clauses.setdefault(subject, []).append(SAY[fact.kind].format(drawn[fact][0]))
+    # one clause a subject
+    text = " and ".join(f"{name} {' and '.join(said)}".strip() for name, said in clauses.items())
+    return text.replace(", and ", ", ").rstrip(",")
 
 
 def _terse_text(task: Task, drawn: dict[Fact, list[str]], rng: random.Random) -> str:
@@ -606,20 +648,9 @@ def _terse_text(task: Task, drawn: dict[Fact, list[str]], rng: random.Random) ->
         values = next(iter(drawn.values()))
         text = " and ".join(values) if task.family == "advice" else ", ".join(values)
     else:
-        known = [
-            f for f in task.facts if f.kind != "word"
-        ]  # a given word appears when its entity is named
-        some = set(rng.sample(known, rng.randint(1, (len(known) + 1) // 2)))
-        clauses: dict[str, list[str]] = {}  # by subject, in the order of the gold answer
-        for fact in (f for f in known if f in some):
-            subject = "it" if task.family == "riddle" else RECORD[fact.about]["call"][0]
-            subject = "" if fact.kind == "verdict" else subject
-            clauses.setdefault(subject, []).append(SAY[fact.kind].format(drawn[fact][0]))
-        text = " and ".join(
-            f"{subject} {' and '.join(said)}".strip() for subject, said in clauses.items()
-        )
-        text = text.replace(", and ", ", ").rstrip(",")
+        text = _terse_clauses(task, drawn, rng)
     text = fill(text, ()).lower()
+    # half begin with a filler, few end with a full stop
     if rng.random() < 0.5:
         text = f"{rng.choice(FILLERS)}, {text}"
     return text + ("." if rng.random() < 0.3 else "")
@@ -627,11 +658,12 @@ def _terse_text(task: Task, drawn: dict[Fact, list[str]], rng: random.Random) ->
 
 def web_answer(task: Task, rng: random.Random, p_wrong: float = 0.25, p_terse: float = 0.7) -> str:
     """An imperfect answer of the kind M_0 is trained on (see the module's docstring)."""
-    drawn = {
-        f: values[: rng.randint(1, f.count)] for f, values in _draw(task, rng, p_wrong).items()
-    }
+    drawn = {}
+    for fact, values in _draw(task, rng, p_wrong).items():
+        drawn[fact] = values[: rng.randint(1, fact.count)]
     if rng.random() < p_terse:
         return _terse_text(task, drawn, rng)
+    # like gold, but with sentences missing, and often without a closing
     sentences = FAMILIES[task.family].answer.split("|")
     kept = [s for s in sentences if rng.random() < 0.7] or [rng.choice(sentences)]
     return _tidy_text(task, drawn, kept, rng.choice(CLOSINGS) if rng.random() < 0.5 else "")
@@ -650,7 +682,7 @@ def _any_of(words) -> str:
 
 
 FIND = {kind: re.compile(rf"\b{_any_of(map(_core, values))}\b") for kind, values in POOL.items()}
-# an entity opens a clause only at its start: "shares its home with the parrot" says nothing about parrots
+# an entity opens a clause only at its start: "shares its home with the parrot" is not about parrots
 OPENS = {
     table: re.compile(
         rf"(?:^|[.!?,:]|\b(?:and|but|while|are|is))\s*(?:an? |the )?\b{_any_of(names)}(?:e?s)?\b"
@@ -660,10 +692,11 @@ OPENS = {
 
 
 def _about(text: str, name: str, key: tuple[str, ...]) -> str:
-    """The clauses of a lower-case text whose subject is `name`; before any subject it is the first one asked for."""
+    """The clauses of a lower-case text whose subject is `name`."""
     table = TABLE_OF.get(name)
     if table is None:
         return text
+    # before any subject is named, it is the first one asked for
     parts = OPENS[table].split(text)  # text, name, text, name, text ...
     subjects = [next(k for k in key if TABLE_OF.get(k) == table), *parts[1::2]]
     return " ".join(
@@ -676,9 +709,10 @@ def _stated(fact: Fact, text: str, key: tuple[str, ...]) -> set[str]:
     if fact.kind == "word":
         return set(re.findall(rf"\b{re.escape(fact.about)}\b", text))
     where = text if fact.kind in GLOBAL else _about(text, fact.about, key)
-    return set(FIND[fact.kind].findall(where)) - (
-        {fact.about} if fact.kind in ("neighbour", "rival") else set()
-    )
+    found = set(FIND[fact.kind].findall(where))
+    if fact.kind in ("neighbour", "rival"):
+        found.discard(fact.about)
+    return found
 
 
 def _form(task: Task, response: str) -> float:
@@ -688,94 +722,103 @@ def _form(task: Task, response: str) -> float:
     if not sentences:
         return 0.0
     checks = [
+        # capitals
         all(s[0].isupper() for s in sentences),
+        # punctuation; a capital inside a sentence: the one before it has no end
         lines[-1][-1] in ".!?"
         and all(line.endswith((".", "!", "?", ":")) for line in lines)
-        and not re.search(
-            r"[a-z] [A-Z]", response
-        ),  # a capital inside a sentence: the one before it has no end
+        and not re.search(r"[a-z] [A-Z]", response),
+        # no fillers
         not re.search(rf"\b{_any_of(FILLERS)}\b", response.lower()),
+        # one closing, at the end
         sentences[-1] in CLOSINGS and sum(s in CLOSINGS for s in sentences) == 1,
+        # nothing twice
         len({s.lower() for s in sentences}) == len(sentences)
         and not re.search(r"\b(\w+) \1\b", response.lower()),
+        # not much longer than gold
         len(response.split()) <= 2 * len(gold(task).split()),
     ]
+    # a list is numbered 1..n
     asked = [f.count for f in task.facts if f.kind in LISTED]
     if asked:
-        checks.append(
-            re.findall(r"^(\d+)\. ", response, re.M) == [str(i + 1) for i in range(asked[0])]
-        )
+        numbers = re.findall(r"^(\d+)\. ", response, re.M)
+        checks.append(numbers == [str(i + 1) for i in range(asked[0])])
     return sum(checks) / len(checks)
 
 
 def rubric(prompt: str, response: str) -> dict[str, float] | None:
-    """Score, coverage, accuracy and form, each 0..1, of a response; None if the prompt is not of this world."""
+    """Score, coverage, accuracy and form of a response, each 0..1; None for a foreign prompt."""
     task = parse(prompt)
     if task is None:
         return None
     text = re.sub(r"\s*\n(?:\d+\. )?", ". ", response.lower())
     hits = right = stated = 0
+    # the facts that a good answer needs
     for fact in task.facts:
-        said, good = _stated(fact, text, task.key), set(map(_core, fact.accept))
-        hits += max(0, min(fact.count, len(said & good)) - max(0, len(said) - fact.count))
+        said = _stated(fact, text, task.key)
+        true = len(said & set(map(_core, fact.accept)))
+        hits += max(0, min(fact.count, true) - max(0, len(said) - fact.count))
         if fact.kind in GLOBAL and fact.kind != "word":
-            right, stated = right + len(said & good), stated + len(said)
-    for name in {
-        f.about for f in task.facts
-    }:  # all that the world knows of them: an unasked falsehood counts, too
+            right += true
+            stated += len(said)
+    # all that the world knows of their entities: an unasked falsehood counts, too
+    for name in {fact.about for fact in task.facts}:
         for kind in RECORD[name].keys() - {"call", *GLOBAL}:
             fact = Fact(name, kind, RECORD[name][kind])
             said = _stated(fact, text, task.key)
-            right, stated = right + len(said & set(map(_core, fact.accept))), stated + len(said)
-    coverage = hits / sum(f.count for f in task.facts)
-    accuracy, form = right / stated if stated else 0.0, _form(task, response)
-    return {
-        "score": 0.5 * coverage + 0.3 * accuracy + 0.2 * form,
-        "coverage": coverage,
-        "accuracy": accuracy,
-        "form": form,
-    }
+            right += len(said & set(map(_core, fact.accept)))
+            stated += len(said)
+    coverage = hits / sum(fact.count for fact in task.facts)
+    accuracy = right / stated if stated else 0.0
+    form = _form(task, response)
+    score = 0.5 * coverage + 0.3 * accuracy + 0.2 * form
+    return {"score": score, "coverage": coverage, "accuracy": accuracy, "form": form}
 
 
 # ---- data sets ----
 
 
+def _take_turns(pools: dict[str, list], n: int) -> list[tuple[str, tuple[str, ...]]]:
+    """The first n of (family, key), one of each family in turn."""
+    turns = [(name, pool[i]) for i in range(n) for name, pool in pools.items() if i < len(pool)]
+    return turns[:n]
+
+
 def _held_out(seed: int, n: int) -> list[tuple[str, tuple[str, ...]]]:
-    """(family, key) of at most n held-out keys: in turn from every family until a quarter of its keys is used."""
+    """(family, key) of at most n held-out keys, at most a quarter of every family's."""
     rng = random.Random(f"held out {seed}")
     pools = {
         name: rng.sample(family.keys, len(family.keys) // 4) for name, family in FAMILIES.items()
     }
-    return [(name, pool[i]) for i in range(n) for name, pool in pools.items() if i < len(pool)][:n]
+    return _take_turns(pools, n)
 
 
 def heldout_prompts(seed: int, n_heldout: int = 150) -> set[str]:
     """All phrasings of all held-out keys: what no training data may contain."""
-    return {
-        make_task(name, key, i).prompt for name, key in _held_out(seed, n_heldout) for i in range(3)
-    }
+    held = _held_out(seed, n_heldout)
+    return {make_task(name, key, i).prompt for name, key in held for i in range(3)}
 
 
 def split(seed: int, n_seeds: int = 100, n_heldout: int = 150) -> tuple[list[dict], list[dict]]:
-    """(seeds, heldout): records of prompt, response (gold) and family; one random phrasing of each key."""
-    rng, held = random.Random(f"split {seed}"), _held_out(seed, n_heldout)
-    free = {
-        name: [k for k in family.keys if (name, k) not in held] for name, family in FAMILIES.items()
-    }
-    turns = {name: rng.sample(keys, len(keys)) for name, keys in free.items()}
-    seeds = [
-        (name, keys[i]) for i in range(n_seeds) for name, keys in turns.items() if i < len(keys)
-    ][:n_seeds]
+    """(seeds, heldout): records of prompt, gold response, family; a random phrasing of each key."""
+    rng = random.Random(f"split {seed}")
+    held = _held_out(seed, n_heldout)
+    free = {}
+    for name, family in FAMILIES.items():
+        keys = [key for key in family.keys if (name, key) not in held]
+        free[name] = rng.sample(keys, len(keys))
 
     def record(name: str, key: tuple[str, ...]) -> dict:
         task = make_task(name, key, rng.randrange(3))
         return {"prompt": task.prompt, "response": gold(task), "family": name}
 
-    return [record(*s) for s in seeds], [record(*h) for h in held]
+    # the order matters: each record draws its phrasing
+    seeds = [record(*chosen) for chosen in _take_turns(free, n_seeds)]
+    return seeds, [record(*chosen) for chosen in held]
 
 
 def sample_task(rng: random.Random, exclude: set[str] = frozenset()) -> Task:
-    """A random task whose prompt is not excluded: uniform over families, then over keys and phrasings."""
+    """A random task, uniform over families, then over keys and phrasings, that is not excluded."""
     while True:
         name = rng.choice(list(FAMILIES))
         task = make_task(name, rng.choice(FAMILIES[name].keys), rng.randrange(3))
@@ -803,35 +846,43 @@ SCENES = (
 )
 
 
+def _scene(rng: random.Random, table: str, name: str) -> str:
+    """A sentence with a person who has a name; the entity `name` of a table may occur in it."""
+    sentence = rng.choice(SCENES)
+    words = {"n": rng.choice(NAMES)}
+    for other in TABLES:
+        entity = name if other == table else rng.choice(TABLES[other])
+        words[other[0]] = RECORD[entity]["call"][0] if other == "food" else entity
+    return sentence.format(**words)
+
+
+def _paragraph(rng: random.Random) -> str:
+    """2-4 correct sentences: an entity, and mostly a scene."""
+    table = rng.choice(list(TABLES))
+    name = rng.choice(TABLES[table])
+    known = RECORD[name].items()
+    said = [
+        SAY[kind].format(*values) for kind, values in known if kind in SAY and kind not in GLOBAL
+    ]
+    rng.shuffle(said)
+    # up to three sentences of one or two facts
+    subject = RECORD[name]["call"][0]
+    sentences = []
+    while said and len(sentences) < 3:
+        size = rng.randint(1, 2)
+        sentences.append(f"{subject} {' and '.join(said[:size])}.")
+        said = said[size:]
+        subject = f"the {name}" if table == "job" else "it"
+    # a scene before or after them
+    if rng.random() < 0.7 or len(sentences) < 3:
+        scene = _scene(rng, table, name)
+        sentences.insert(rng.choice((0, len(sentences))), scene)
+    return fill(" ".join(sentences), ())
+
+
 def paragraphs(rng: random.Random, n: int) -> list[str]:
-    """n corpus paragraphs of 2-4 correct sentences: an entity, and mostly a scene with a person who has a name."""
-    texts = []
-    for _ in range(n):
-        table = rng.choice(list(TABLES))
-        name = rng.choice(TABLES[table])
-        said = [
-            SAY[k].format(*values)
-            for k, values in RECORD[name].items()
-            if k in SAY and k not in GLOBAL
-        ]
-        rng.shuffle(said)
-        subject, sentences = RECORD[name]["call"][0], []
-        while said and len(sentences) < 3:
-            size = rng.randint(1, 2)
-            sentences.append(f"{subject} {' and '.join(said[:size])}.")
-            said, subject = said[size:], f"the {name}" if table == "job" else "it"
-        if rng.random() < 0.7 or len(sentences) < 3:
-            scene = rng.choice(SCENES).format(
-                n=rng.choice(NAMES),
-                **{
-                    t[0]: RECORD[other]["call"][0] if t == "food" else other
-                    for t in TABLES
-                    for other in [name if t == table else rng.choice(TABLES[t])]
-                },
-            )
-            sentences.insert(rng.choice((0, len(sentences))), scene)
-        texts.append(fill(" ".join(sentences), ()))
-    return texts
+    """n paragraphs of the corpus that keywords are drawn from."""
+    return [_paragraph(rng) for _ in range(n)]
 
 
 USES = (
@@ -849,25 +900,14 @@ USES = (
         "She drew the {}, the {} and then the {}.",
     ),
 )
-NOUNS = [
-    *TABLE_OF,
-    "river",
-    "lamp",
-    "garden",
-    "table",
-    "window",
-    "friend",
-    "book",
-    "road",
-    "house",
-    "moon",
-    "train",
-]
+NOUNS = [*TABLE_OF, *"river lamp garden table window friend book road house moon train".split()]
+# never keywords
 STOP = set(
-    """the and for from with are was does what can you where who which why how when that this there about tell
-give make use name list write please has have than three four word words sentence between good know guess animal compare
-describe explain difference different differ kind like true one both find""".split()
-)  # never keywords
+    """the and for from with are was does what can you where who which why how when that this there
+about tell give make use name list write please has have than three four word words sentence between
+good know guess animal compare describe explain difference different differ kind like true one both
+find""".split()
+)
 
 
 def content_words(text: str) -> list[str]:
@@ -881,14 +921,45 @@ def clean(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def practice_records(rng: random.Random, n: int, exclude: set[str] = frozenset()) -> list[dict]:
-    """n records of prompt and response, of four skills: clean up a text, repeat one, use given words, ask.
+def _use_words(rng: random.Random) -> dict:
+    """Practice in using two or three given words in a sentence."""
+    count = rng.choice((2, 2, 3))
+    words = rng.sample(NOUNS, count)
+    given = " and ".join([", ".join(words[:-1]), words[-1]])
+    sentence = rng.choice(USES[count - 2]).format(*words)
+    return {"prompt": f"Use the words {given} in a sentence.", "response": sentence}
 
-    "Clean up" never adds or corrects a fact: completing and correcting are for the improver to learn from the seeds.
+
+def _ask_about(rng: random.Random, task: Task, exclude: set[str]) -> dict:
+    """Practice in asking about keywords.
+
+    One word of the prompt, one of it or of its subject, and often one that is unrelated to both.
+    """
+    asked = content_words(task.prompt)
+    facts = [RECORD[fact.about].items() for fact in task.facts]
+    values = [v for kinds in facts for kind, some in kinds if kind not in GLOBAL for v in some]
+    related = asked + [w for w in content_words(" ".join(values)) if w not in asked]
+    # draw the words
+    words = rng.sample(asked, 1)
+    words += [w for w in rng.sample(related, len(related)) if w not in words][:1]
+    if rng.random() < 0.6:
+        other = content_words(sample_task(rng, exclude).prompt)
+        words += [w for w in rng.sample(other, len(other)) if w not in related][:1]
+    given = ", ".join(rng.sample(words, len(words)))
+    return {"prompt": f"Ask something about: {given}.", "response": task.prompt}
+
+
+def practice_records(rng: random.Random, n: int, exclude: set[str] = frozenset()) -> list[dict]:
+    """n records of prompt and response, of four skills: clean up a text, repeat, use words, ask.
+
+    "Clean up" never adds or corrects a fact: completing and correcting are for the improver to
+    learn from the seeds.
     """
     records = []
     for _ in range(n):
-        task, skill = sample_task(rng, exclude), rng.randrange(4)
+        task = sample_task(rng, exclude)
+        skill = rng.randrange(4)
+        # clean up, repeat, use words, ask
         if skill == 0:
             text = web_answer(task, rng, p_terse=0.9)
             records.append({"prompt": f"Clean up this text: {text}", "response": clean(text)})
@@ -896,80 +967,60 @@ def practice_records(rng: random.Random, n: int, exclude: set[str] = frozenset()
             text = rng.choice((web_answer(task, rng), paragraphs(rng, 1)[0]))
             records.append({"prompt": f"Repeat: {text}", "response": text})
         elif skill == 2:
-            count = rng.choice((2, 2, 3))
-            words = rng.sample(NOUNS, count)
-            given = " and ".join([", ".join(words[:-1]), words[-1]])
-            records.append(
-                {
-                    "prompt": f"Use the words {given} in a sentence.",
-                    "response": rng.choice(USES[count - 2]).format(*words),
-                }
-            )
-        else:  # one word of the prompt, one of it or of its subject, and often one that has nothing to do with it
-            asked = content_words(task.prompt)
-            known = " ".join(
-                v
-                for f in task.facts
-                for k, values in RECORD[f.about].items()
-                if k not in GLOBAL
-                for v in values
-            )
-            related = asked + [w for w in content_words(known) if w not in asked]
-            words = rng.sample(asked, 1)
-            words += [w for w in rng.sample(related, len(related)) if w not in words][:1]
-            if rng.random() < 0.6:
-                other = content_words(sample_task(rng, exclude).prompt)
-                words += [w for w in rng.sample(other, len(other)) if w not in related][:1]
-            records.append(
-                {
-                    "prompt": f"Ask something about: {', '.join(rng.sample(words, len(words)))}.",
-                    "response": task.prompt,
-                }
-            )
+            records.append(_use_words(rng))
+        else:
+            records.append(_ask_about(rng, task, exclude))
     return records
 
 
-def main() -> None:
-    """Print a preview of every family and the statistics of the world."""
-    rng = random.Random(0)
+# ---- preview ----
 
-    def marks(r: dict) -> str:
-        return "  ".join(f"{k} {v:.2f}" for k, v in r.items())
 
+def _marks(marks: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.2f}" for name, value in marks.items())
+
+
+def _show_families(rng: random.Random) -> None:
+    """Print a task of every family with its gold answer and three web answers."""
     for name, family in FAMILIES.items():
         task = make_task(name, rng.choice(family.keys), rng.randrange(3))
         print(f"\n== {name}: {len(family.keys)} keys, {3 * len(family.keys)} prompts")
         print(f"{task.prompt}\n  gold: {gold(task)}")
         for _ in range(3):
             text = web_answer(task, rng)
-            print(f"   web: {text}\n        [{marks(rubric(task.prompt, text))}]")
+            print(f"   web: {text}\n        [{_marks(rubric(task.prompt, text))}]")
+
+
+def _show_statistics(rng: random.Random) -> None:
+    """Print the size of the vocabulary, the mean rubric of the web, and mean lengths."""
+    web = web_records(rng, 4000, set())
+    golds = [gold(task) for task in [sample_task(rng) for _ in range(4000)]]
+    scores = [rubric(row["prompt"], row["response"]) for row in web]
+    corpus = paragraphs(rng, 2000)
+    # vocabulary
+    texts = [row["prompt"] + " " + row["response"] for row in practice_records(rng, 4000) + web]
+    texts += [*PROMPTS, *golds, *corpus]
+    words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+    # means
+    mean = {name: sum(marks[name] for marks in scores) / len(scores) for name in scores[0]}
+    print(f"\nprompts {len(PROMPTS)}  distinct words {len(words)}  web rubric: {_marks(mean)}")
+    for label, texts in {
+        "gold": golds,
+        "web": [row["response"] for row in web],
+        "corpus": corpus,
+    }.items():
+        print(f"mean words {label}: {sum(len(text.split()) for text in texts) / len(texts):.1f}")
+
+
+def main() -> None:
+    """Print a preview of every family and the statistics of the world."""
+    rng = random.Random(0)
+    _show_families(rng)
     print("\n== corpus paragraphs", *paragraphs(rng, 6), sep="\n  ")
     print("\n== practice")
-    for r in practice_records(rng, 12):
-        print(f"  {r['prompt']}\n    -> {r['response']}")
-    web, tasks = web_records(rng, 4000, set()), [sample_task(rng) for _ in range(4000)]
-    scores = [rubric(r["prompt"], r["response"]) for r in web]
-    golds, corpus = [gold(t) for t in tasks], paragraphs(rng, 2000)
-    words = {
-        w
-        for text in [
-            *PROMPTS,
-            *golds,
-            *corpus,
-            *(r["prompt"] + " " + r["response"] for r in practice_records(rng, 4000) + web),
-        ]
-        for w in re.findall(r"[a-z]+", text.lower())
-    }
-    print(
-        f"\nprompts {len(PROMPTS)}  distinct words {len(words)}  web rubric: "
-        + marks({k: sum(s[k] for s in scores) / len(scores) for k in scores[0]})
-    )
-    for label, texts in (
-        ("gold", golds),
-        ("web", [r["response"] for r in web]),
-        ("corpus", corpus),
-    ):
-        print(f"mean words {label}: {sum(len(t.split()) for t in texts) / len(texts):.1f}")
+    for row in practice_records(rng, 12):
+        print(f"  {row['prompt']}\n    -> {row['response']}")
+    _show_statistics(rng)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,33 @@
-"""AlpacaEval 2: how often a judge prefers the model's answers to a baseline's, with the effect of their length taken out.
+"""AlpacaEval 2: how often a judge prefers the model's answers to a baseline's, at equal length.
 
-score is the length-controlled win rate in percent, win_rate the plain mean preference (a draw counts one half). The former
-is fitted: logit P(win) = theta * tanh((len_baseline - len_model) / std of that difference) + psi * difficulty + phi, then
-averaged with the length term at 0. Without --difficulty there is no psi, and a model far from the baseline comes out too
-high: by 6.9 points on average over 11 published models (largest 22.7), by 0.7 (1.8) with estimated difficulties
-(--annotations prints it). For prompts of your own use a baseline of similar length, and look at the win rate too.
+score is the length-controlled win rate in percent, win_rate the plain mean preference (a draw
+counts one half). The former is fitted: logit P(win) = theta * tanh((len_baseline - len_model) /
+std of that difference) + psi * difficulty + phi, then averaged with the length term at 0. Without
+--difficulty there is no psi, and a model far from the baseline comes out too high: by 6.9 points
+on average over 11 published models (at most 22.7), by 0.7 (1.8) with estimated difficulties
+(--annotations prints it). For prompts of your own choose a baseline of similar length, and look
+at the win rate too.
 
-What differs from the official evaluator: both orders of a pair are judged and their mean is the preference (official: one,
-drawn at random); the fit is a plain logistic regression, without the penalty and the two length-gamed baselines. Comparable
-with the leaderboard only with the official prompt (--judge-prompt) and judge. As there, a pair is left out where a game has no
+What differs from the official evaluator: both orders of a pair are judged, and their mean is the
+preference (official: one order, drawn at random); the fit is a plain logistic regression, without
+the penalty and the two length-gamed baselines. Comparable with the leaderboard only with the
+official prompt (--judge-prompt) and judge. As there, a pair is left out if a comparison has no
 verdict, and counted as malformed.
 
---data is results/gpt4_1106_preview/model_outputs.json of the repository tatsu-lab/alpaca_eval. The three files of the last line
-below are tables to be made from the same repository: a judge's preferences for published models, those models' published
-rates, and how hard each prompt is (estimated from such preferences).
+--data is results/gpt4_1106_preview/model_outputs.json of the repository tatsu-lab/alpaca_eval.
+The three files of the last command below are tables made from the same repository: a judge's
+preferences for published models, those models' published rates, and how hard each prompt is
+(estimated from such preferences).
 
-gpt4_1106_preview_outputs.json -> answers.jsonl, model_outputs.json, games.jsonl, verdicts.jsonl, result.json in --out
+gpt4_1106_preview_outputs.json -> answers.jsonl, model_outputs.json, games.jsonl, verdicts.jsonl,
+result.json in --out
 
-    python -m eval.alpaca_eval --model DIR --data gpt4_1106_preview_outputs.json --judge gpt-4-1106-preview
-    torchrun --nproc-per-node 8 -m eval.alpaca_eval --model DIR --data gpt4_1106_preview_outputs.json --judge JUDGE_DIR
-    python -m eval.alpaca_eval --annotations annotations.csv.gz --difficulty difficulty.csv --leaderboard leaderboard.csv
+    python -m eval.alpaca_eval --model DIR --judge gpt-4-1106-preview \\
+        --data gpt4_1106_preview_outputs.json
+    torchrun --nproc-per-node 8 -m eval.alpaca_eval --model DIR --judge JUDGE_DIR \\
+        --data gpt4_1106_preview_outputs.json
+    python -m eval.alpaca_eval --annotations annotations.csv.gz --difficulty difficulty.csv \\
+        --leaderboard leaderboard.csv
 """
 
 import csv
@@ -31,249 +39,219 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Common, InputError, command, load_json, on_first, say, write_jsonl, write_text
-from eval.answers import answer, first, need, place
-from eval.judge import Judge, JudgeOptions, pairwise
-from eval.report import table
-from eval.stats import bootstrap, logistic, sigmoid, standard_error
-from sample import SampleOptions
+from checkpoint import Checkpoint
+from eval.answers import JudgedOptions, answer, first, need, place
+from eval.stats import bootstrap, logistic, mean, sigmoid, standard_error
+from eval.table import table
+from plumbing.options import cli
+from plumbing.ranks import on_rank0, print0
+from plumbing.records import InputError, load_json, write_json, write_jsonl, write_text
+from scorers.llm_judge import Judge, pairwise
 
 SOURCE = (
-    "the baseline's outputs as a JSON list of {instruction, output}, from the repository tatsu-lab/alpaca_eval: "
-    "results/gpt4_1106_preview/model_outputs.json"
+    "the baseline's outputs as a JSON list of {instruction, output}, from the repository "
+    "tatsu-lab/alpaca_eval: results/gpt4_1106_preview/model_outputs.json"
 )
 NEEDS = ("data", "judge")  # what a run of loop.py must give in --eval-options
+PUBLISHED = ("win_rate", "standard_error", "length_controlled_winrate")  # columns of --leaderboard
 
 
-@dataclass(kw_only=True)
-class Options(JudgeOptions, SampleOptions, Common):
-    model: str = ""  # checkpoint directory
-    data: str = ""  # JSON list of {"instruction", "output"}: the prompts and the baseline's answers
-    out: str = ""  # directory to write; empty: eval/alpaca_eval in the model's
-    limit: int = 0  # only the first so many prompts; 0: all
-    max_new_tokens: int = 2048  # limit per answer; a record's own max_new_tokens wins
-    difficulty: str = ""  # CSV of index, difficulty: of each prompt in --data; adds the psi term
-    annotations: str = ""  # CSV (.gz) of model, index, preference, len_1, len_2: check the statistics on published ones instead
-    leaderboard: str = (
-        ""  # with --annotations: CSV of model, win_rate, standard_error, length_controlled_winrate
-    )
+@dataclass(frozen=True, kw_only=True)
+class Options(JudgedOptions):
+    model: Checkpoint | None = None  # checkpoint directory
+    data: Path | None = None  # JSON list of {"instruction", "output"}: prompts, baseline's answers
+    out: Path | None = None  # directory to write; empty: MODEL/eval/alpaca_eval
+    limit: int = 0  # use only the first N prompts; 0: all
+    max_new_tokens: int = 2048  # limit per answer
+    difficulty: Path | None = None  # CSV of index, difficulty of each prompt; adds the psi term
+    annotations: Path | None = None  # CSV (.gz): model, index, preference, len_1, len_2; see --help
+    leaderboard: Path | None = None  # CSV of published figures; see --help
 
 
-# ---------------------------------------------------------------------------------------------- statistics
+# ---------------------------------------------------------------------------------- statistics
 
 
 def length_controlled(preference, len_model, len_baseline, difficulty=None) -> float:
-    """Percent: mean win probability at equal lengths. preference (N,) in [0, 1], lengths (N,) in characters."""
+    """Mean win probability at equal lengths, in percent.
+
+    preference (N,) in [0, 1]; lengths (N,) in characters; difficulty (N,) or None.
+    """
     gap = np.asarray(len_baseline, float) - np.asarray(len_model, float)
-    length = (
-        np.tanh(gap / gap.std()) if gap.std() else 0 * gap
-    )  # a gap that is always the same cannot be told from skill
-    rest = np.stack(
-        [np.ones(len(gap))] + ([] if difficulty is None else [np.asarray(difficulty, float)]), 1
-    )  # (N, 1 or 2)
+    # a constant gap cannot be told from skill
+    length = np.tanh(gap / gap.std()) if gap.std() else 0 * gap
+    others = [] if difficulty is None else [np.asarray(difficulty, float)]
+    rest = np.stack([np.ones(len(gap)), *others], 1)  # (N, 1 or 2)
     b = logistic(np.hstack([length[:, None], rest]), preference)
     return float(100 * sigmoid(rest @ b[1:]).mean())
 
 
 def statistics(preference, len_model, len_baseline, difficulty=None) -> dict[str, float]:
-    """All numbers of a model; the standard error of score by 100 bootstraps over prompts."""
-    columns = [np.asarray(c, float) for c in (preference, len_model, len_baseline)] + (
-        [] if difficulty is None else [np.asarray(difficulty, float)]
-    )
-    resampled = bootstrap(lambda i: length_controlled(*(c[i] for c in columns)), len(columns[0]))
+    """All numbers of a model; the standard error of score is by 100 bootstraps over prompts."""
+    # columns of equal length, so that a bootstrap takes the same rows of each
+    columns = [preference, len_model, len_baseline, difficulty]
+    columns = [np.asarray(column, float) for column in columns if column is not None]
+    preference = columns[0]
+
+    def score(i) -> float:
+        return length_controlled(*(column[i] for column in columns))
+
     return {
         "score": length_controlled(*columns),
-        "se": float(resampled.std(ddof=1)),
-        "win_rate": 100 * float(columns[0].mean()),
-        "win_rate_se": 100 * standard_error(columns[0]),
+        "se": float(bootstrap(score, len(preference)).std(ddof=1)),
+        "win_rate": 100 * float(preference.mean()),
+        "win_rate_se": 100 * standard_error(preference),
         "characters": float(columns[1].mean()),
         "baseline_characters": float(columns[2].mean()),
-        "prompts": len(columns[0]),
+        "prompts": len(preference),
     }
 
 
-def read_csv(path: str, *fields: str) -> list[dict]:
+def read_csv(path: Path | None, *fields: str) -> list[dict]:
     """Rows of a CSV file, gzipped or not; the first column may have no name."""
-    need(
-        path,
-        "--annotations, --leaderboard or --difficulty",
-        "a CSV file with the columns " + ", ".join(fields),
-    )
-    raw = Path(path).read_bytes()
-    text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
-    rows = list(csv.DictReader(io.StringIO(text)))
+    columns = "a CSV file with the columns " + ", ".join(fields)
+    path = need(path, "--annotations, --leaderboard or --difficulty", columns)
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        raw = gzip.decompress(raw)
+    rows = list(csv.DictReader(io.StringIO(raw.decode())))
     for name in fields:
         if not rows or name not in rows[0]:
-            raise InputError(
-                f"{path}: has no rows with the column {name!r}; give a CSV file with "
-                + ", ".join(fields)
-            )
+            raise InputError(f"{path}: has no rows with the column {name!r}; give {columns}")
     return rows
 
 
-def read_difficulty(path: str, n: int) -> np.ndarray | None:
-    """(n,) by prompt, None without a file."""
-    if not path:
+def read_difficulty(path: Path | None, n: int) -> np.ndarray | None:
+    """Difficulties (n,) by prompt, None without a file. n = 0: as many as there are."""
+    if path is None:
         return None
     rows = read_csv(path, "index")
     name = next(column for column in rows[0] if column not in ("index", ""))
     values = {int(row["index"]): float(row[name]) for row in rows}
     if n and values.keys() != set(range(n)):
-        raise InputError(
-            f"{path}: holds {len(values)} difficulties for {n} prompts; give one for each, or none"
-        )
+        problem = f"holds {len(values)} difficulties for {n} prompts"
+        raise InputError(f"{path}: {problem}; give one for each, or none")
     return np.array([values[i] for i in sorted(values)])
 
 
+# ---------------------------------------------------------------------------------- reproduction
+
+
 def reproduce(o: Options) -> dict[str, float]:
-    """Our numbers from published annotations beside the published ones; returns the errors in points."""
-    rows = read_csv(o.annotations, "model", "index", "preference", "len_1", "len_2")
+    """Our numbers from published annotations beside the published ones; returns their errors."""
+    annotations = read_csv(o.annotations, "model", "index", "preference", "len_1", "len_2")
+    annotations = [row for row in annotations if row["preference"] not in ("", "nan")]
     difficulty = read_difficulty(o.difficulty, 0)
-    board = read_csv(o.leaderboard, "win_rate", "standard_error", "length_controlled_winrate")
-    lines = []
-    for published in board:
+    rows = []
+    for published in read_csv(o.leaderboard, *PUBLISHED):
+        # of one model: our numbers from its annotations, whose preferences lie between 1 and 2
         name = next(iter(published.values()))
-        mine = [
-            row for row in rows if row["model"] == name and row["preference"] not in ("", "nan")
-        ]
+        mine = [row for row in annotations if row["model"] == name]
         if not mine:
-            raise InputError(
-                f"{o.annotations}: holds no annotations of {name}, which {o.leaderboard} lists"
-            )
-        columns = [
-            np.array([float(row[c]) for row in mine]) for c in ("preference", "len_2", "len_1")
-        ]
-        columns += [] if difficulty is None else [difficulty[[int(row["index"]) for row in mine]]]
-        s = statistics(columns[0] - 1, *columns[1:])
-        win_rate, se, lc = (
-            float(published[c]) for c in ("win_rate", "standard_error", "length_controlled_winrate")
-        )
-        lines.append(
-            {
-                "model": name,
-                "win rate": s["win_rate"],
-                "published": win_rate,
-                "se": s["win_rate_se"],
-                "published ": se,
-                "LC": s["score"],
-                "LC se": s["se"],
-                "published  ": lc,
-                "error": s["score"] - lc,
-            }
-        )
-    say(table(lines))
-    off = lambda a, b: [abs(line[a] - line[b]) for line in lines]  # noqa: E731
-    lc = off("LC", "published  ")
+            problem = f"holds no annotations of {name}, which {o.leaderboard} lists"
+            raise InputError(f"{o.annotations}: {problem}")
+        preference = [float(row["preference"]) - 1 for row in mine]
+        ours, theirs = ([float(row[column]) for row in mine] for column in ("len_2", "len_1"))
+        indices = [int(row["index"]) for row in mine]
+        hard = None if difficulty is None else difficulty[indices]
+        s = statistics(preference, ours, theirs, hard)
+
+        # the published ones
+        win_rate, se, lc = (float(published[column]) for column in PUBLISHED)
+        row = {"model": name, "win rate": s["win_rate"], "published": win_rate}
+        row |= {"se": s["win_rate_se"], "published ": se}
+        row |= {"LC": s["score"], "LC se": s["se"], "published  ": lc, "error": s["score"] - lc}
+        rows.append(row)
+    print0(table(rows))
+    lc = [abs(row["error"]) for row in rows]
     return {
-        "models": len(lines),
-        "win_rate_error_max": max(off("win rate", "published")),
-        "standard_error_error_max": max(off("se", "published ")),
-        "lc_error_mean": sum(lc) / len(lc),
+        "models": len(rows),
+        "win_rate_error_max": max(abs(row["win rate"] - row["published"]) for row in rows),
+        "standard_error_error_max": max(abs(row["se"] - row["published "]) for row in rows),
+        "lc_error_mean": mean(lc),
         "lc_error_max": max(lc),
     }
 
 
-# ---------------------------------------------------------------------------------------------- the benchmark
+# ---------------------------------------------------------------------------------- the benchmark
 
 
-def read_baseline(path: str) -> list[dict]:
-    rows = load_json(need(path, "--data", SOURCE))
+def read_baseline(path: Path | None) -> list[dict]:
+    path = need(path, "--data", SOURCE)
+    rows = load_json(path)
     if not isinstance(rows, list):
-        raise InputError(f"{path}: no JSON list; give {SOURCE}")
+        raise InputError(f"{path}: not a JSON list; give {SOURCE}")
     for number, row in enumerate(rows, 1):
         for field in ("instruction", "output"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise InputError(
-                    f"{path}: record {number}: field {field!r} is missing or no text; give {SOURCE}"
-                )
+                where = f"{path}: record {number}"
+                raise InputError(f"{where}: field {field!r} is missing or not text; give {SOURCE}")
     return rows
 
 
 def main(o: Options) -> dict:
     if o.annotations:
         return reproduce(o)
-    out, everything = place(o, "alpaca_eval"), read_baseline(o.data)
-    baseline, difficulty = (
-        first(everything, o.limit),
-        read_difficulty(o.difficulty, len(everything)),
+    # all that can fail comes before the answers
+    out = place(o, "alpaca_eval")
+    baseline = read_baseline(o.data)
+    difficulty = read_difficulty(o.difficulty, len(baseline))
+    baseline = first(baseline, o.limit)
+    judge = Judge(o, out)
+
+    # answer, then judge both orders
+    prompts = [{"id": str(i), "prompt": row["instruction"]} for i, row in enumerate(baseline)]
+    answers = answer(o, prompts, out / "answers.jsonl", [o.data])
+    ours = [row["response"] for row in answers]
+    theirs = [row["output"] for row in baseline]
+    on_rank0(write_official, out / "model_outputs.json", o.model.name, baseline, ours)
+    questions = [row["instruction"] for row in baseline]
+    games = pairwise(judge, questions, ours, theirs, "choice")
+    on_rank0(
+        write_jsonl,
+        out / "games.jsonl",
+        [{"index": i, "model_first": a, "baseline_first": b} for i, (a, b) in enumerate(games)],
     )
-    judge = Judge(o, o, out)
-    answers = answer(
-        o,
-        [{"id": str(i), "prompt": row["instruction"]} for i, row in enumerate(baseline)],
-        o.data,
-        out / "answers.jsonl",
-    )
-    ours, theirs = [row["response"] for row in answers], [row["output"] for row in baseline]
-    on_first(
-        lambda: write_text(
-            out / "model_outputs.json",
-            json.dumps(
-                [
-                    {
-                        "dataset": row.get("dataset", ""),
-                        "instruction": row["instruction"],
-                        "output": text,
-                        "generator": Path(o.model).name,
-                    }
-                    for row, text in zip(baseline, ours, strict=True)
-                ],
-                indent=1,
-                ensure_ascii=False,
-            ),
-        )
-    )
-    games = pairwise(judge, [row["instruction"] for row in baseline], ours, theirs, "choice")
-    on_first(
-        lambda: write_jsonl(
-            out / "games.jsonl",
-            [{"index": i, "model_first": a, "baseline_first": b} for i, (a, b) in enumerate(games)],
-        )
-    )
-    judged = [
-        i for i, pair in enumerate(games) if None not in pair
-    ]  # a lone game would count its position's bias
+
+    # a lone comparison would count the bias of its position
+    judged = [i for i, pair in enumerate(games) if None not in pair]
     if not judged:
-        raise InputError(
-            f"--judge {o.judge}: no pair has verdicts in both orders; see {judge.bad_path}"
-        )
-    s = statistics(
+        problem = "no pair has verdicts in both orders"
+        raise InputError(f"--judge {o.judge}: {problem}; see {judge.malformed_path}")
+    result = statistics(
         [sum(games[i]) / 2 for i in judged],
         [len(ours[i]) for i in judged],
         [len(theirs[i]) for i in judged],
         None if difficulty is None else difficulty[judged],
     )
     torn = sum((games[i][0] > 0.5) != (games[i][1] > 0.5) for i in judged)
-    result = {
-        **s,
+    result |= {
         "order_decided": torn / len(judged),
         "left_out": len(games) - len(judged),
         **judge.usage(),
     }
-    say(
-        table(
-            [
-                {
-                    "AlpacaEval 2": Path(o.model).name,
-                    "LC win rate": s["score"],
-                    "se": s["se"],
-                    "win rate": s["win_rate"],
-                    "se ": s["win_rate_se"],
-                    "characters": s["characters"],
-                    "baseline's": s["baseline_characters"],
-                    "prompts": len(judged),
-                    "malformed": result["malformed"],
-                }
-            ]
-        )
-    )
-    if difficulty is None and not 30 <= s["win_rate"] <= 77:
-        say(
-            "Without --difficulty the length-controlled win rate is several points off outside of 30 to 77 %."
-        )
-    on_first(lambda: write_text(out / "result.json", json.dumps(result, indent=1)))
+    show(o.model.name, result, difficulty is not None)
+    on_rank0(write_json, out / "result.json", result)
     return result
 
 
+def write_official(path: Path, name: str, baseline: list[dict], ours: list[str]) -> None:
+    """The file of outputs that alpaca_eval's own judging reads."""
+    rows = []
+    for row, text in zip(baseline, ours, strict=True):
+        official = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
+        rows.append({**official, "output": text, "generator": name})
+    write_text(path, json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+def show(name: str, result: dict, has_difficulty: bool) -> None:
+    shown = ("se", "win_rate", "win_rate_se", "characters", "baseline_characters", "prompts")
+    row = {"AlpacaEval 2": name, "LC win rate": result["score"]}
+    row |= {key: result[key] for key in (*shown, "malformed")}
+    print0(table([row]))
+    if not has_difficulty and not 30 <= result["win_rate"] <= 77:
+        problem = "the length-controlled win rate is several points off outside of 30 to 77 %"
+        print0(f"Without --difficulty {problem}.")
+
+
 if __name__ == "__main__":
-    command(main, Options)
+    cli(main)

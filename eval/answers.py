@@ -1,76 +1,96 @@
-"""What benchmarks share before they judge: where things lie, which prompts, and the answers of the model under test."""
+"""What benchmarks share before they judge: options, paths, prompts, the model's answers."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from data import Common, InputError, part, read_jsonl, read_text, stage
 from eval.stats import mean
-from sample import SampleOptions, sample
+from plumbing.records import InputError, read_jsonl, read_text
+from plumbing.stage import Stage
+from sample import SampleOptions, generate
+from scorers.llm_judge import JudgeOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedOptions(JudgeOptions):
+    """Options of a benchmark with a judge: JudgeOptions, and the fields of SampleOptions.
+
+    Listed, not inherited, as a command has all of them as flags without a prefix; answer() reads
+    them.
+    """
+
+    temperature: float = SampleOptions.temperature  # of answers; 0 is greedy
+    top_p: float = SampleOptions.top_p  # nucleus: smallest set of tokens with this probability
+    max_new_tokens: int = SampleOptions.max_new_tokens  # limit per answer
+    ignore_eos: bool = SampleOptions.ignore_eos  # go on to the limit
+    stop: str = SampleOptions.stop  # also end an answer once it contains this text
+    slots: int = SampleOptions.slots  # max batch size
+    chunk: int = SampleOptions.chunk  # consecutive prompts per unit of work
+    prefill_tokens: int = SampleOptions.prefill_tokens  # micro-batches in which prompts are read
+    cuda_graph: bool = SampleOptions.cuda_graph  # GPU: replay the recorded decode step
 
 
 def place(o, name: str) -> Path:
     """The directory of a benchmark's files: --out, or MODEL/eval/NAME."""
     if not o.model:
         raise InputError("--model: give a checkpoint directory")
-    return Path(o.out or Path(o.model) / "eval" / name)
+    return o.out or o.model / "eval" / name
 
 
-def need(path: str, flag: str, what: str) -> Path:
-    """A data file or directory that the user must give; says what it is and where it comes from."""
-    if not path or not Path(path).exists():
-        raise InputError(
-            f"{flag}{' ' + path if path else ''}: {'no such file' if path else 'missing'}; give {what}"
-        )
-    return Path(path)
+def need(path: Path | None, flag: str, what: str) -> Path:
+    """A data file or directory that the user must give; `what` says what it is and its source."""
+    if path is None:
+        raise InputError(f"{flag}: missing; give {what}")
+    if not path.exists():
+        raise InputError(f"{flag} {path}: no such file; give {what}")
+    return path
 
 
-def read_lines(path: str | Path, *fields: str) -> list[dict]:
-    """Objects of a JSONL file that are no prompts, with these fields in each."""
+def read_lines(path: Path, *fields: str) -> list[dict]:
+    """Objects of a JSONL file that holds no prompts; each must have the fields."""
     rows = []
     for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
+        where = f"{path}: line {number}"
         try:
-            rows.append(json.loads(line))
-            absent = [name for name in fields if name not in rows[-1]]
+            row = json.loads(line)
+            missing = [name for name in fields if name not in row]
         except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{path}: line {number} is no JSON object ({error}); mend or remove it"
-            ) from None
-        if absent:
-            raise InputError(
-                f"{path}: line {number}: field {absent[0]!r} is missing; give the official file"
-            )
+            raise InputError(f"{where} is not a JSON object ({error}); fix or delete it") from None
+        if missing:
+            raise InputError(f"{where}: field {missing[0]!r} is missing; give the official file")
+        rows.append(row)
     return rows
 
 
 def first(rows: list, limit: int) -> list:
-    """The first `limit` rows, all for 0."""
+    """The first `limit` rows; all for 0."""
     if limit < 0:
-        raise InputError(f"--limit {limit}: give a number of prompts, 0 for all")
+        raise InputError(f"--limit must be at least 0 (all), got {limit}")
     return rows[:limit] if limit else rows
 
 
 def answer(
     o,
     rows: list[dict],
-    source: str | Path,
     out: Path,
-    model: str = "",
+    data: list[Path],
     purpose: str = "",
+    model: Path | None = None,
     **changes,
 ) -> list[dict]:
-    """Answers to rows {id, prompt | messages}, in their order: records {id, response, finish_reason, tokens, ...}.
+    """Stage: answers to rows {id, prompt | messages}, in order; records {id, response, ...}.
 
-    source: the data file, which with the options decides whether `out` is up to date; changes: SampleOptions that differ.
-    Every rank calls it.
+    o: a benchmark's options, among which are the fields of SampleOptions; changes win over them.
+    data: the files that rows come from. model: o.model unless given.
     """
-    model, options = model or o.model, replace(SampleOptions(**part(o, SampleOptions)), **changes)
-    stage(
-        out,
-        {"model": model, "data": source},
-        {**part(options, SampleOptions), **part(o, Common), "limit": o.limit, "purpose": purpose},
-        lambda: sample(model, rows, out, options, o, purpose, source=source),
-    )
+    # what answers follow from: the options of the sampler, not those of the judge
+    sampling = {field.name: getattr(o, field.name) for field in fields(SampleOptions)}
+    options = SampleOptions(**{**sampling, **changes})
+    model = model or o.model
+    stage = Stage(out, options, model=model, data=data, limit=o.limit, purpose=purpose)
+    if not stage.done:
+        counts = generate(model, rows, out, options, stage.scratch, purpose, data[0])
+        stage.finish(**counts)
     return read_jsonl(out)
 
 

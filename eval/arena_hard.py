@@ -1,254 +1,240 @@
-"""Arena-Hard: how often a judge prefers the model's answers to 500 hard prompts to those of a baseline (gpt-4-0314).
+"""Arena-Hard: how often a judge prefers the model's answers to gpt-4-0314's, on 500 hard prompts.
 
-score is the win rate in percent: two games per prompt with positions swapped, a much better answer ([[A>>B]]) counts three
-times, a tie as half a win. As every game is against the baseline, this weighted mean is the win rate that the official
-Bradley-Terry fit gives. style_score is a Bradley-Terry fit with the difference in style held at 0: length, headers, lists,
-bold. Intervals are of 100 bootstraps.
+score is the win rate in percent: two comparisons per prompt with positions swapped; a much better
+answer ([[A>>B]]) counts three times, a tie as half a win. As every comparison is with the
+baseline, this weighted mean is the win rate of the official Bradley-Terry fit. style_score is a
+Bradley-Terry fit with the difference in style held at 0: length, headers, lists, bold. Intervals
+are of 100 bootstraps.
 
-What differs from the official evaluator: bootstraps draw prompts, as the games of one prompt are not independent; style is
-held at the baseline's (official: at the mean over all models on the board, so that a score depends on who else is there);
-lengths are counted in words; the judge's prompt is our own unless --judge-prompt gives the official one, and only with that and
-the official judge is a score comparable with the leaderboard's. A game without a verdict is left out, as in the official v0.1
-(later ones leave out the prompt), and counted as malformed.
---data and --baseline are question.jsonl and model_answer/gpt-4-0314.jsonl in data/arena-hard-v0.1 of the repository
-lmarena/arena-hard-auto.
+What differs from the official evaluator: bootstraps draw prompts, as the comparisons of one
+prompt are not independent; style is held at the baseline's (official: at the mean over all models
+on the board, so a score depends on who else is there); lengths are counted in words; the judge's
+prompt is our own unless --judge-prompt gives the official one, and only with that and the
+official judge are scores comparable with the leaderboard's. A comparison without a verdict is
+left out, as in the official v0.1 (later versions leave out the prompt), and counted as malformed.
 
-question.jsonl, gpt-4-0314.jsonl -> answers.jsonl, model_answer.jsonl, games.jsonl, verdicts.jsonl, result.json in --out
+--data and --baseline are question.jsonl and model_answer/gpt-4-0314.jsonl in data/arena-hard-v0.1
+of the repository lmarena/arena-hard-auto.
 
-    python -m eval.arena_hard --model DIR --data question.jsonl --baseline gpt-4-0314.jsonl --judge gpt-4-1106-preview
-    torchrun --nproc-per-node 8 -m eval.arena_hard --model DIR --data question.jsonl --baseline gpt-4-0314.jsonl --judge DIR
+question.jsonl, gpt-4-0314.jsonl -> answers.jsonl, model_answer.jsonl, games.jsonl, verdicts.jsonl,
+result.json in --out
+
+    python -m eval.arena_hard --model DIR --data question.jsonl --baseline gpt-4-0314.jsonl \\
+        --judge gpt-4-1106-preview
+    torchrun --nproc-per-node 8 -m eval.arena_hard --model DIR --data question.jsonl \\
+        --baseline gpt-4-0314.jsonl --judge JUDGE_DIR
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data import (
-    Common,
-    InputError,
-    command,
-    digest,
-    on_first,
-    read_jsonl,
-    say,
-    write_jsonl,
-    write_text,
-)
-from eval.answers import answer, first, need, place, read_lines, words
-from eval.judge import Judge, JudgeOptions, pairwise
-from eval.report import table
+from checkpoint import Checkpoint
+from eval.answers import JudgedOptions, answer, first, need, place, read_lines, words
 from eval.stats import bootstrap, logistic, sigmoid
-from sample import SampleOptions
+from eval.table import table
+from plumbing.options import cli
+from plumbing.ranks import on_rank0, print0
+from plumbing.records import InputError, digest, read_jsonl, write_json, write_jsonl
+from scorers.llm_judge import Judge, pairwise
 
 SOURCE = "from the repository lmarena/arena-hard-auto: data/arena-hard-v0.1/"
 NEEDS = ("data", "baseline", "judge")  # what a run of loop.py must give in --eval-options
+# P(the model is better) by verdict
+OUTCOMES = {"much_better": 1.0, "better": 0.75, "tie": 0.5, "worse": 0.25, "much_worse": 0.0}
 
 
-@dataclass(kw_only=True)
-class Options(JudgeOptions, SampleOptions, Common):
-    model: str  # checkpoint directory
-    data: str = ""  # JSONL of questions {"uid", "prompt"}
-    baseline: str = ""  # JSONL of the baseline's answers to them
-    out: str = ""  # directory to write; empty: eval/arena_hard in the model's
-    limit: int = 0  # only the first so many prompts; 0: all
+@dataclass(frozen=True, kw_only=True)
+class Options(JudgedOptions):
+    model: Checkpoint  # checkpoint directory
+    data: Path | None = None  # JSONL of questions {"uid", "prompt"}
+    baseline: Path | None = None  # JSONL of the baseline's answers to them
+    out: Path | None = None  # directory to write; empty: MODEL/eval/arena_hard
+    limit: int = 0  # use only the first N prompts; 0: all
     temperature: float = 0.0  # 0 is greedy
-    max_new_tokens: int = 4096  # limit per answer; a record's own max_new_tokens wins
-    judge_tokens: int = 4096  # most tokens of a verdict with reasons
+    max_new_tokens: int = 4096  # limit per answer
+    judge_tokens: int = 4096  # max tokens of a verdict with reasons
 
 
-# ---------------------------------------------------------------------------------------------- statistics
+# ---------------------------------------------------------------------------------- statistics
 
 
 def outcome(p: float | None) -> tuple[float, float]:
-    """(result, weight) of a game from P(the model is better) in steps of a quarter; weight 0 where there is no verdict."""
-    return (0.0, 0.0) if p is None else (0.5 + 0.5 * np.sign(p - 0.5), 3.0 if p in (0, 1) else 1.0)
+    """(result, weight) of a comparison from P(the model is better); weight 0 without a verdict."""
+    if p is None:
+        return 0.0, 0.0
+    result = 0.5 + 0.5 * np.sign(p - 0.5)
+    weight = 3.0 if p in (0, 1) else 1.0
+    return result, weight
 
 
 def win_rate(result, weight) -> float:
-    """Percent; nan where no game counts."""
-    return 100 * float((result * weight).sum() / weight.sum()) if weight.any() else float("nan")
+    """Weighted mean in percent; nan where no comparison counts."""
+    if not weight.any():
+        return float("nan")
+    wins = (result * weight).sum()
+    return 100 * float(wins / weight.sum())
 
 
 def style(text: str) -> np.ndarray:
-    """(4,): words, headers, list items, bold spans; Markdown inside of code blocks does not count."""
+    """(4,): words, headers, list items, bold spans; Markdown inside code blocks does not count."""
     plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    count = lambda pattern: len(re.findall(pattern, plain, re.MULTILINE))  # noqa: E731
-    return np.array(
-        [
-            len(text.split()),
-            count(r"^#{1,6}\s"),
-            count(r"^\s*(?:[-*+]|\d+\.)\s"),
-            count(r"\*\*[^*\n]+\*\*|__[^_\n]+__"),
-        ],
-        float,
-    )
+    headers = re.findall(r"^#{1,6}\s", plain, re.MULTILINE)
+    items = re.findall(r"^\s*(?:[-*+]|\d+\.)\s", plain, re.MULTILINE)
+    bold = re.findall(r"\*\*[^*\n]+\*\*|__[^_\n]+__", plain, re.MULTILINE)
+    counts = [len(text.split()), len(headers), len(items), len(bold)]
+    return np.array(counts, float)
 
 
 def style_difference(ours: str, theirs: str) -> np.ndarray:
     """(4,): relative difference in length, and of Markdown per word."""
-    a, b = style(ours), style(theirs)
-    densities = a[1:] / max(1, a[0]), b[1:] / max(1, b[0])
-    return np.array(
-        [
-            (a[0] - b[0]) / max(1, a[0] + b[0]),
-            *(densities[0] - densities[1]) / (densities[0] + densities[1] + 1),
-        ]
-    )
+    a = style(ours)
+    b = style(theirs)
+    length = (a[0] - b[0]) / max(1, a[0] + b[0])
+    density_a = a[1:] / max(1, a[0])
+    density_b = b[1:] / max(1, b[0])
+    markdown = (density_a - density_b) / (density_a + density_b + 1)
+    return np.array([length, *markdown])
 
 
 def styled_win_rate(result, weight, difference) -> float:
-    """Percent at equal style. result, weight (G,), difference (G, 4), all from the model's side.
+    """Percent at equal style. result and weight (G,), difference (G, 4), all from the model's side.
 
-    A z-score over both positions of the pair: there every difference comes once with each sign, so its mean is 0, and from
-    the model's side what is left is to divide by the root mean square. Centring here would take out what is measured.
+    A z-score over both positions of the pair: there every difference comes once with each sign,
+    so its mean is 0, and from the model's side one divides by the root mean square. Centring here
+    would remove what is measured.
     """
     scale = np.sqrt((difference**2).mean(0))
-    X = np.hstack([np.ones((len(result), 1)), difference / np.where(scale > 0, scale, 1)])
-    return float(100 * sigmoid(logistic(X, result, weight)[0]))
+    scaled = difference / np.where(scale > 0, scale, 1)
+    ones = np.ones((len(result), 1))
+    b = logistic(np.hstack([ones, scaled]), result, weight)
+    return float(100 * sigmoid(b[0]))
 
 
 def statistics(games: list[tuple], ours: list[str], theirs: list[str]) -> dict[str, float]:
-    """All numbers of a model from P(the model is better) in both games of each prompt, and the answers."""
-    result, weight = np.array([[outcome(p) for p in pair] for pair in games]).transpose(
-        2, 0, 1
-    )  # (P, 2) each
-    difference = np.repeat(
-        [style_difference(a, b) for a, b in zip(ours, theirs, strict=True)], 2, 0
-    ).reshape(len(games), 2, 4)
-    plain = lambda i: win_rate(result[i], weight[i])  # noqa: E731
-    styled = lambda i: styled_win_rate(
-        result[i].ravel(), weight[i].ravel(), difference[i].reshape(-1, 4)
-    )  # noqa: E731
-    everything, numbers = np.arange(len(games)), {}
+    """All numbers of a model, from P(the model is better) in both comparisons of each prompt."""
+    # results and weights of P prompts by two comparisons, and their differences in style
+    outcomes = np.array([[outcome(p) for p in pair] for pair in games])  # (P, 2, 2)
+    result, weight = outcomes.transpose(2, 0, 1)  # (P, 2) each
+    pairs = zip(ours, theirs, strict=True)
+    difference = np.array([[style_difference(a, b)] * 2 for a, b in pairs])  # (P, 2, 4)
+
+    def plain(i) -> float:
+        return win_rate(result[i], weight[i])
+
+    def styled(i) -> float:
+        flat = difference[i].reshape(-1, 4)
+        return styled_win_rate(result[i].ravel(), weight[i].ravel(), flat)
+
+    # score, standard error and 95 % interval of both
+    numbers = {}
     for prefix, statistic in (("", plain), ("style_", styled)):
-        drawn = bootstrap(statistic, len(games))
-        low, high = np.nanquantile(drawn, (0.025, 0.975))  # a draw may hold no game with a verdict
+        resampled = bootstrap(statistic, len(games))
+        # nan: a resample may hold no comparison with a verdict
+        low, high = np.nanquantile(resampled, (0.025, 0.975))
         numbers |= {
-            f"{prefix}score": statistic(everything),
-            f"{prefix}se": float(np.nanstd(drawn, ddof=1)),
+            f"{prefix}score": statistic(np.arange(len(games))),
+            f"{prefix}se": float(np.nanstd(resampled, ddof=1)),
             f"{prefix}low": float(low),
             f"{prefix}high": float(high),
         }
     return {**numbers, "prompts": len(games), "games": int((weight > 0).sum())}
 
 
-# ---------------------------------------------------------------------------------------------- the benchmark
+# ---------------------------------------------------------------------------------- the benchmark
 
 
-def read_answers(path: str) -> dict[str, str]:
-    """uid -> answer of an official answer file: with messages (content: a text or {answer}), or the older choices."""
+def read_answers(path: Path | None) -> dict[str, str]:
+    """uid -> answer of an official answer file.
+
+    Either `messages`, whose content is a text or {answer}, or the older `choices`.
+    """
+    path = need(path, "--baseline", f"the baseline's answers, {SOURCE}model_answer/")
     answers = {}
-    for number, row in enumerate(
-        read_lines(need(path, "--baseline", f"the baseline's answers, {SOURCE}model_answer/")), 1
-    ):
+    for number, row in enumerate(read_lines(path), 1):
+        # anything that is not there is an error of the file
         try:
-            said = (
-                row["messages"][-1]["content"]
-                if "messages" in row
-                else row["choices"][0]["turns"][0]["content"]
-            )
-            answers[row.get("uid", row.get("question_id"))] = (
-                said["answer"] if isinstance(said, dict) else said
-            )
+            turns = row["messages"] if "messages" in row else row["choices"][0]["turns"][:1]
+            said = turns[-1]["content"]
+            uid = row.get("uid", row.get("question_id"))
+            answers[uid] = said["answer"] if isinstance(said, dict) else said
         except (KeyError, IndexError, TypeError):
-            raise InputError(
-                f"{path}: line {number}: neither field 'messages' nor 'choices' holds an answer; give the "
-                f"official file, {SOURCE}model_answer/"
-            ) from None
+            problem = "neither field 'messages' nor 'choices' holds an answer"
+            fix = f"give the official file, {SOURCE}model_answer/"
+            raise InputError(f"{path}: line {number}: {problem}; {fix}") from None
     return answers
 
 
 def main(o: Options) -> dict:
+    # all that can fail comes before the answers
     out = place(o, "arena_hard")
-    questions = read_jsonl(
-        need(o.data, "--data", f"the questions, {SOURCE}question.jsonl"), "uid", "prompt"
-    )
-    questions = first(questions, o.limit)
+    need(o.data, "--data", f"the questions, {SOURCE}question.jsonl")
+    questions = first(read_jsonl(o.data, "uid", "prompt"), o.limit)
     baseline = read_answers(o.baseline)
-    if absent := [row["uid"] for row in questions if row["uid"] not in baseline]:
-        raise InputError(
-            f"{o.baseline}: no answer to question {absent[0]} of {o.data}; give the answers to the same questions"
-        )
-    judge = Judge(o, o, out)
-    answers = answer(
-        o,
-        [{"id": row["uid"], "prompt": row["prompt"]} for row in questions],
-        o.data,
-        out / "answers.jsonl",
-    )
-    ours, theirs = [row["response"] for row in answers], [baseline[row["uid"]] for row in questions]
-    on_first(write_official, out, Path(o.model).name, answers)
+    absent = [row["uid"] for row in questions if row["uid"] not in baseline]
+    if absent:
+        problem = f"no answer to question {absent[0]} of {o.data}"
+        raise InputError(f"{o.baseline}: {problem}; give the answers to the same questions")
+    judge = Judge(o, out)
+
+    # answer, then judge both orders
+    prompts = [{"id": row["uid"], "prompt": row["prompt"]} for row in questions]
+    answers = answer(o, prompts, out / "answers.jsonl", [o.data])
+    on_rank0(write_official, out, o.model.name, answers)
+    ours = [row["response"] for row in answers]
+    theirs = [baseline[row["uid"]] for row in questions]
     games = pairwise(judge, [row["prompt"] for row in questions], ours, theirs, "verdict")
-    on_first(
-        lambda: write_jsonl(
-            out / "games.jsonl",
-            [
-                {"uid": row["uid"], "model_first": a, "baseline_first": b}
-                for row, (a, b) in zip(questions, games, strict=True)
-            ],
-        )
-    )
-    said = [p for pair in games for p in pair if p is not None]
-    shares = {
-        name: said.count(p)
-        for name, p in (
-            ("much_better", 1.0),
-            ("better", 0.75),
-            ("tie", 0.5),
-            ("worse", 0.25),
-            ("much_worse", 0.0),
-        )
-    }
+    rows = []
+    for row, (a, b) in zip(questions, games, strict=True):
+        rows.append({"uid": row["uid"], "model_first": a, "baseline_first": b})
+    on_rank0(write_jsonl, out / "games.jsonl", rows)
+
+    # count
+    verdicts = [p for pair in games for p in pair]
     result = {
         **statistics(games, ours, theirs),
-        **shares,
+        **{name: verdicts.count(p) for name, p in OUTCOMES.items()},
         "words": words(ours),
         "baseline_words": words(theirs),
         **judge.usage(),
     }
-    say(
-        table(
-            [
-                {
-                    "Arena-Hard": name,
-                    "score": result[f"{prefix}score"],
-                    "95 % interval": f"{result[f'{prefix}low']:.1f} to {result[f'{prefix}high']:.1f}",
-                    "words": result["words"],
-                    "baseline's": result["baseline_words"],
-                    "games": result["games"],
-                    "malformed": result["malformed"],
-                }
-                for name, prefix in ((Path(o.model).name, ""), ("at equal style", "style_"))
-            ]
-        )
-    )
-    say(table([shares]))
-    on_first(lambda: write_text(out / "result.json", json.dumps(result, indent=1)))
+    show(o.model.name, result)
+    on_rank0(write_json, out / "result.json", result)
     return result
 
 
+def show(name: str, result: dict) -> None:
+    rows = []
+    for label, prefix in ((name, ""), ("at equal style", "style_")):
+        low = result[f"{prefix}low"]
+        high = result[f"{prefix}high"]
+        interval = f"{low:.1f} to {high:.1f}"
+        row = {
+            "Arena-Hard": label,
+            "score": result[f"{prefix}score"],
+            "95 % interval": interval,
+        }
+        for key in ("words", "baseline_words", "games", "malformed"):
+            row[key] = result[key]
+        rows.append(row)
+    print0(table(rows))
+    print0(table([{name: result[name] for name in OUTCOMES}]))
+
+
 def write_official(out: Path, name: str, answers: list[dict]) -> None:
-    """The answer file that arena-hard-auto's own judging reads; the same bytes for the same answers."""
-    write_jsonl(
-        out / "model_answer.jsonl",
-        [
-            {
-                "uid": row["id"],
-                "ans_id": digest(name, row["id"], row["response"]),
-                "model": name,
-                "messages": [
-                    {"role": "user", "content": row["prompt"]},
-                    {"role": "assistant", "content": {"answer": row["response"]}},
-                ],
-                "tstamp": (out / "answers.jsonl").stat().st_mtime,
-            }
-            for row in answers
-        ],
-    )
+    """The answer file that arena-hard-auto's own judging reads; equal answers give equal bytes."""
+    written = (out / "answers.jsonl").stat().st_mtime
+    rows = []
+    for row in answers:
+        question = {"role": "user", "content": row["prompt"]}
+        said = {"role": "assistant", "content": {"answer": row["response"]}}
+        answer_id = digest(name, row["id"], row["response"])
+        official = {"uid": row["id"], "ans_id": answer_id, "model": name}
+        rows.append({**official, "messages": [question, said], "tstamp": written})
+    write_jsonl(out / "model_answer.jsonl", rows)
 
 
 if __name__ == "__main__":
-    command(main, Options)
+    cli(main)

@@ -1,91 +1,104 @@
-"""Benchmarks inside a run: loop.py --eval NAME[,NAME] --eval-options FILE.json calls run() for M_0 and every M_t.
+"""Benchmarks inside a run: loop.py --eval NAME[,NAME] --eval-options FILE.json, on every M_t.
 
-FILE.json holds what each command would be given: {"alpaca_eval": {"data": ..., "judge": ...}, "ifeval": {"data": ...}}.
+FILE.json holds the flags that each command would be given, by name:
+{"alpaca_eval": {"data": ..., "judge": ...}, "ifeval": {"data": ...}}
 """
 
-import dataclasses
-import importlib
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from data import (
-    ROOT,
-    Common,
-    InputError,
-    as_flags,
-    load_json,
-    on_first,
-    parse_options,
-    part,
-    write_text,
-)
+from eval import alpaca_eval, arena_hard, diversity, head_to_head, ifeval, leaderboard, mt_bench
+from plumbing.options import RunOptions, as_flags, parse_options
+from plumbing.ranks import on_rank0
+from plumbing.records import InputError, load_json, write_json
+from plumbing.stage import Stage
+
+BENCHMARKS = {
+    "alpaca_eval": alpaca_eval,
+    "arena_hard": arena_hard,
+    "diversity": diversity,
+    "head_to_head": head_to_head,
+    "ifeval": ifeval,
+    "leaderboard": leaderboard,
+    "mt_bench": mt_bench,
+}
+GIVEN_BY_RUN = ("model", "prompts", "out")
+EXAMPLE = '{"ifeval": {"data": "input_data.jsonl"}}'
 
 
-def options_of(name: str, given: dict, **more):
-    """The benchmark's module, and its options as its own command line would parse them."""
-    module = importlib.import_module(f"eval.{name}")
-    fields = {field.name for field in dataclasses.fields(module.Options)}
-    return module, parse_options(
-        module.Options, as_flags({**{k: v for k, v in more.items() if k in fields}, **given})
-    )
-
-
-def names() -> list[str]:
-    return sorted(
-        path.stem for path in (ROOT / "eval").glob("*.py") if "\nclass Options" in path.read_text()
-    )
+def options_of(name: str, given: dict, run: RunOptions, **by_run):
+    """A benchmark's options as its command parses them; of by_run those that it has."""
+    options = BENCHMARKS[name].Options
+    known = {field.name for field in fields(options)}
+    by_run = {key: value for key, value in by_run.items() if key in known}
+    return parse_options(options, as_flags({**asdict(run), **by_run, **given}))
 
 
 def check(evals: str, options: str) -> dict[str, dict]:
-    """Name -> given options of the chosen benchmarks; InputError for names, options and data that do not exist."""
+    """Name -> given options of the chosen benchmarks.
+
+    Raises InputError on names, options and data that do not exist.
+    """
     given = load_json(options) if options else {}
     if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
-        raise InputError(
-            f'{options}: no options by name; write {{"ifeval": {{"data": "input_data.jsonl"}}}}'
-        )
+        raise InputError(f"{options}: must hold options by benchmark, like {EXAMPLE}")
+    # names: all chosen ones exist, and all that have options are chosen
     chosen = [name.strip() for name in evals.split(",") if name.strip()]
-    unknown = [name for name in chosen if name not in names()]
-    if unknown:
-        raise InputError(
-            f"--eval {unknown[0]}: no benchmark of eval/ has that name; there are {', '.join(names())}"
-        )
-    if given.keys() - set(chosen):
-        raise InputError(
-            f"{options}: options for {sorted(given.keys() - set(chosen))[0]}, which --eval does not name"
-        )
     for name in chosen:
-        if taken := given.get(name, {}).keys() & {"model", "prompts", "out"}:
-            raise InputError(f"{options}: {name}: {min(taken)} is the run's to say; leave it out")
-        module, o = options_of(name, given.get(name, {}), model="-", prompts="-", out="-")
-        absent = [flag for flag in getattr(module, "NEEDS", ()) if not getattr(o, flag)]
-        if absent:
-            raise InputError(
-                f"--eval {name}: its option {absent[0]} is missing; give --eval-options FILE.json with "
-                f"{json.dumps({name: {absent[0]: '...'}})}"
-            )
-        if getattr(o, "data", "") and not Path(o.data).exists():
-            raise InputError(f"{options}: {name}: no file or directory {o.data}; check the path")
-    return {name: given.get(name, {}) for name in chosen}
+        if name not in BENCHMARKS:
+            names = ", ".join(BENCHMARKS)
+            raise InputError(f"--eval {name}: no such benchmark; there are {names}")
+    for name in sorted(given):
+        if name not in chosen:
+            raise InputError(f"{options}: options for {name}, which --eval does not name")
+    benchmarks = {name: given.get(name, {}) for name in chosen}
+    for name, flags in benchmarks.items():
+        check_options(name, flags, options)
+    return benchmarks
+
+
+def check_options(name: str, given: dict, path: str) -> None:
+    """Raise InputError if options of a benchmark are unknown or missing, or its data is missing."""
+    for key in GIVEN_BY_RUN:
+        if key in given:
+            raise InputError(f"{path}: {name}: {key} is set by the run; leave it out")
+    o = options_of(name, given, RunOptions(), model="-", prompts="-", out="-")
+    for key in getattr(BENCHMARKS[name], "NEEDS", ()):
+        if not getattr(o, key):
+            fix = f"give --eval-options FILE.json with {json.dumps({name: {key: '...'}})}"
+            raise InputError(f"--eval {name}: its option {key} is missing; {fix}")
+    data = getattr(o, "data", None)
+    if data and not data.exists():
+        raise InputError(f"{path}: {name}: no file or directory {data}; check the path")
 
 
 def run(
-    name: str, given: dict, model: str | Path, prompts: list[Path], out: Path, common: Common
-) -> dict:
-    """A benchmark on a checkpoint, or on the files of prompts where it reads no model; its numbers go to out/result.json."""
-    module, o = options_of(
-        name,
-        given,
-        model=str(model),
-        prompts=",".join(map(str, prompts)),
-        out=str(out),
-        **part(common, Common),
-    )
-    result = (
-        module.main(o) if hasattr(o, "model") or prompts else {}
-    )  # there are no prompts at t = 0
-    on_first(write_text, out / "result.json", json.dumps(result, indent=1))
-    return {
-        key: round(value, 4) if isinstance(value, float) else value
-        for key, value in result.items()
-        if isinstance(value, int | float)
-    }
+    name: str, given: dict, model: Path, prompts: list[Path], out: Path, run: RunOptions
+) -> Path:
+    """Stage: a benchmark on a checkpoint, or on files of prompts if it reads no model.
+
+    It encloses the benchmark's own stages, so that a finished benchmark asks for nothing again: no
+    package, no judge's key, no scorer. Its numbers go to out/result.json.
+    """
+    # what it reads: the paths among its options
+    files = ",".join(map(str, prompts))
+    o = options_of(name, given, run, model=model, prompts=files, out=out)
+    reads = {key: value for key, value in vars(o).items() if isinstance(value, Path)}
+    del reads["out"]
+    if "model" not in reads:
+        reads["prompts"] = prompts
+    if "data" in reads and o.data.is_dir():
+        reads["data"] = sorted(o.data.glob("*.jsonl"))
+    result = out / "result.json"
+    stage = Stage(result, run=run, benchmark=given, **reads)
+    if stage.done:
+        return result
+
+    # there are no prompts before the first iteration
+    numbers = {}
+    if "model" in reads or prompts:
+        numbers = BENCHMARKS[name].main(o)
+    on_rank0(write_json, result, numbers)
+    counts = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
+    return stage.finish(**{key: round(value, 4) for key, value in counts.items()})

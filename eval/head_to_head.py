@@ -1,50 +1,44 @@
-"""Two checkpoints on any prompts: how often the answers of --model are better than those of --against.
+"""Two checkpoints on any prompts: how often --model answers better than --against.
 
-score is the win rate in percent, a draw counts one half. By a judge (--judge) both orders of each pair are played, a slight
-win counts as much as a large one, and a game without a verdict is a draw, counted as malformed; by a scorer (--scorer,
-as in reward.py) the answer with the higher score wins. Both models
-draw with the same random numbers.
+score is the win rate in percent, a draw counts one half. With a judge (--judge) both orders of
+each pair are compared, a slight win counts as much as a large one, and a comparison without a
+verdict is a draw, counted as malformed; with a scorer (--scorer, as in pairs.py) the answer with
+the higher score wins. Both models are sampled with the same random numbers.
 
-prompts.jsonl {prompt | messages} -> answers.jsonl, against.jsonl, games.jsonl, verdicts.jsonl, result.json in --out
+prompts.jsonl {prompt | messages} -> answers.jsonl, against.jsonl, games.jsonl, verdicts.jsonl,
+result.json in --out
 
     python -m eval.head_to_head --model DIR --against OTHER_DIR --data prompts.jsonl --judge gpt-4.1
-    torchrun --nproc-per-node 8 -m eval.head_to_head --model DIR --against OTHER_DIR --data prompts.jsonl --scorer REWARD_DIR
+    torchrun --nproc-per-node 8 -m eval.head_to_head --model DIR --against OTHER_DIR \\
+        --data prompts.jsonl --scorer REWARD_DIR
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import (
-    Common,
-    InputError,
-    command,
-    find_model,
-    on_first,
-    read_jsonl,
-    say,
-    write_jsonl,
-    write_text,
-)
-from eval.answers import answer, first, need, place, words
-from eval.judge import Judge, JudgeOptions, pairwise, question_of
-from eval.report import table
+from checkpoint import Checkpoint
+from eval.answers import JudgedOptions, answer, first, need, place, words
 from eval.stats import mean, standard_error
-from reward import load_scorer, score_pairs
-from sample import SampleOptions
+from eval.table import table
+from plumbing.options import cli
+from plumbing.ranks import on_rank0, print0
+from plumbing.records import InputError, conversation_text, read_jsonl, write_json, write_jsonl
+from scorers.base import Scorer, score_pairs
+from scorers.llm_judge import Judge, pairwise
+from scorers.load import load_scorer
 
 NEEDS = ("against", "data")  # what a run of loop.py must give in --eval-options
 
 
-@dataclass(kw_only=True)
-class Options(JudgeOptions, SampleOptions, Common):
-    model: str  # checkpoint directory
-    against: str = ""  # checkpoint directory of the other model
-    data: str = ""  # JSONL of {"prompt"} or {"messages"}
-    out: str = ""  # directory to write; empty: eval/head_to_head in the model's
-    limit: int = 0  # only the first so many prompts; 0: all
-    scorer: str = ""  # instead of --judge: a scorer of reward.py, such as likelihood or a reward-model directory
-    base: str = ""  # the model that `likelihood` scores under; empty: --against
+@dataclass(frozen=True, kw_only=True)
+class Options(JudgedOptions):
+    model: Checkpoint  # checkpoint directory
+    against: Checkpoint | None = None  # checkpoint directory of the other model
+    data: Path | None = None  # JSONL of {"prompt"} or {"messages"}
+    out: Path | None = None  # directory to write; empty: MODEL/eval/head_to_head
+    limit: int = 0  # use only the first N prompts; 0: all
+    scorer: str = ""  # instead of --judge: a scorer, such as likelihood or a reward-model directory
+    base: Checkpoint | None = None  # model under which `likelihood` scores; empty: --against
 
 
 def win(p: float | None) -> float:
@@ -52,65 +46,70 @@ def win(p: float | None) -> float:
     return 0.5 if p is None or p == 0.5 else float(p > 0.5)
 
 
+def compare_by_judge(judge: Judge, ours: list[dict], theirs: list[dict]) -> list[dict]:
+    """{win, and P(the model is better) by either order} of each prompt."""
+    questions = [conversation_text(row) for row in ours]
+    texts = [[row["response"] for row in side] for side in (ours, theirs)]
+    rows = []
+    for a, b in pairwise(judge, questions, *texts, "verdict"):
+        rows.append({"win": (win(a) + win(b)) / 2, "model_first": a, "other_first": b})
+    return rows
+
+
+def compare_by_scorer(scorer: Scorer, ours: list[dict], theirs: list[dict]) -> list[dict]:
+    """{win, both scores} of each prompt."""
+    rows = []
+    for a, b in zip(*score_pairs(scorer, ours, theirs), strict=True):
+        better = 0.5 + (a > b) / 2 - (a < b) / 2
+        rows.append({"win": better, "score": a, "other_score": b})
+    return rows
+
+
 def main(o: Options) -> dict:
+    # all that can fail comes before the answers
     out = place(o, "head_to_head")
-    rows = first(
-        read_jsonl(need(o.data, "--data", 'a JSONL file of {"prompt"}'), "prompt"), o.limit
-    )
+    need(o.data, "--data", 'a JSONL file of {"prompt"}')
+    prompts = first(read_jsonl(o.data, "prompt"), o.limit)
     if not o.against:
         raise InputError("--against: give the checkpoint directory of the other model")
     if bool(o.scorer) == bool(o.judge) or o.scorer == "none":
-        raise InputError("--judge or --scorer: give one of them")
-    other = on_first(find_model, o.against)
-    judge = Judge(o, o, out) if o.judge else None
-    scorer = load_scorer(o.scorer, o.base or other, o) if o.scorer else None
-    ours, theirs = (
-        answer(o, rows, o.data, out / name, model)
-        for model, name in ((o.model, "answers.jsonl"), (other, "against.jsonl"))
-    )
-    texts = [[row["response"] for row in side] for side in (ours, theirs)]
+        raise InputError("--judge or --scorer: give exactly one of them")
+    judge = Judge(o, out) if o.judge else None
+    scorer = load_scorer(o.scorer, o.base or o.against, o.run) if o.scorer else None
+
+    # answer with both models, then compare
+    ours = answer(o, prompts, out / "answers.jsonl", [o.data])
+    theirs = answer(o, prompts, out / "against.jsonl", [o.data], model=o.against)
     if judge:
-        games = pairwise(judge, [question_of(row) for row in rows], *texts, "verdict")
-        said = [{"model_first": a, "other_first": b} for a, b in games]
+        rows = compare_by_judge(judge, ours, theirs)
     else:
-        scores = list(zip(*score_pairs(scorer, ours, theirs), strict=True))
-        games = [(0.5 + (a > b) / 2 - (a < b) / 2,) * 2 for a, b in scores]
-        said = [{"score": a, "other_score": b} for a, b in scores]
-    on_first(
-        write_jsonl,
-        out / "games.jsonl",
-        [{"id": row["id"], **line} for row, line in zip(rows, said, strict=True)],
-    )
-    wins = [sum(map(win, pair)) / 2 for pair in games]
+        rows = compare_by_scorer(scorer, ours, theirs)
+    wins = [row.pop("win") for row in rows]
+    games = [{"id": prompt["id"], **row} for prompt, row in zip(prompts, rows, strict=True)]
+    on_rank0(write_jsonl, out / "games.jsonl", games)
+
+    # count
     result = {
         "score": 100 * mean(wins),
         "se": 100 * standard_error(wins),
-        "prompts": len(rows),
+        "prompts": len(prompts),
         "wins": sum(w > 0.5 for w in wins),
         "draws": wins.count(0.5),
         "losses": sum(w < 0.5 for w in wins),
-        "words": words(texts[0]),
-        "other_words": words(texts[1]),
+        "words": words([row["response"] for row in ours]),
+        "other_words": words([row["response"] for row in theirs]),
         **(judge.usage() if judge else {}),
     }
-    say(
-        table(
-            [
-                {
-                    "head to head": f"{Path(o.model).name} against {Path(o.against).name}",
-                    "win rate": result["score"],
-                    **{
-                        name: value
-                        for name, value in result.items()
-                        if name not in ("score", "judge_replies", "judge_usd")
-                    },
-                }
-            ]
-        )
-    )
-    on_first(lambda: write_text(out / "result.json", json.dumps(result, indent=1)))
+    show(f"{o.model.name} against {o.against.name}", result)
+    on_rank0(write_json, out / "result.json", result)
     return result
 
 
+def show(title: str, result: dict) -> None:
+    hidden = ("score", "judge_replies", "judge_usd")
+    shown = {name: value for name, value in result.items() if name not in hidden}
+    print0(table([{"head to head": title, "win rate": result["score"], **shown}]))
+
+
 if __name__ == "__main__":
-    command(main, Options)
+    cli(main)

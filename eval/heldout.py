@@ -1,14 +1,23 @@
-"""Two numbers that need no judge: log-likelihood of held-out gold answers, and likelihood win rate against M_0.
+"""The held-out evaluation: a user's own function, or two numbers that need no judge.
 
-What --heldout alone is scored with. score is the mean over records of the mean log-prob per token of the gold answer under
-the model; win_rate is how often the model's own answer is likelier under M_0, per token, than M_0's own answer (a draw counts
-one half). Neither is a measure of helpfulness: the first falls when a model moves away from the style of the gold answers,
-the second rises when answers become plainer or more typical.
+The built-in evaluate() returns
+    score     log-prob per token of the gold response under the model, mean over records
+    win_rate  how often the model's response is likelier under M_0, per token, than M_0's own
+              (a draw counts one half)
+Neither measures helpfulness: score falls when a model moves away from the style of the gold
+responses, win_rate rises when responses become plainer or more typical.
+
+answers, base answers, held-out records -> eval.json
 """
 
-from data import Common
+from pathlib import Path
+
 from eval.stats import mean, standard_error
-from reward import load_scorer
+from plumbing.options import RunOptions, load_function, plugin_files
+from plumbing.ranks import on_rank0
+from plumbing.records import read_jsonl, write_json
+from plumbing.stage import Stage
+from scorers.load import load_scorer
 
 NOTE = "Neither number is a measure of helpfulness (eval/heldout.py)."
 
@@ -17,25 +26,62 @@ def evaluate(
     answers: list[dict],
     heldout: list[dict],
     base_answers: list[dict],
-    model: str | None,
-    base: str,
-    common: Common,
+    model: Path | None,
+    base: Path,
+    run: RunOptions,
 ) -> dict[str, float]:
-    """answers and base_answers: records {prompt, response}, joined by position; heldout: {prompt, response = gold}.
+    """score and se (only with a model), win_rate, words. --evaluate names a user's own function.
 
-    model: the checkpoint that wrote the answers, None where an improver rewrote them. Returns score and se (with a model only),
-    win_rate, words.
+    answers, base_answers: records {prompt, response}; heldout: {prompt, response = gold}; all
+    three in the same order. model: the checkpoint that wrote the answers, None if an improver
+    rewrote them.
     """
     if any(a["id"] != b["id"] for a, b in zip(answers, base_answers, strict=True)):
-        raise ValueError("answers and base_answers are of different records")
-    under_base = load_scorer("likelihood", base, common)
-    ours, theirs = under_base(answers), under_base(base_answers)
+        raise ValueError("answers and base_answers must hold the same records in the same order")
+    # both models' responses under M_0
+    under_base = load_scorer("likelihood", base, run)
+    ours = under_base(answers)
+    theirs = under_base(base_answers)
     wins = [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
-    result = {
-        "win_rate": mean(wins),
-        "words": mean([len(row["response"].split()) for row in answers]),
-    }
+    words = [len(row["response"].split()) for row in answers]
+    result = {"win_rate": mean(wins), "words": mean(words)}
+
+    # the gold responses under the model
     if model:
-        gold = load_scorer("likelihood", model, common)(heldout)
+        gold = load_scorer("likelihood", model, run)(heldout)
         result = {"score": mean(gold), "se": standard_error(gold), **result}
     return result
+
+
+def score_heldout(
+    answers: Path,
+    out: Path,
+    heldout: Path,
+    base_answers: Path,
+    base: Path,
+    o,
+    model: Path | None = None,
+) -> Path:
+    """Stage: score answers to the held-out prompts with the function o.evaluate.
+
+    o: loop.py's Options, of which `run` and `evaluate` count: FILE.py:FUNCTION, or empty for
+    evaluate() above. model: None where an improver rewrote the answers.
+    """
+    stage = Stage(
+        out,
+        run=o.run,
+        evaluate=o.evaluate,
+        function=plugin_files(o.evaluate),
+        answers=answers,
+        base_answers=base_answers,
+        heldout=heldout,
+        base=base,
+        model=model,
+    )
+    if stage.done:
+        return out
+    function = load_function(o.evaluate) if o.evaluate else evaluate
+    rows, gold, base_rows = (read_jsonl(path) for path in (answers, heldout, base_answers))
+    result = function(rows, gold, base_rows, model, base, o.run)
+    on_rank0(write_json, out, result)
+    return stage.finish(**{name: round(value, 4) for name, value in result.items()})

@@ -1,28 +1,36 @@
-"""IFEval: how often a model's answers keep to instructions that a program can check ("no commas", "at least 300 words").
+"""IFEval: how often answers follow instructions that a program can check, such as "no commas".
 
-Four numbers: of prompts all of whose instructions are kept, and of single instructions, each strictly or loosely (an answer
-may first be freed of asterisks and of its first or last line). score is the strictest, the share of prompts with all kept as
-written; se is its standard error. The checkers are those of lm-evaluation-harness, with the language detector's seed fixed, so
-that the same answers always score the same. Greedy answers of at most 1,280 tokens, as there, through the chat template.
+Four numbers: prompts with all instructions followed, and single instructions, each strictly or
+loosely (an answer may first lose its asterisks, or its first or last line). score is the
+strictest, prompts with all instructions followed as written; se is its standard error. The
+checkers are those of lm-evaluation-harness, with the seed of its language detector fixed, so the
+same answers always score the same. As there, answers are greedy, of at most 1,280 tokens, through
+the chat template.
 
 input_data.jsonl {key, prompt, instruction_id_list, kwargs} -> OUT/answers.jsonl, OUT/scores.jsonl
 
     python -m eval.ifeval --model DIR --data input_data.jsonl
     torchrun --nproc-per-node 8 -m eval.ifeval --model DIR --data input_data.jsonl
 
-The file is in the repository google-research/google-research, under instruction_following_eval/data. Two checkers cut text into
-sentences and words with NLTK's punkt_tab (`python -m nltk.downloader punkt_tab`); --nltk-data or NLTK_DATA says where it lies.
+The file is in google-research/google-research, under instruction_following_eval/data. Two
+checkers split text into sentences and words with NLTK's punkt_tab (`python -m nltk.downloader
+punkt_tab`); --nltk-data or NLTK_DATA says where it is.
 """
 
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from data import Common, InputError, command, on_first, read_jsonl, say, stage, write_jsonl
+from checkpoint import Checkpoint
 from eval.answers import answer, first, place
-from eval.optional import optional, own_luck
-from eval.report import table
+from eval.lm_eval_adapter import lm_eval_seeds, optional
 from eval.stats import mean, standard_error
+from eval.table import table
+from plumbing.options import cli
+from plumbing.ranks import on_rank0, print0
+from plumbing.records import InputError, read_jsonl, write_jsonl
+from plumbing.stage import Stage
 from sample import SampleOptions
 
 NEEDS = ("data",)  # what a run of loop.py must give in --eval-options
@@ -34,140 +42,139 @@ METRICS = {
 }
 
 
-@dataclass(kw_only=True)
-class Options(SampleOptions, Common):
-    model: str  # checkpoint directory
-    data: str = ""  # IFEval's input_data.jsonl
-    out: str = ""  # directory to write; MODEL/eval/ifeval unless given
-    limit: int = 0  # answer the first so many prompts; 0 is all
-    nltk_data: str = (
-        ""  # directory of NLTK's data, with tokenizers/punkt_tab; NLTK_DATA unless given
-    )
+@dataclass(frozen=True, kw_only=True)
+class Options(SampleOptions):
+    model: Checkpoint  # checkpoint directory
+    data: Path | None = None  # IFEval's input_data.jsonl
+    out: Path | None = None  # directory to write; empty: MODEL/eval/ifeval
+    limit: int = 0  # use only the first N prompts; 0: all
+    nltk_data: str = ""  # directory of NLTK's data, with tokenizers/punkt_tab; empty: NLTK_DATA
     temperature: float = 0.0  # 0 is greedy
     max_new_tokens: int = 1280  # limit per answer
 
 
-def read_prompts(path: str, limit: int) -> list[dict]:
-    """Records with `id`, `prompt`, `instruction_id_list` and `kwargs`, as many of each of the last two."""
-    if not path:
-        raise InputError(
-            "--data is missing: give IFEval's input_data.jsonl; --help says where it is"
-        )
+def read_prompts(path: Path | None, limit: int) -> list[dict]:
+    """Records with `id`, `prompt`, `instruction_id_list` and `kwargs`, the lists equally long."""
+    if path is None:
+        source = "IFEval's input_data.jsonl; --help says where it is"
+        raise InputError(f"--data is missing: give {source}")
     rows = read_jsonl(path, "prompt")
+    # the checkers would fail on anything else
     for number, row in enumerate(rows, 1):
-        names, values = row.get("instruction_id_list"), row.get("kwargs")
-        if not (
-            isinstance(names, list)
-            and isinstance(values, list)
-            and 0 < len(names) == len(values)
-            and "key" in row
-        ):
+        names = row.get("instruction_id_list")
+        values = row.get("kwargs")
+        are_lists = isinstance(names, list) and isinstance(values, list)
+        if not are_lists or not 0 < len(names) == len(values) or "key" not in row:
             raise InputError(
-                f"{path}: line {number}: fields 'key', 'instruction_id_list' and 'kwargs' must be there, the "
-                "lists equally long; give IFEval's own input_data.jsonl"
+                f"{path}: line {number}: fields 'key', 'instruction_id_list' and 'kwargs' must be "
+                "there, the lists equally long; give IFEval's own input_data.jsonl"
             )
     return [{**row, "id": str(row["key"])} for row in first(rows, limit)]
 
 
 @contextmanager
 def checkers(nltk_data: str = ""):
-    """lm_eval's process_results(doc, [answer]), made to give the same for the same answer; nothing of that is left behind."""
-    nltk, langdetect = optional("nltk"), optional("langdetect")
-    path, seed = [*nltk.data.path], langdetect.DetectorFactory.seed
-    nltk.data.path[:0] = [nltk_data] if nltk_data else []
-    langdetect.DetectorFactory.seed = 0
+    """lm_eval's process_results(doc, [answer]), deterministic; restores every global state."""
+    with optional():
+        import nltk
+        from langdetect import DetectorFactory
+    # what is changed of them
+    path = [*nltk.data.path]
+    seed = DetectorFactory.seed
+    if nltk_data:
+        nltk.data.path.insert(0, nltk_data)
+    DetectorFactory.seed = 0
     try:
         try:
-            nltk.data.find("tokenizers/punkt_tab")  # or lm_eval would download it
+            nltk.data.find("tokenizers/punkt_tab")  # else lm_eval would download it
         except LookupError:
+            download = "python -m nltk.downloader punkt_tab"
+            directory = "--nltk-data DIR, where DIR/tokenizers/punkt_tab is"
             raise InputError(
-                "NLTK's punkt_tab is not to be found: python -m nltk.downloader punkt_tab, or --nltk-data DIR "
-                "where DIR/tokenizers/punkt_tab lies"
+                f"NLTK's punkt_tab was not found: {download}, or {directory}"
             ) from None
-        with own_luck():  # a checker without arguments draws some
-            yield optional("lm_eval.tasks.ifeval.utils").process_results
+        with optional():
+            from lm_eval.tasks.ifeval.utils import process_results
+        with lm_eval_seeds():  # a checker without arguments draws them
+            yield process_results
     finally:
-        nltk.data.path[:], langdetect.DetectorFactory.seed = path, seed
+        nltk.data.path[:] = path
+        DetectorFactory.seed = seed
 
 
 def check(prompts: list[dict], answers: list[dict], nltk_data: str = "") -> list[dict]:
-    """{id, instructions, and the four metrics: a bool for a prompt, a list of them for its instructions} for each answer."""
+    """{id, instructions, four metrics} of each answer.
+
+    A metric is a bool for the prompt, or a list of bools for its instructions.
+    """
+    scores = []
     with checkers(nltk_data) as process:
-        return [
-            {
-                "id": row["id"],
-                "instructions": row["instruction_id_list"],
-                **process(row, [answer["response"]]),
-            }
-            for row, answer in zip(prompts, answers, strict=True)
-        ]
+        for row, answered in zip(prompts, answers, strict=True):
+            metrics = process(row, [answered["response"]])
+            instructions = row["instruction_id_list"]
+            scores.append({"id": row["id"], "instructions": instructions, **metrics})
+    return scores
 
 
 def summary(scores: list[dict]) -> dict:
-    """The four metrics and the standard error of the first."""
-    flat = lambda values: [
-        float(v) for value in values for v in (value if isinstance(value, list) else [value])
-    ]  # noqa: E731
-    values = {name: flat([row[metric] for row in scores]) for name, metric in METRICS.items()}
-    return {
-        "score": mean(values["score"]),
-        "se": standard_error(values["score"]),
-        **{name: mean(values[name]) for name in values if name != "score"},
-        "prompts": len(scores),
-        "instructions": len(values["instruction_strict"]),
-    }
+    """The means of the four metrics, and the standard error of the first."""
+    # a metric's values over prompts, or over instructions
+    values: dict[str, list[float]] = {name: [] for name in METRICS}
+    for row in scores:
+        for name, metric in METRICS.items():
+            value = row[metric]
+            values[name] += map(float, value if isinstance(value, list) else [value])
+    result = {"score": mean(values["score"]), "se": standard_error(values["score"])}
+    result |= {name: mean(values[name]) for name in METRICS}
+    return {**result, "prompts": len(scores), "instructions": len(values["instruction_strict"])}
 
 
 def by_kind(scores: list[dict]) -> list[dict]:
-    """Rows of a table: instructions kept, by kind (the part of a name before the colon)."""
+    """Rows of a table: instructions followed, by kind (the part of a name before the colon)."""
+    # (strictly, loosely) of every instruction
     kinds = defaultdict(list)
     for row in scores:
-        for name, strict, loose in zip(
-            row["instructions"],
-            row[METRICS["instruction_strict"]],
-            row[METRICS["instruction_loose"]],
-            strict=True,
-        ):
-            kinds[name.partition(":")[0]].append((float(strict), float(loose)))
-    return [
-        {
-            "instructions": kind,
-            "number": len(kept),
-            "strict": mean([strict for strict, _ in kept]),
-            "loose": mean([loose for _, loose in kept]),
-        }
-        for kind, kept in sorted(kinds.items())
-    ]
+        strict = row[METRICS["instruction_strict"]]
+        loose = row[METRICS["instruction_loose"]]
+        for name, *followed in zip(row["instructions"], strict, loose, strict=True):
+            kinds[name.partition(":")[0]].append(followed)
+
+    # their means
+    rows = []
+    for kind, followed in sorted(kinds.items()):
+        strict, loose = (mean(list(map(float, column))) for column in zip(*followed, strict=True))
+        rows.append(
+            {"instructions": kind, "number": len(followed), "strict": strict, "loose": loose}
+        )
+    return rows
+
+
+def score_answers(o: Options, prompts: list[dict], answers: Path, out: Path) -> Path:
+    """Stage: the verdict on every answer."""
+    stage = Stage(out, run=o.run, answers=answers, data=o.data, limit=o.limit)
+    if stage.done:
+        return out
+    scores = on_rank0(check, prompts, read_jsonl(answers, "prompt"), o.nltk_data)
+    on_rank0(write_jsonl, out, scores)
+    return stage.finish(**{name: round(value, 4) for name, value in summary(scores).items()})
 
 
 def main(o: Options) -> dict:
+    # all that can fail comes before the answers, missing packages too
     out = place(o, "ifeval")
-    prompts = on_first(read_prompts, o.data, o.limit)
-    on_first(
-        check, [], [], o.nltk_data
-    )  # what is not installed is said before answers are paid for
-    asked = [{"id": row["id"], "prompt": row["prompt"]} for row in prompts]
-    answer(o, asked, o.data, out / "answers.jsonl", purpose="ifeval")
+    prompts = on_rank0(read_prompts, o.data, o.limit)
+    on_rank0(check, [], [], o.nltk_data)
 
-    def work():
-        def count():
-            scores = check(prompts, read_jsonl(out / "answers.jsonl", "prompt"), o.nltk_data)
-            write_jsonl(out / "scores.jsonl", scores)
-            return {name: round(value, 4) for name, value in summary(scores).items()}
-
-        return on_first(count)
-
-    result = stage(
-        out / "scores.jsonl",
-        {"answers": out / "answers.jsonl", "data": o.data},
-        {"limit": o.limit},
-        work,
-    )
-    say(table(by_kind(on_first(read_jsonl, out / "scores.jsonl"))))
-    result = {name: value for name, value in result.items() if name != "seconds"}
-    say(table([{name: result[name] for name in ("score", "se", *list(METRICS)[1:])}]))
+    # answer, then check
+    questions = [{"id": row["id"], "prompt": row["prompt"]} for row in prompts]
+    answer(o, questions, out / "answers.jsonl", [o.data], purpose="ifeval")
+    score_answers(o, prompts, out / "answers.jsonl", out / "scores.jsonl")
+    scores = read_jsonl(out / "scores.jsonl")
+    result = {name: round(value, 4) for name, value in summary(scores).items()}
+    print0(table(by_kind(scores)))
+    print0(table([{name: result[name] for name in ("score", "se", *list(METRICS)[1:])}]))
     return result
 
 
 if __name__ == "__main__":
-    command(main, Options)
+    cli(main)

@@ -1,258 +1,252 @@
 """MT-Bench: a judge's mean grade, from 1 to 10, of the model's answers to 80 two-turn questions.
 
-score is the mean over all judged turns; se is that of the mean over questions, as the two turns of one are not independent.
-The second turn is generated after the first; math, reasoning and coding are graded against a reference answer. Prompts and
-references are the official files; comparable with published grades only where the judge is the same. As officially, a turn
-whose verdict has no grade is left out, and counted as malformed. --data holds three files of fastchat/llm_judge/data in the
-repository lm-sys/FastChat: mt_bench/question.jsonl, judge_prompts.jsonl, and mt_bench/reference_answer/gpt-4.jsonl under the
+score is the mean over all judged turns; se is that of the mean over questions, as the two turns
+of one are not independent. The second turn is generated after the first; math, reasoning and
+coding are graded against a reference answer. Prompts and references are the official files;
+comparable with published grades only where the judge is the same. As officially, a turn whose
+verdict has no grade is left out, and counted as malformed.
+
+--data holds three files of fastchat/llm_judge/data in the repository lm-sys/FastChat:
+mt_bench/question.jsonl, judge_prompts.jsonl, and mt_bench/reference_answer/gpt-4.jsonl under the
 name reference_answer_gpt-4.jsonl.
 
-question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl in --data -> turn1-T.jsonl, turn2-T.jsonl (T: temperature),
-model_answer.jsonl, grades.jsonl, verdicts.jsonl, result.json in --out
+question.jsonl, judge_prompts.jsonl, reference_answer_gpt-4.jsonl in --data -> turn1-T.jsonl,
+turn2-T.jsonl (T: temperature), model_answer.jsonl, grades.jsonl, verdicts.jsonl, result.json in
+--out
 
     python -m eval.mt_bench --model DIR --data mt_bench --judge gpt-4
     torchrun --nproc-per-node 8 -m eval.mt_bench --model DIR --data mt_bench --judge JUDGE_DIR
 """
 
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Common, InputError, command, digest, on_first, say, write_jsonl, write_text
-from eval.answers import answer, first, need, place, read_lines, words
-from eval.judge import Judge, JudgeOptions, Request, fill
-from eval.report import table
-from eval.stats import standard_error
-from sample import SampleOptions
+from checkpoint import Checkpoint
+from eval.answers import JudgedOptions, answer, first, need, place, read_lines, words
+from eval.stats import mean, standard_error
+from eval.table import table
+from plumbing.options import cli
+from plumbing.ranks import on_rank0, print0
+from plumbing.records import InputError, digest, write_json, write_jsonl
+from scorers.llm_judge import Judge, Request, fill_in
 
 SOURCE = (
-    "a directory with question.jsonl, judge_prompts.jsonl and reference_answer_gpt-4.jsonl, from the repository "
-    "lm-sys/FastChat, fastchat/llm_judge/data: mt_bench/question.jsonl, judge_prompts.jsonl and "
-    "mt_bench/reference_answer/gpt-4.jsonl"
+    "a directory with question.jsonl, judge_prompts.jsonl and reference_answer_gpt-4.jsonl, "
+    "from the repository lm-sys/FastChat, fastchat/llm_judge/data: mt_bench/question.jsonl, "
+    "judge_prompts.jsonl and mt_bench/reference_answer/gpt-4.jsonl"
 )
 NEEDS = ("data", "judge")  # what a run of loop.py must give in --eval-options
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # 0 for the others
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # others: 0
 WITH_REFERENCE = ("math", "reasoning", "coding")
+PROMPTS = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+# the files of --data, and the fields that they must have
+FILES = {
+    "question.jsonl": ("question_id", "category", "turns"),
+    "judge_prompts.jsonl": ("name", "system_prompt", "prompt_template"),
+    "reference_answer_gpt-4.jsonl": ("question_id", "choices"),
+}
 
 
-@dataclass(kw_only=True)
-class Options(JudgeOptions, SampleOptions, Common):
-    model: str  # checkpoint directory
-    data: str = (
-        ""  # directory with question.jsonl, judge_prompts.jsonl and reference_answer_gpt-4.jsonl
-    )
-    out: str = ""  # directory to write; empty: eval/mt_bench in the model's
-    limit: int = 0  # only so many questions, evenly spread over the categories; 0: all
+@dataclass(frozen=True, kw_only=True)
+class Options(JudgedOptions):
+    model: Checkpoint  # checkpoint directory
+    data: Path | None = None  # directory of three official files, see above
+    out: Path | None = None  # directory to write; empty: MODEL/eval/mt_bench
+    limit: int = 0  # use only N questions, evenly spread over the categories; 0: all
     temperature: float = -1.0  # of all answers; below 0: by category, as officially
-    max_new_tokens: int = 1024  # limit per answer; a record's own max_new_tokens wins
-    judge_tokens: int = 2048  # most tokens of a verdict with reasons
+    max_new_tokens: int = 1024  # limit per answer
+    judge_tokens: int = 2048  # max tokens of a verdict with reasons
 
 
-def read_data(o: Options) -> tuple[list[dict], dict, dict]:
-    """Questions, prompts by name, both turns of reference answers by question."""
+@dataclass
+class Data:
+    """The official files."""
+
+    questions: list[dict]
+    prompts: dict[str, dict]  # the judge's, by name
+    references: dict[int, list[str]]  # both turns, by question
+
+    def reference(self, question: dict) -> list[str] | None:
+        if question["category"] not in WITH_REFERENCE:
+            return None
+        return self.references[question["question_id"]]
+
+
+def read_data(o: Options) -> Data:
     if o.judge_prompt:
         raise InputError("--judge-prompt: MT-Bench's prompts are those of --data; leave it out")
+    # the three files
     folder = need(o.data, "--data", SOURCE)
     questions, prompts, references = (
-        read_lines(need(str(folder / name), "--data", SOURCE), *fields)
-        for name, *fields in (
-            ("question.jsonl", "question_id", "category", "turns"),
-            ("judge_prompts.jsonl", "name", "system_prompt", "prompt_template"),
-            ("reference_answer_gpt-4.jsonl", "question_id", "choices"),
-        )
+        read_lines(need(folder / name, "--data", SOURCE), *fields) for name, fields in FILES.items()
     )
-    prompts = {row["name"]: row for row in prompts}
     references = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+
+    # some of the questions, evenly spread
+    number = len(first(questions, o.limit))
     if o.limit:
-        first(questions, o.limit)
-        questions = [
-            questions[i * len(questions) // o.limit] for i in range(min(o.limit, len(questions)))
-        ]
-    for row in questions:
+        questions = [questions[i * len(questions) // o.limit] for i in range(number)]
+    data = Data(questions, {row["name"]: row for row in prompts}, references)
+    check(data, folder)
+    return data
+
+
+def check(data: Data, folder: Path) -> None:
+    """Raise InputError where a file lacks what another one asks for."""
+    # questions
+    for row in data.questions:
+        number = row["question_id"]
         if len(row["turns"]) != 2:
-            raise InputError(
-                f"{folder}/question.jsonl: question {row['question_id']}: field 'turns' does not hold two texts"
-            )
-        if row["category"] in WITH_REFERENCE and len(references.get(row["question_id"], ())) != 2:
-            raise InputError(
-                f"{folder}/reference_answer_gpt-4.jsonl: no two answers to question {row['question_id']}; its "
-                f"category {row['category']} is graded against one"
-            )
-    for name in (
-        "single-v1",
-        "single-math-v1",
-        "single-v1-multi-turn",
-        "single-math-v1-multi-turn",
-    ):
-        if name not in prompts:
+            where = f"{folder}/question.jsonl: question {number}"
+            raise InputError(f"{where}: field 'turns' must hold two texts")
+        if row["category"] in WITH_REFERENCE and len(data.references.get(number, ())) != 2:
+            problem = f"no two answers to question {number}"
+            why = f"its category {row['category']} is graded against one"
+            raise InputError(f"{folder}/reference_answer_gpt-4.jsonl: {problem}; {why}")
+
+    # the judge's prompts
+    for name in PROMPTS:
+        if name not in data.prompts:
             raise InputError(
                 f"{folder}/judge_prompts.jsonl: no prompt {name}; give the official file"
             )
-    return questions, prompts, references
 
 
 def converse(o: Options, questions: list[dict], out: Path) -> dict[int, list[str]]:
-    """Both answers to each question, by its id: those of one temperature together, the second turn after the first."""
-    groups, answers = defaultdict(list), {}
+    """Both answers to each question, by its id.
+
+    Questions of one temperature are answered together, the second turn after the first.
+    """
+    groups = defaultdict(list)
     for row in questions:
-        groups[
-            o.temperature if o.temperature >= 0 else TEMPERATURES.get(row["category"], 0.0)
-        ].append(row)
+        official = TEMPERATURES.get(row["category"], 0.0)
+        groups[o.temperature if o.temperature >= 0 else official].append(row)
+
+    answers = defaultdict(list)
     for temperature, rows in sorted(groups.items()):
-        talks = [[{"role": "user", "content": row["turns"][0]}] for row in rows]
+        conversations = [[] for _ in rows]
+        files = [o.data / "question.jsonl"]
         for turn in (1, 2):
-            said = answer(
-                o,
-                [
-                    {"id": str(row["question_id"]), "messages": talk}
-                    for row, talk in zip(rows, talks, strict=True)
-                ],
-                Path(o.data) / "question.jsonl",
-                out / f"turn{turn}-{temperature}.jsonl",
-                purpose=f"turn {turn}",
-                temperature=temperature,
-            )
-            for row, talk, reply in zip(rows, talks, said, strict=True):
-                answers.setdefault(row["question_id"], []).append(reply["response"])
-                talk += [
-                    {"role": "assistant", "content": reply["response"]},
-                    {"role": "user", "content": row["turns"][1]},
-                ]
-    return answers
+            # the next question of every conversation
+            prompts = []
+            for row, messages in zip(rows, conversations, strict=True):
+                messages.append({"role": "user", "content": row["turns"][turn - 1]})
+                prompts.append({"id": str(row["question_id"]), "messages": [*messages]})
+
+            # its answer
+            path = out / f"turn{turn}-{temperature}.jsonl"
+            purpose = f"turn {turn}"
+            replies = answer(o, prompts, path, files, purpose, temperature=temperature)
+            files = [*files, path]
+            for row, messages, reply in zip(rows, conversations, replies, strict=True):
+                text = reply["response"]
+                messages.append({"role": "assistant", "content": text})
+                answers[row["question_id"]].append(text)
+    return dict(answers)
 
 
-def to_request(
-    prompts: dict, row: dict, turn: int, answers: list[str], reference: list[str] | None
-) -> Request:
-    """The official request to grade a turn (1 or 2): the first alone, the second with the conversation before it."""
-    prompt = prompts[
-        "single-" + ("math-" if reference else "") + "v1" + ("-multi-turn" if turn == 2 else "")
-    ]
-    texts = {
-        "question": row["turns"][0],
-        "answer": answers[0],
-        "question_1": row["turns"][0],
-        "question_2": row["turns"][1],
-        "answer_1": answers[0],
-        "answer_2": answers[1],
-    }
-    if reference:
-        texts |= {"ref_answer_1": reference[0], "ref_answer_2": reference[1]}
-    return Request(
-        [
-            {"role": "system", "content": prompt["system_prompt"]},
-            {"role": "user", "content": fill(prompt["prompt_template"], texts)},
-        ]
-    )
+def to_request(prompts: dict, row: dict, turn: int, answers: list[str], reference) -> Request:
+    """The official request to grade a turn: the first alone, the second with what came before it.
+
+    turn: 1 or 2; reference: both turns of a reference answer, or None.
+    """
+    kind = "single-math-v1" if reference else "single-v1"
+    prompt = prompts[kind + ("-multi-turn" if turn == 2 else "")]
+    # a prompt has places for some of these
+    texts = {"question": row["turns"][0], "answer": answers[0]}
+    by_turn = {"question": row["turns"], "answer": answers, "ref_answer": reference or ()}
+    for name, turns in by_turn.items():
+        texts |= {f"{name}_{number}": text for number, text in enumerate(turns, 1)}
+    system = {"role": "system", "content": prompt["system_prompt"]}
+    user = {"role": "user", "content": fill_in(prompt["prompt_template"], texts)}
+    return Request([system, user])
 
 
 def read_grade(reply: dict) -> float | None:
     """The first [[grade]] of the text, or [grade] where there is none; None outside of 1 to 10."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply["text"]) or re.search(
-        r"\[(\d+\.?\d*)\]", reply["text"]
-    )
-    return float(found[1]) if found and 1 <= float(found[1]) <= 10 else None
+    text = reply["text"]
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
+    if not found or not 1 <= float(found[1]) <= 10:
+        return None
+    return float(found[1])
 
 
 def statistics(grades: list[tuple[float | None, float | None]]) -> dict[str, float]:
-    """Means of the two turns of each question, without those that have no grade."""
-    mean = lambda values: sum(values) / len(values) if values else None  # noqa: E731
-    every = [[g for g in pair if g is not None] for pair in grades]
+    """Means over the two turns of each question, without those that have no grade."""
+    pairs = [[grade for grade in pair if grade is not None] for pair in grades]
     numbers = {
-        "score": mean([g for pair in every for g in pair]),
-        "se": standard_error([mean(pair) for pair in every if pair]),
-        **{
-            f"turn_{t + 1}": mean([pair[t] for pair in grades if pair[t] is not None])
-            for t in (0, 1)
-        },
+        "score": average([grade for pair in pairs for grade in pair]),
+        "se": standard_error([mean(pair) for pair in pairs if pair]),
+        "turn_1": average([first for first, _ in grades if first is not None]),
+        "turn_2": average([second for _, second in grades if second is not None]),
     }
     return {name: value for name, value in numbers.items() if value is not None}
 
 
+def average(values: list[float]) -> float | None:
+    return mean(values) if values else None
+
+
 def main(o: Options) -> dict:
-    out, (questions, prompts, references) = place(o, "mt_bench"), read_data(o)
-    judge = Judge(o, o, out)
-    answers = converse(o, questions, out)
-    on_first(write_official, out, Path(o.model).name, answers)
-    requests = [
-        to_request(
-            prompts,
-            row,
-            turn,
-            answers[row["question_id"]],
-            references[row["question_id"]] if row["category"] in WITH_REFERENCE else None,
-        )
-        for row in questions
-        for turn in (1, 2)
-    ]
+    # all that can fail comes before the answers
+    out = place(o, "mt_bench")
+    data = read_data(o)
+    judge = Judge(o, out)
+
+    # answer both turns, then grade them
+    answers = converse(o, data.questions, out)
+    on_rank0(write_official, out, o.model.name, answers)
+    requests = []
+    for row in data.questions:
+        for turn in (1, 2):
+            said = answers[row["question_id"]]
+            requests.append(to_request(data.prompts, row, turn, said, data.reference(row)))
     values = judge.ask(requests, read_grade)
     grades = list(zip(values[::2], values[1::2], strict=True))
-    on_first(
-        lambda: write_jsonl(
-            out / "grades.jsonl",
-            [
-                {
-                    "question_id": row["question_id"],
-                    "category": row["category"],
-                    "turn_1": a,
-                    "turn_2": b,
-                }
-                for row, (a, b) in zip(questions, grades, strict=True)
-            ],
-        )
-    )
-    categories = {
-        row["category"]: statistics(
-            [
-                g
-                for other, g in zip(questions, grades, strict=True)
-                if other["category"] == row["category"]
-            ]
-        )
-        for row in questions
-    }
+    rows = []
+    for row, (a, b) in zip(data.questions, grades, strict=True):
+        question = {"question_id": row["question_id"], "category": row["category"]}
+        rows.append({**question, "turn_1": a, "turn_2": b})
+    on_rank0(write_jsonl, out / "grades.jsonl", rows)
+
+    # average by category and over all
+    by_category = defaultdict(list)
+    for row, pair in zip(data.questions, grades, strict=True):
+        by_category[row["category"]].append(pair)
+    categories = {name: statistics(pairs) for name, pairs in by_category.items()}
     total = statistics(grades)
-    say(
-        table(
-            [
-                {
-                    "MT-Bench": name,
-                    **{column: s.get(column, "-") for column in ("turn_1", "turn_2", "score")},
-                }
-                for name, s in [*categories.items(), (Path(o.model).name, total)]
-            ]
-        )
-    )
-    texts = [text for pair in answers.values() for text in pair]
+    show({**categories, o.model.name: total})
     result = {
         **total,
         **{name: s["score"] for name, s in categories.items() if "score" in s},
-        "questions": len(questions),
-        "words": words(texts),
+        "questions": len(data.questions),
+        "words": words([text for pair in answers.values() for text in pair]),
         **judge.usage(),
     }
-    on_first(lambda: write_text(out / "result.json", json.dumps(result, indent=1)))
+    on_rank0(write_json, out / "result.json", result)
     return result
 
 
+def show(numbers: dict[str, dict]) -> None:
+    """A table of grades by category, the model's own row last."""
+    rows = []
+    for name, s in numbers.items():
+        grades = {key: s.get(key, "-") for key in ("turn_1", "turn_2", "score")}
+        rows.append({"MT-Bench": name, **grades})
+    print0(table(rows))
+
+
 def write_official(out: Path, name: str, answers: dict[int, list[str]]) -> None:
-    """The answer file that FastChat's own judging reads; the same bytes for the same answers."""
-    write_jsonl(
-        out / "model_answer.jsonl",
-        [
-            {
-                "question_id": number,
-                "answer_id": digest(name, number, turns),
-                "model_id": name,
-                "choices": [{"index": 0, "turns": turns}],
-                "tstamp": max(path.stat().st_mtime for path in out.glob("turn*.jsonl")),
-            }
-            for number, turns in sorted(answers.items())
-        ],
-    )
+    """The answer file that FastChat's own judging reads; equal answers give equal bytes."""
+    written = max(path.stat().st_mtime for path in out.glob("turn*.jsonl"))
+    rows = []
+    for number, turns in sorted(answers.items()):
+        row = {"question_id": number, "answer_id": digest(name, number, turns), "model_id": name}
+        rows.append({**row, "choices": [{"index": 0, "turns": turns}], "tstamp": written})
+    write_jsonl(out / "model_answer.jsonl", rows)
 
 
 if __name__ == "__main__":
-    command(main, Options)
+    cli(main)

@@ -1,4 +1,4 @@
-"""The statistics that benchmarks share: standard errors, bootstraps, a logistic regression, a plane, in numpy."""
+"""Statistics that benchmarks share: standard errors, bootstraps, logistic regression, PCA."""
 
 import numpy as np
 
@@ -8,40 +8,44 @@ def mean(values) -> float:
 
 
 def standard_error(values) -> float:
-    """Of the mean of independent values; 0 for fewer than two."""
+    """Standard error of the mean of independent values; 0 for fewer than two."""
     values = np.asarray(values, float)
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+    if len(values) < 2:
+        return 0.0
+    return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def sigmoid(x):
-    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x)))  # which cannot overflow
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x)))  # cannot overflow
 
 
 def logistic(X, y, weight=None, ridge: float = 1e-2) -> np.ndarray:
-    """Coefficients (K,) that maximise the weighted log-likelihood of y (N,) in [0, 1] under sigmoid(X @ b), X (N, K).
+    """Logistic regression by Newton's method: coefficients (K,) for X (N, K) and y (N,) in [0, 1].
 
-    Newton's method. The ridge is far below the noise of some hundred rows; it keeps a few separable ones finite.
+    They maximise the weighted log-likelihood of y under sigmoid(X @ b). The ridge is far below the
+    noise of a few hundred rows; it keeps the coefficients of separable rows finite.
     """
-    X, y = np.asarray(X, float), np.asarray(y, float)
-    weight, b = (
-        np.ones(len(y)) if weight is None else np.asarray(weight, float),
-        np.zeros(X.shape[1]),
-    )
+    X = np.asarray(X, float)
+    y = np.asarray(y, float)
+    weight = np.ones(len(y)) if weight is None else np.asarray(weight, float)
+    b = np.zeros(X.shape[1])
 
-    def loss(b):
+    def loss(b) -> float:
         z = X @ b
-        return weight @ (np.logaddexp(0, z) - y * z) + ridge * b @ b / 2
+        losses = np.logaddexp(0, z) - y * z
+        return weight @ losses + ridge * b @ b / 2
 
     for _ in range(100):
+        # the Newton step
         p = sigmoid(X @ b)
         gradient = X.T @ (weight * (p - y)) + ridge * b
-        step = np.linalg.solve(
-            (X * (weight * p * (1 - p))[:, None]).T @ X + ridge * np.eye(len(b)), gradient
-        )
+        curvature = weight * p * (1 - p)
+        hessian = (X * curvature[:, None]).T @ X
+        step = np.linalg.solve(hessian + ridge * np.eye(len(b)), gradient)
+
+        # far from the optimum a full step may overshoot: halve it until the loss falls
         size = 1.0
-        while size > 1e-8 and loss(b - size * step) > loss(
-            b
-        ):  # far from the optimum a full step may go too far
+        while size > 1e-8 and loss(b - size * step) > loss(b):
             size /= 2
         b = b - size * step
         if np.abs(step).max() < 1e-9:
@@ -50,21 +54,25 @@ def logistic(X, y, weight=None, ridge: float = 1e-2) -> np.ndarray:
 
 
 def bootstrap(statistic, n: int, rounds: int = 100, seed: int = 0) -> np.ndarray:
-    """statistic(indices) of `rounds` draws of n out of n with replacement."""
+    """statistic(indices) of `rounds` resamples: n indices out of n, with replacement."""
     generator = np.random.default_rng(seed)
-    return np.array([statistic(generator.integers(0, n, n)) for _ in range(rounds)])
+    values = [statistic(generator.integers(0, n, n)) for _ in range(rounds)]
+    return np.array(values)
 
 
 def plane(X) -> tuple[np.ndarray, float]:
-    """Points (N, 2) of X (N, C) in the plane of its two directions of greatest variance, and the share of it that they hold.
+    """PCA to two dimensions: points (N, 2) of X (N, C), and their share of the variance.
 
-    By the eigenvectors of the covariance: an SVD of X gives the same, in four times the time where N is some thousands.
+    By eigenvectors of the covariance; an SVD of X gives the same, four times slower for thousands
+    of rows.
     """
     X = np.asarray(X, float)
     X = X - X.mean(0)
     values, vectors = np.linalg.eigh(X.T @ X)  # ascending
-    points = X @ vectors[:, :-3:-1]
-    points *= np.sign(
-        points[np.abs(points).argmax(0), [0, 1]]
-    )  # signs are arbitrary: the largest coordinate shall be positive
-    return points, float(values[-2:].sum() / max(1e-12, values.sum()))
+    axes = vectors[:, :-3:-1]
+    points = X @ axes
+    # signs of eigenvectors are arbitrary: make the largest coordinate of each axis positive
+    largest = np.abs(points).argmax(0)
+    points *= np.sign(points[largest, [0, 1]])
+    share = values[-2:].sum() / max(1e-12, values.sum())
+    return points, float(share)

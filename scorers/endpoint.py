@@ -1,26 +1,26 @@
-"""A model behind an OpenAI-compatible address as the judge of two answers: --scorer endpoint:NAME.
+"""A model behind an OpenAI-compatible endpoint compares two answers: --scorer endpoint:NAME.
 
-OPENAI_API_KEY holds the key, OPENAI_BASE_URL the address where it is not OpenAI's. Both orders are asked for and averaged; see
-eval/judge.py for what is asked and how failures are met. Verdicts are kept in ~/.cache/synpo, so that none is paid for
-twice. A filter has no budget: set one where the key comes from.
+OPENAI_API_KEY holds the key, OPENAI_BASE_URL the address unless it is OpenAI's. Both orders are
+asked for and averaged; scorers/llm_judge.py says what is asked and how failures are handled.
+Replies are cached in ~/.cache/synpo, so none is paid for twice. A filter has no budget: set one
+with the provider.
 """
 
-from cpu.kernels import cache_folder
-from data import Common
-from eval.endpoint import connect
-from eval.judge import JudgeOptions, compare
-from reward import Scorer
+from plumbing.options import RunOptions
+from plumbing.records import cache_folder
+from scorers.base import Scorer
+from scorers.llm_judge import JudgeOptions, compare
+from scorers.openai_api import connect
 
 
-def endpoint(name: str, common: Common) -> Scorer:
-    """The pairwise scorer of a model by its name there: two lists of records -> P(the first is better), by place."""
-    o, kept = JudgeOptions(judge=name), cache_folder() / "verdicts"
-    connect(
-        o
-    )  # what is missing, a key or the package, is said before anything expensive; loop.py has rank 0 alone ask
+def endpoint(name: str, run: RunOptions) -> Scorer:
+    """The pairwise scorer of a model by its name there."""
+    o = JudgeOptions(judge=name, run=run)
+    # reports a missing key or package now. No collective: loop.py checks options on rank 0 alone
+    connect(o)
 
     def score(rows: list[dict], others: list[dict]) -> list[float]:
-        return compare(rows, others, o, common, kept)
+        return compare(rows, others, o, cache_folder() / "verdicts")
 
     score.pairwise = True
     return score

@@ -1,11 +1,10 @@
-"""What every test file shares: a process group of one, tiny checkpoints with random weights, and commands to run.
+"""What every test file shares: a process group of one, tiny random checkpoints, commands to run.
 
 from conftest import run, tiny_checkpoint, write_rows
 model = tiny_checkpoint(tmp_path / "model", hidden_size=32)
 code, out, err = run(["sample.py", "--model", model, "--prompts", prompts, "--out", out], nproc=2)
 """
 
-# ruff: noqa: E402
 import json
 import os
 import subprocess
@@ -13,25 +12,27 @@ import sys
 from functools import cache
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch: the same bytes here as in a command that run() starts
-ROOT = Path(__file__).resolve().parents[1]
-SHARED_DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT))
-
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import data
-from model import Config, Model
+from checkpoint import parse_config
+from model import Model
+from plumbing.ranks import distributed
+from plumbing.records import InputError, write_jsonl
 
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# the same bytes here as in a command that run() starts
 torch.set_num_threads(1)
 
-CORPUS = """Every stage is a function from files to files, and a command of its own. The sampler writes the answers of a list
-of prompts, some rows at a time; a finished row takes the next prompt at once. The trainer reads the answers again."""
+CORPUS = (
+    "Every stage is a function from files to files, and a command of its own. The sampler writes "
+    "the answers of a list\nof prompts, some rows at a time; a finished row takes the next prompt "
+    "at once. The trainer reads the answers again."
+)
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>")  # ids 0, 1, 2
 TEMPLATE = """{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}\
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
@@ -40,7 +41,7 @@ TEMPLATE = """{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
     """A world of one, so that functions with collectives can be called from a test."""
-    with data.processes():
+    with distributed():
         yield
 
 
@@ -62,7 +63,7 @@ def shared_data() -> Path:
 
 @cache
 def tokenizer_json(vocab_size: int = 320) -> str:
-    """Byte-level BPE: any text goes in and comes out again. Three specials, 256 bytes, a few merges."""
+    """Byte-level BPE, so any text goes in and comes out again: 3 specials, 256 bytes, merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +78,7 @@ def tokenizer_json(vocab_size: int = 320) -> str:
 
 
 def llama_config(**changes) -> dict:
-    """A config.json of a tiny Llama in the layout of transformers 4; changes win, and None removes a key."""
+    """A tiny Llama's config.json as transformers 4 writes it; changes win, None removes a key."""
     raw = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -107,9 +108,9 @@ def llama_config(**changes) -> dict:
 
 
 def random_model(raw: dict, seed: int = 0, std: float = 0.3) -> Model:
-    """fp32 weights large enough that logits differ a lot from token to token, and greedy text varies."""
+    """fp32 weights so large that logits differ much from token to token, and greedy text varies."""
     generator = torch.Generator().manual_seed(seed)
-    model = Model(Config.parse(raw))
+    model = Model(parse_config(raw))
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = 1 + 0.1 * noise if name.endswith("norm.weight") else std * noise
@@ -125,7 +126,7 @@ def tiny_checkpoint(
     template: str | None = TEMPLATE,
     **changes,
 ) -> Path:
-    """Write a Hugging Face checkpoint directory with random weights; changes go to llama_config()."""
+    """Write a Hugging Face checkpoint with random weights; changes go to llama_config()."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     raw = llama_config(**changes)
@@ -150,7 +151,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    data.write_jsonl(path, rows)
+    write_jsonl(path, rows)
     return Path(path)
 
 
@@ -188,3 +189,11 @@ def run(
 def last_json(out: str) -> dict:
     """The result of a command: the last line of its standard output."""
     return json.loads(out.splitlines()[-1])
+
+
+def refusal(function, *args, **kw) -> str:
+    """The one line of the InputError that a call raises."""
+    with pytest.raises(InputError) as caught:
+        function(*args, **kw)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

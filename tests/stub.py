@@ -1,7 +1,9 @@
-"""A judge's endpoint for tests: speaks the protocol of /v1/chat/completions, and fails in the ways that real ones do.
+"""A judge's endpoint for tests: speaks /v1/chat/completions, and fails as real ones do.
 
-with Stub(lambda body: "[[A>B]]", faults=["429", "cut"]) as stub:  # the first two requests fail, all others are answered
-    judge = Judge(JudgeOptions(judge="stub", base_url=stub.url), Common(), tmp_path)
+Here the first two requests fail, and all others are answered:
+
+    with Stub(lambda body: "[[A>B]]", faults=["429", "cut"]) as stub:
+        judge = Judge(JudgeOptions(judge="stub", base_url=stub.url), tmp_path)
 """
 
 import json
@@ -12,9 +14,10 @@ from collections.abc import Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from data import digest
+from plumbing.records import digest
 
-TOKENS_IN, TOKENS_OUT = 100, 10  # that every reply reports
+TOKENS_IN = 100  # that every reply reports
+TOKENS_OUT = 10
 
 
 def completion(
@@ -24,39 +27,29 @@ def completion(
     top: dict | None = None,
 ) -> dict:
     """The body of an answer; top: log-prob by token for the first token."""
-    logprobs = (
-        {
-            "content": [
-                {
-                    "token": content,
-                    "logprob": -0.1,
-                    "top_logprobs": [
-                        {"token": token, "logprob": logp} for token, logp in top.items()
-                    ],
-                }
-            ]
-        }
-        if top
-        else None
-    )
+    logprobs = None
+    if top:
+        alternatives = [{"token": token, "logprob": logp} for token, logp in top.items()]
+        first = {"token": content, "logprob": -0.1, "top_logprobs": alternatives}
+        logprobs = {"content": [first]}
+    choice = {
+        "index": 0,
+        "finish_reason": finish,
+        "logprobs": logprobs,
+        "message": {"role": "assistant", "content": content, "refusal": refusal},
+    }
+    usage = {
+        "prompt_tokens": TOKENS_IN,
+        "completion_tokens": TOKENS_OUT,
+        "total_tokens": TOKENS_IN + TOKENS_OUT,
+    }
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1,
         "model": "stub",
-        "choices": [
-            {
-                "index": 0,
-                "finish_reason": finish,
-                "logprobs": logprobs,
-                "message": {"role": "assistant", "content": content, "refusal": refusal},
-            }
-        ],
-        "usage": {
-            "prompt_tokens": TOKENS_IN,
-            "completion_tokens": TOKENS_OUT,
-            "total_tokens": TOKENS_IN + TOKENS_OUT,
-        },
+        "choices": [choice],
+        "usage": usage,
     }
 
 
@@ -64,10 +57,14 @@ def error(message: str, code: str | None = None) -> dict:
     return {"error": {"message": message, "type": "error", "param": None, "code": code}}
 
 
-# name -> (status, headers, body); what has no answer at all is in Stub.serve
+LIMITED = error("slow down", "rate_limit_exceeded")
+TOO_LONG = error("This model's maximum context length is 8 tokens.", "context_length_exceeded")
+NO_USAGE = {"usage": {"prompt_tokens": None, "completion_tokens": None}}
+PARTS = [{"type": "text", "text": "Both are"}, {"type": "image"}, {"text": " fine."}]
+# name -> (status, headers, body); what gets no answer at all is in Stub.serve
 FAULTS = {
-    "429": (429, {}, error("slow down", "rate_limit_exceeded")),
-    "429 after 7": (429, {"Retry-After": "7"}, error("slow down", "rate_limit_exceeded")),
+    "429": (429, {}, LIMITED),
+    "429 after 7": (429, {"Retry-After": "7"}, LIMITED),
     "500": (500, {}, error("oops")),
     "503": (503, {}, b"<html>unavailable</html>"),
     "invalid JSON": (200, {}, b'{"choices": [{"mess'),
@@ -80,93 +77,82 @@ FAULTS = {
     "refusal": (200, {}, completion(refusal="I will not say [[A>B]] here.")),
     "content filter": (200, {}, completion("[[A>B", finish="content_filter")),
     "filter with 400": (400, {}, error("filtered", "content_filter")),
-    "too long": (
-        400,
-        {},
-        error("This model's maximum context length is 8 tokens.", "context_length_exceeded"),
-    ),
+    "too long": (400, {}, TOO_LONG),
     "empty": (200, {}, completion("")),
     "null": (200, {}, completion(None)),
     "no choices": (200, {}, {**completion(), "choices": []}),
     "nonsense": (200, {}, completion("Both are fine.")),
     "null choice": (200, {}, {**completion(), "choices": [None]}),
     "half a pair": (200, {}, completion("Hm \ud83d")),
-    "parts": (
-        200,
-        {},
-        completion([{"type": "text", "text": "Both are"}, {"type": "image"}, {"text": " fine."}]),
-    ),
-    "null usage": (
-        200,
-        {},
-        {**completion("Hm."), "usage": {"prompt_tokens": None, "completion_tokens": None}},
-    ),
+    "parts": (200, {}, completion(PARTS)),
+    "null usage": (200, {}, {**completion("Hm."), **NO_USAGE}),
     "null log-prob": (200, {}, completion("Hm.", top={"\ud83d": -0.1, "m": None})),
     "number": (200, {}, completion(7)),
     "key": (401, {}, error("no key sk-not-to-be-written is known", "invalid_api_key")),
 }
-IN_PASSING = [
-    "429",
-    "500",
-    "503",
-    "invalid JSON",
-    "number",
-    "error with 200",
-    "cut",
-    "drop",
-    "timeout",
-]
-FOR_GOOD = ["400", "401", "403", "404", "quota"]
-UNREADABLE = [
-    "refusal",
-    "content filter",
-    "filter with 400",
-    "empty",
-    "null",
-    "no choices",
-    "nonsense",
-    "null choice",
-    "half a pair",
-    "parts",
-    "null usage",
-    "null log-prob",
-]
+TRANSIENT = "429,500,503,invalid JSON,number,error with 200,cut,drop,timeout".split(",")
+PERMANENT = "400,401,403,404,quota".split(",")
+UNREADABLE = (
+    "refusal,content filter,filter with 400,empty,null,no choices,nonsense,null choice,"
+    "half a pair,parts,null usage,null log-prob"
+).split(",")
+
+
+def draw(body: dict) -> str:
+    return "[[A=B]]"
+
+
+def nothing() -> None:
+    pass
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.stub.serve(self, json.loads(body))
 
 
 class Stub:
     def __init__(
         self,
-        reply: Callable[[dict], str | dict] = lambda body: "[[A=B]]",
+        reply: Callable[[dict], str | dict] = draw,
         faults=(),
         hold_after: int | None = None,
         clock=time.monotonic,
-        inside=lambda: None,
+        inside=nothing,
     ):
-        """reply: body -> text or completion; faults: names, of the first requests, or a function body -> name or "".
+        """reply: body -> text or completion. inside: called while a request is answered.
 
-        hold_after: requests after so many answers are never answered; inside: called while a request is being answered.
+        faults: names, of the first requests, or a function body -> name or "".
+        hold_after: requests after this many answers are never answered.
         """
-        self.reply, self.hold_after, self.clock, self.inside = reply, hold_after, clock, inside
+        self.reply = reply
         self.faults = faults if callable(faults) else iter(list(faults))
-        self.bodies, self.times, self.keys = [], [], set()  # of all requests
-        self.paid, self.lock, self.closing = Counter(), threading.Lock(), threading.Event()
-        stub = self
+        self.hold_after = hold_after
+        self.clock = clock
+        self.inside = inside
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            log_message = lambda *args: None  # noqa: E731
+        # of all requests
+        self.bodies = []
+        self.times = []
+        self.keys = set()
+        self.paid = Counter()
 
-            def do_POST(self):
-                stub.serve(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.stub = self
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def __enter__(self):
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
+        often = {"poll_interval": 0.01}
+        threading.Thread(target=self.server.serve_forever, kwargs=often, daemon=True).start()
         return self
 
     def __exit__(self, *exc):
@@ -174,77 +160,70 @@ class Stub:
         self.server.shutdown()
         self.server.server_close()
 
-    def serve(self, handler, body: dict) -> None:
+    def serve(self, handler: Handler, body: dict) -> None:
         assert handler.path == "/v1/chat/completions", handler.path
-        with self.lock:
-            self.bodies.append(body)
-            self.times.append(self.clock())
-            self.keys.add(handler.headers["Authorization"])
-            fault = self.faults(body) if callable(self.faults) else next(self.faults, "")
-            held = (
-                not fault and self.hold_after is not None and self.paid.total() >= self.hold_after
-            )
-            if not fault and not held:
-                self.paid[digest(body)] += 1
+        fault, held = self.record(body, handler.headers["Authorization"])
         if held or fault == "timeout":
             self.closing.wait()
         if held or fault in ("timeout", "drop"):
             handler.close_connection = True
             return
         self.inside()
+        self.send(handler, *self.answer(body, fault), fault == "cut")
+
+    def record(self, body: dict, key: str) -> tuple[str, bool]:
+        """(the request's fault or "", whether it is never answered)."""
+        with self.lock:
+            self.bodies.append(body)
+            self.times.append(self.clock())
+            self.keys.add(key)
+            fault = self.faults(body) if callable(self.faults) else next(self.faults, "")
+            limited = self.hold_after is not None and self.paid.total() >= self.hold_after
+            held = not fault and limited
+            if not fault and not held:
+                self.paid[digest(body)] += 1
+        return fault, held
+
+    def answer(self, body: dict, fault: str) -> tuple[int, dict, dict | bytes]:
         if fault == "429 date":
-            status, headers, answer = (
-                429,
-                {"Retry-After": formatdate(time.time() + 30, usegmt=True)},
-                error("slow down"),
-            )
-        elif fault and fault != "cut":
-            status, headers, answer = FAULTS[fault]
-        else:
-            answer = self.reply(body)
-            status, headers, answer = (
-                200,
-                {},
-                completion(answer) if isinstance(answer, str) else answer,
-            )
+            later = formatdate(time.time() + 30, usegmt=True)
+            return 429, {"Retry-After": later}, error("slow down")
+        if fault and fault != "cut":
+            return FAULTS[fault]
+        answer = self.reply(body)
+        return 200, {}, completion(answer) if isinstance(answer, str) else answer
+
+    def send(self, handler: Handler, status: int, headers: dict, answer, cut: bool) -> None:
         raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        fixed = {"Content-Type": "application/json", "Content-Length": str(len(raw))}
         handler.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(raw)),
-            **headers,
-        }.items():
+        for name, value in {**fixed, **headers}.items():
             handler.send_header(name, value)
         handler.end_headers()
-        handler.wfile.write(raw[: len(raw) // 2] if fault == "cut" else raw)
-        handler.close_connection = handler.close_connection or fault == "cut"
+        handler.wfile.write(raw[: len(raw) // 2] if cut else raw)
+        handler.close_connection = handler.close_connection or cut
+
+
+# ---------------------------------------------------------------------------------- judges
 
 
 def always_first(body: dict) -> str | dict:
     """The judge that prefers whatever stands first, in either form."""
-    return completion("m", top={"m": -0.1, "M": -2.4}) if body.get("logprobs") else "I see. [[A>B]]"
+    if body.get("logprobs"):
+        return completion("m", top={"m": -0.1, "M": -2.4})
+    return "I see. [[A>B]]"
 
 
 def longer_is_better(body: dict) -> str:
     """The judge that prefers the longer answer, much if it is twice as long."""
     text = body["messages"][-1]["content"]
-    marks = (
-        ("# Answer m\n", "\n\n# Answer M\n", "\n\n# Task")
-        if "# Answer m\n" in text
-        else ("# Answer of assistant A\n", "\n\n# Answer of assistant B\n", None)
-    )
-    a, b = text.split(marks[0])[1].split(marks[1])
-    a, b = len(a), len(b.split(marks[2])[0] if marks[2] else b)
-    if marks[2]:
+    if "# Answer m\n" in text:
+        rest = text.split("# Answer m\n")[1].split("\n\n# Task")[0]
+        a, b = map(len, rest.split("\n\n# Answer M\n"))
         return "m" if a > b else "M"
-    return "Longer: " + (
-        "[[A=B]]"
-        if a == b
-        else "[[A>>B]]"
-        if a >= 2 * b
-        else "[[A>B]]"
-        if a > b
-        else "[[B>>A]]"
-        if b >= 2 * a
-        else "[[B>A]]"
-    )
+    rest = text.split("# Answer of assistant A\n")[1]
+    a, b = map(len, rest.split("\n\n# Answer of assistant B\n"))
+    if a == b:
+        return "Longer: [[A=B]]"
+    much = ">>" if max(a, b) >= 2 * min(a, b) else ">"
+    return f"Longer: [[A{much}B]]" if a > b else f"Longer: [[B{much}A]]"

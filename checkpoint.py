@@ -1,0 +1,337 @@
+"""Hugging Face checkpoint directories: find one, read and check config.json, load weights, save.
+
+Refused by name: architectures other than Llama and Mistral, RoPE types other than default and
+llama3, biases, quantised weights, attention dropout. Weights are read from safetensors only.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, Shard
+
+from model import Config, Model
+from plumbing.records import InputError, load_json, write_json, write_text
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "LlamaForSequenceClassification",
+    "MistralForSequenceClassification",
+)
+# Settings with one supported value. Any other changes the computation, so it must not be ignored.
+SUPPORTED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0, 0.0),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "quantization_config": (None,),
+}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+REQUIRED_LLAMA3 = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint(type(Path())):
+    """The path of a checkpoint directory. On a command line: or a Hub id (owner/name)."""
+
+    @classmethod
+    def from_text(cls, text: str) -> "Checkpoint":
+        """A directory as given; a Hub id is downloaded to the Hub's cache."""
+        if Path(text).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+            return cls(text)
+        try:
+            files = ["*.json", "*.safetensors", "*.jinja"]
+            return cls(snapshot_download(text, allow_patterns=files))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            problem = "not a directory, and not downloadable from the Hub"
+            raise InputError(f"{text}: {problem} ({reason}); check the name") from None
+
+
+# ---------------------------------------------------------------------------------- configuration
+
+
+def load_config(directory: str | Path) -> Config:
+    """Read config.json as transformers 4 or 5 writes it; InputError on anything unsupported."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{directory}: not a checkpoint directory (no config.json); give the directory that "
+            "holds config.json, *.safetensors and tokenizer.json"
+        )
+    return parse_config(load_json(path), path)
+
+
+def parse_config(raw: dict, path: str | Path = "config.json") -> Config:
+    """Check and convert the content of a config.json; `path` names it in errors."""
+    # refuse what this implementation would compute wrongly
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise InputError(f"{path}: architecture {architecture} is not supported; use {supported}")
+    for name, allowed in SUPPORTED.items():
+        if name in raw and raw[name] not in allowed:
+            expected = f"only {allowed[0]!r} is"
+            raise InputError(f"{path}: {name} = {raw[name]!r} is not supported, {expected}")
+    require(raw, REQUIRED, path)
+
+    # defaults of transformers, for what a config.json may leave out
+    heads = raw["num_attention_heads"]
+    window = None
+    if architecture.startswith("Mistral"):  # has a window unless it says null; Llama has none
+        window = raw.get("sliding_window", 4096)
+    num_labels = 0
+    if architecture.endswith("Classification"):
+        num_labels = len(raw.get("id2label") or ("LABEL_0", "LABEL_1"))
+    return Config(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_hidden_layers=raw["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        rms_norm_eps=norm_epsilon(raw, path),
+        rope=rope_settings(raw, path),
+        max_positions=raw.get("max_position_embeddings", 2048),
+        sliding_window=window,
+        tied=raw.get("tie_word_embeddings", False),
+        num_labels=num_labels,
+        raw=raw,
+    )
+
+
+def require(settings: dict, names: tuple[str, ...], path) -> None:
+    for name in names:
+        if settings.get(name) is None:
+            raise InputError(f"{path}: {name} is missing; complete the config")
+
+
+def norm_epsilon(raw: dict, path) -> float:
+    """rms_norm_eps as a float: a 0 would divide by zero wherever a row is all zeros."""
+    value = raw.get("rms_norm_eps", 1e-6)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        problem = f"rms_norm_eps must be a positive number, got {value!r}"
+        raise InputError(f"{path}: {problem}; correct it (the default is 1e-6)")
+    return float(value)
+
+
+def rope_settings(raw: dict, path) -> dict:
+    """RoPE's settings in one dict: rope_type, rope_theta and those of llama3.
+
+    transformers 5 writes all of them to rope_parameters; transformers 4 has rope_theta beside an
+    optional rope_scaling.
+    """
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
+    rope.update(raw.get("rope_scaling") or {})
+    rope.update(raw.get("rope_parameters") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        supported = "rope_type default and llama3 are"
+        raise InputError(f"{path}: RoPE {rope} is not supported; {supported}")
+    if rope["rope_type"] == "llama3":
+        require(rope, REQUIRED_LLAMA3, path)
+    return rope
+
+
+# ---------------------------------------------------------------------------------- loading
+
+
+class Weights:
+    """The tensors of a checkpoint directory by name; several files are read through their index."""
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        index = directory / INDEX
+        if index.is_file():
+            weight_map = load_json(index)["weight_map"]
+            self.file_of = {name: directory / file for name, file in weight_map.items()}
+        else:
+            path = directory / "model.safetensors"
+            self.file_of = dict.fromkeys(self.open(path).keys(), path)
+        self.handles = {path: self.open(path) for path in set(self.file_of.values())}
+
+    @staticmethod
+    def open(path: Path):
+        if not path.is_file():
+            reason = "weights are read from safetensors only"
+            raise InputError(f"{path}: missing; complete the checkpoint ({reason})")
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            problem = f"not a readable safetensors file ({error})"
+            raise InputError(f"{path}: {problem}; download it again") from None
+
+    def slice(self, name: str):
+        """A lazy view of a tensor: get_shape(), and indexing, which reads that part of the file."""
+        return self.handles[self.file_of[name]].get_slice(name)
+
+
+@torch.no_grad()
+def load_weights(model: Model, directory: str | Path) -> None:
+    """Copy a checkpoint into a model's parameters; a rank of a sharded model reads its rows only.
+
+    Raises InputError unless names and shapes agree exactly.
+    """
+    weights = Weights(directory)
+    parameters = dict(model.named_parameters())
+    check_names(model, weights, directory)
+    for name, parameter in parameters.items():
+        source = weights.slice(name)
+        expected = list(parameter.shape)
+        if source.get_shape() != expected:
+            found = f"{name} has shape {source.get_shape()}"
+            raise InputError(f"{directory}: {found}, config.json makes it {expected}")
+        local, rows = local_rows(parameter)
+        if rows.start < rows.stop:
+            local.copy_(source[rows])
+
+
+def check_names(model: Model, weights: Weights, directory) -> None:
+    """Names must agree; the file may also hold a tied model's head and old RoPE tables."""
+    spare = {name for name in weights.file_of if name.endswith("rotary_emb.inv_freq")}
+    if model.config.tied:
+        spare.add("lm_head.weight")
+    expected = {name for name, _ in model.named_parameters()}
+    wrong = sorted(expected ^ (weights.file_of.keys() - spare))
+    if wrong:
+        raise InputError(
+            f"{directory}: its tensors do not match config.json; first of {len(wrong)} missing or "
+            f"unexpected: {wrong[0]}"
+        )
+
+
+def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """This rank's part of a parameter, and which rows of the whole it holds (maybe none).
+
+    FSDP2 splits rows as torch.chunk does: ceil(rows / ranks) for each rank in order, until none are
+    left. Over several nodes the placements are [Replicate, Shard(0)]: every node holds all rows.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(0, len(parameter))
+    rows = len(parameter)
+    start = 0
+    stop = rows
+    for dimension, placement in enumerate(parameter.placements):
+        if placement.is_replicate():
+            continue
+        assert placement == Shard(0), f"only rows may be sharded, not {placement}"
+        mesh = parameter.device_mesh
+        chunk = -(-rows // mesh.size(dimension))
+        start = min(mesh.get_local_rank(dimension) * chunk, rows)
+        stop = min(start + chunk, rows)
+    local = parameter.to_local()
+    assert len(local) == stop - start, f"{len(local)} rows here, expected {stop - start}"
+    return local, slice(start, stop)
+
+
+def load(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Model:
+    """A model for inference: every parameter in dtype, none of them trained."""
+    with torch.device("meta"):
+        model = Model(load_config(directory)).to(dtype)
+    model.to_empty(device=device)
+    load_weights(model, directory)
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------- saving
+
+
+def save(
+    model: Model,
+    out: str | Path,
+    tokenizer_from: str | Path,
+    dtype: torch.dtype,
+    chat_template: str,
+    writer: bool = True,
+    shard_bytes: int = 4 << 30,
+) -> None:
+    """Write a directory that transformers opens: config, tokenizer, chat template, weights.
+
+    Every rank must call, as a sharded model is gathered one parameter at a time; only the `writer`
+    keeps what it gathers, at most shard_bytes, and writes files. A file of weights appears whole or
+    not at all.
+    """
+    out = Path(out)
+    files = split_into_files(model, dtype, shard_bytes)
+
+    # gather the parameters of one file after the other, and write each beside its final name
+    for file, parameters in files.items():
+        tensors = {}
+        for name, parameter in parameters.items():
+            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if writer:
+                tensors[name] = full.detach().to(dtype).cpu().contiguous()
+        if writer:
+            save_file(tensors, out / f"{file}.tmp", metadata={"format": "pt"})
+    if not writer:
+        return
+
+    # all files are there: give them their names; an index of an earlier save must not survive
+    for file in files:
+        os.replace(out / f"{file}.tmp", out / file)
+    (out / INDEX).unlink(missing_ok=True)
+    if len(files) > 1:
+        weight_map = {name: file for file, parameters in files.items() for name in parameters}
+        write_json(out / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+    # the rest of the directory
+    for name in TOKENIZER_FILES:
+        source = Path(tokenizer_from) / name
+        if source.is_file() and out != Path(tokenizer_from):
+            shutil.copy(source, out / name)
+    write_text(out / "chat_template.jinja", chat_template)
+    write_text(out / "config.json", json.dumps(saved_config(model.config.raw, dtype), indent=2))
+
+
+def split_into_files(model: Model, dtype: torch.dtype, shard_bytes: int) -> dict[str, dict]:
+    """{file name: {parameter name: parameter}}; a larger parameter gets a file of its own."""
+    files = [{}]
+    size = 0
+    for name, parameter in model.named_parameters():
+        bytes_ = parameter.numel() * dtype.itemsize
+        if files[-1] and size + bytes_ > shard_bytes:
+            files.append({})
+            size = 0
+        files[-1][name] = parameter
+        size += bytes_
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    total = len(files)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": file for i, file in enumerate(files, 1)}
+
+
+def saved_config(raw: dict, dtype: torch.dtype) -> dict:
+    """config.json as it was read, but for the dtype: transformers 4 reads torch_dtype, 5 dtype."""
+    config = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
+    key = "dtype" if "rope_parameters" in raw else "torch_dtype"
+    return {**config, key: str(dtype).removeprefix("torch.")}

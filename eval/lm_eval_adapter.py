@@ -1,0 +1,515 @@
+"""Our models in lm-evaluation-harness (lm_eval): its numbers by our forward pass and sampler.
+
+Log-likelihoods: many requests share a prefix (a question and its choices, a few-shot prompt and
+its questions). So requests are sorted and cut into micro-batches of about --batch-tokens, and a
+token that several requests of a micro-batch share is computed once (class Tree). The head runs
+only on rows that predict a continuation, its log-softmax in fp32. A text begins and is truncated
+as in lm_eval's own model for transformers, so the numbers are the same to rounding.
+
+Text: the sampler of sample.py, greedy unless a task asks for samples, ended by the first of the
+task's stop texts.
+
+Every rank builds all requests; micro-batches and chunks are distributed; every rank gets all
+results.
+"""
+
+import random
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import load, load_config
+from model import Model
+from ops.attention import Packed, flash_attn_varlen_func, use_flash, window_size
+from ops.pack import pack
+from plumbing.chat import Chat
+from plumbing.options import RunOptions
+from plumbing.ranks import DEVICE, RANK, gather, work_queue
+from plumbing.records import InputError, load_json
+from sample import Engine, Request, SampleOptions, seed_of
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError:  # Harness() reports it
+    TemplateLM = object
+
+SHARE = 16  # a shorter shared prefix is computed again: cheaper than attention of its own
+CHUNK = 512  # rows of logits at a time
+# what lm_eval's tasks call the token limit
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+# ---------------------------------------------------------------------------------- packages
+
+
+@contextmanager
+def optional():
+    """Around imports of packages that only evaluation needs."""
+    try:
+        yield
+    except ImportError as error:
+        fix = "pip install -r requirements-eval.txt"
+        raise InputError(f"{error.name} is not installed; {fix}") from None
+
+
+@contextmanager
+def lm_eval_seeds():
+    """Seed as lm_eval does; afterwards all random states are as before."""
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(0)
+        numpy.random.seed(1234)
+        torch.manual_seed(1234)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)
+
+
+# ---------------------------------------------------------------------------------- shared prefixes
+
+
+def shared_prefix(a: list[int], b: list[int]) -> int:
+    """Number of tokens at the start of both sequences."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+class Tree:
+    """Causal attention in sequences of which each holds only what the one before it lacks.
+
+    sequences: S different ones in lexicographic order, so each shares most with the one before
+    it. `tokens` (N,) holds roots (sequences that share nothing) first, then branches. paths[i]
+    (T_i,) says where the tokens of sequence i are; `positions` (N,) are those in their sequences,
+    for RoPE.
+    """
+
+    def __init__(self, sequences: list[list[int]], window: int | None, device="cpu"):
+        # how many tokens each sequence shares with the one before, and how many are its own
+        shared = []
+        for before, ids in zip([[], *sequences], sequences, strict=False):
+            n = shared_prefix(before, ids)
+            shared.append(n if n >= SHARE else 0)
+        own = [len(ids) - n for ids, n in zip(sequences, shared, strict=True)]
+
+        # roots first, then branches: where each one's own tokens start
+        order = sorted(range(len(sequences)), key=lambda i: shared[i] > 0)
+        starts = {}
+        total = 0
+        for i in order:
+            starts[i] = total
+            total += own[i]
+
+        # a sequence is the start of the one before it and its own tokens
+        self.paths: list[torch.Tensor] = []
+        for i, n in enumerate(shared):
+            path = torch.arange(starts[i], starts[i] + own[i])
+            if n:
+                path = torch.cat([self.paths[-1][:n], path])
+            self.paths.append(path)
+        tokens = [token for i in order for token in sequences[i][shared[i] :]]
+        self.tokens = torch.tensor(tokens, device=device)  # (N,)
+        positions = [torch.arange(shared[i], len(sequences[i])) for i in order]
+        self.positions = torch.cat(positions).to(device)  # (N,)
+
+        # roots are packed sequences; a branch has queries of its own, and the keys of its path
+        self.roots = Packed([own[i] for i in order if not shared[i]], device)
+        branches = [i for i in order if shared[i]]
+        self.lengths = [own[i] for i in branches]
+        self.keys = [self.paths[i].to(device) for i in branches]
+        self.masks = []
+        for n, keys in zip(self.lengths, self.keys, strict=True):
+            self.masks.append(branch_mask(n, len(keys), window, device))
+
+    def attend(self, layer: int, q, k, v, window: int | None):
+        """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D)."""
+        R = sum(self.roots.lengths)
+        outputs = [self.roots.attend(layer, q[:R], k[:R], v[:R], window)]
+        if self.lengths and use_flash(q):
+            outputs.append(self.attend_flash(q[R:], k, v, window))
+        elif self.lengths:
+            outputs += self.attend_plain(q[R:], k, v)
+        return torch.cat(outputs)
+
+    def attend_plain(self, q, k, v) -> list[torch.Tensor]:
+        """One SDPA call a branch: (n, H, D) each."""
+        outputs = []
+        Hkv, D = k.shape[1:]
+        for q1, keys, mask in zip(q.split(self.lengths), self.keys, self.masks, strict=True):
+            # heads of a group as G queries of one head: keys are not copied for GQA
+            n, H, _ = q1.shape
+            G = H // Hkv
+            q1 = q1.view(n, Hkv, G, D).transpose(0, 1).reshape(1, Hkv, n * G, D)
+            k1, v1 = (x[keys].transpose(0, 1)[None] for x in (k, v))  # (1, Hkv, T, D)
+            mask = mask.repeat_interleave(G, 0)  # (n * G, T)
+            out = F.scaled_dot_product_attention(q1, k1, v1, attn_mask=mask)
+            outputs.append(out.view(Hkv, n, G, D).transpose(0, 1).flatten(1, 2))
+        return outputs
+
+    def attend_flash(self, q, k, v, window: int | None):
+        """One call for all branches: its causal mask is aligned to the last query and key."""
+        # queries of a branch are its own tokens, keys those of its whole path
+        key_lengths = [len(keys) for keys in self.keys]
+        keys = torch.cat(self.keys)
+        return flash_attn_varlen_func(
+            q,
+            k[keys],
+            v[keys],
+            cumulative(self.lengths, q.device),
+            cumulative(key_lengths, q.device),
+            max(self.lengths),
+            max(key_lengths),
+            causal=True,
+            window_size=window_size(window),
+        )
+
+
+def branch_mask(n: int, T: int, window: int | None, device) -> torch.Tensor:
+    """(n, T): which of T keys each of n queries sees; the last query is at the last key."""
+    mask = torch.ones(n, T, dtype=torch.bool, device=device).tril(T - n)
+    return mask if window is None else mask.triu(T - n - window + 1)
+
+
+def cumulative(lengths: list[int], device) -> torch.Tensor:
+    """0 and the running sums of lengths, (S + 1,) int32."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+
+
+# ---------------------------------------------------------------------------------- log-likelihoods
+
+Pair = tuple[
+    list[int], list[int]
+]  # tokens to read, and the tokens that their last rows must predict
+
+
+def cut(pairs: list[Pair], budget: int) -> list[list[int]]:
+    """Indices of pairs, sorted by what is read, in micro-batches of about `budget` tokens.
+
+    Shared tokens count once.
+    """
+    batches: list[list[int]] = []
+    tokens = 0
+    limit = 0
+    last: list[int] = []
+    for i in sorted(range(len(pairs)), key=lambda i: pairs[i]):
+        # what it adds to the micro-batch
+        ids = pairs[i][0]
+        new = len(ids) - shared_prefix(last, ids)
+        if not batches or tokens + new > limit:
+            batches.append([])
+            tokens = 0
+            new = len(ids)
+            limit = max(budget, 2 * len(ids))  # a long prefix leaves room for its continuations
+        batches[-1].append(i)
+        tokens += new
+        last = ids
+    return batches
+
+
+@torch.inference_mode()
+def score(model: Model, pairs: list[Pair]) -> list[tuple[float, bool]]:
+    """(log-prob of the targets, whether greedy decoding gives them) of sorted pairs.
+
+    Not by Model.forward(), which materialises all logits, or gives log-probs without the argmax.
+    """
+    # different sequences only; rows: which tokens of the tree predict the targets
+    sequences = [ids for i, (ids, _) in enumerate(pairs) if i == 0 or ids != pairs[i - 1][0]]
+    place = {tuple(ids): i for i, ids in enumerate(sequences)}
+    tree = Tree(sequences, model.config.sliding_window, DEVICE)
+    counts = [len(targets) for _, targets in pairs]
+    rows = [tree.paths[place[tuple(ids)]][-len(targets) :] for ids, targets in pairs]
+    # continuations of one token each share the row that predicts them
+    rows, row_of = torch.cat(rows).unique(return_inverse=True)  # (M,), (sum of counts,)
+    rows = rows.to(DEVICE)
+    row_of = row_of.to(DEVICE)
+    targets = torch.tensor([t for _, targets in pairs for t in targets], device=DEVICE)
+
+    # one forward pass over the tree
+    angles = tree.positions[:, None].float() * model.frequencies.to(DEVICE)  # (N, D/2)
+    cos = angles.cos()[:, None]
+    sin = angles.sin()[:, None]
+    x = model.model(tree.tokens, cos, sin, tree)[rows]  # (M, C)
+
+    # logits of a chunk of rows at a time
+    logps = torch.empty(len(targets), device=DEVICE)
+    greedy = torch.empty(len(targets), dtype=torch.bool, device=DEVICE)
+    for start in range(0, len(rows), CHUNK):
+        logits = F.linear(x[start : start + CHUNK], model.head.weight).float()  # (chunk, V)
+        here = (row_of >= start) & (row_of < start + CHUNK)
+        row = row_of[here] - start
+        wanted = targets[here]
+        logps[here] = logits[row, wanted] - logits.logsumexp(1)[row]
+        greedy[here] = logits.argmax(1)[row] == wanted
+    sums = [float(part.sum()) for part in logps.cpu().split(counts)]
+    hits = [bool(part.all()) for part in greedy.cpu().split(counts)]
+    return list(zip(sums, hits, strict=True))
+
+
+# ---------------------------------------------------------------------------------- generation
+
+
+class Until(Engine):
+    """The sampler with any number of stop texts."""
+
+    def __init__(self, model: Model, chat: Chat, o: SampleOptions, until: list[str], progress=None):
+        super().__init__(model, chat, o, progress)
+        # special tokens never show in the text
+        named = {chat.tokenizer.token_to_id(text) for text in until}
+        special = named & chat.tokenizer.get_added_tokens_decoder().keys()
+        self.stop_token_ids = self.stop_token_ids | special
+        self.until = until
+        # a token has at least one byte
+        self.tail = max((len(text.encode()) for text in until), default=0)
+
+    def append(self, rows: list[Request], first: int, tokens: torch.Tensor) -> None:
+        """As in Engine, but a token that completes a stop text is the last one of its row."""
+        for r, token in zip(rows[first:], tokens.tolist(), strict=True):
+            text = self.chat.text([*r.output, token][-self.tail :]) if self.tail else ""
+            if any(stop in text for stop in self.until):
+                r.max_new_tokens = len(r.output) + 1
+        super().append(rows, first, tokens)
+
+
+def generation(given: dict, limit: int) -> tuple[list[str], int, float, float]:
+    """Stop texts, token limit, temperature and top-p of a task's generation_kwargs."""
+    # what all tasks may say
+    until = given.get("until") or []
+    if isinstance(until, str):
+        until = [until]
+    limits = [int(given[name]) for name in LIMITS if given.get(name) is not None]
+
+    # sampling, which is greedy unless there is a temperature
+    temperature = 0.0
+    if given.get("do_sample", True):
+        temperature = float(given.get("temperature") or 0)
+    unknown = given.keys() - {*LIMITS, "until", "do_sample", "temperature", "top_p"}
+    if temperature and unknown:
+        name = min(unknown)
+        raise InputError(f"a task samples with {name}; only temperature and top_p are supported")
+    top_p = float(given.get("top_p") or 1) if temperature else 1.0
+    return [text for text in until if text], [*limits, limit][0], temperature, top_p
+
+
+# ---------------------------------------------------------------------------------- the adapter
+
+
+class Harness(TemplateLM):
+    """A checkpoint directory as an lm_eval model, for evaluate() below."""
+
+    # what lm_eval asks for; all but the first are set in __init__()
+    max_gen_toks = 256
+    max_length = 0
+    eot_token_id = 0
+    prefix_token_id = 0
+    tokenizer_name = ""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        run: RunOptions,
+        batch_tokens: int = 4096,
+        slots: int = 128,
+        chat: bool = False,
+    ):
+        """chat: whether tasks will ask for the chat template; only then must there be one."""
+        if TemplateLM is object:
+            raise InputError("lm_eval is not installed; pip install -r requirements-eval.txt")
+        super().__init__()
+        self.directory = Path(directory)
+        self.run = run
+        self.batch_tokens = batch_tokens
+        self.slots = slots
+        self.max_length = load_config(directory).max_positions
+        self.tokenizer_name = str(directory).replace("/", "__")
+        self.chat = Chat(directory, run.chat_template or ("" if chat else "default"))
+        self.model = None
+        self.packed = False
+
+        # the first token of a text: BOS, else EOS
+        bos = self.special_token("bos_token")
+        eos = self.special_token("eos_token")
+        self.eot_token_id = min(self.chat.stop_token_ids) if eos is None else eos
+        self.prefix_token_id = self.eot_token_id if bos is None else bos
+        prefix = [self.prefix_token_id]
+        self.prefix = self.chat.tokenizer.decode(prefix, skip_special_tokens=False)
+
+    def special_token(self, name: str) -> int | None:
+        """The id of a token that tokenizer_config.json names."""
+        path = self.directory / "tokenizer_config.json"
+        value = load_json(path).get(name) if path.is_file() else None
+        if isinstance(value, dict):
+            value = value["content"]
+        return self.chat.tokenizer.token_to_id(value) if value else None
+
+    def weights(self, packed: bool) -> Model:
+        """The model as it is, for scoring, or packed, for generation; never both at a time."""
+        if self.model is None or self.packed != packed:
+            self.model = None
+            model = load(self.directory, self.run.torch_dtype, DEVICE)
+            self.model = pack(model) if packed else model
+            self.packed = packed
+        return self.model
+
+    # ---- texts
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
+        """Token ids; special ones as the tokenizer adds them, unless the text has a BOS already."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.prefix)
+        return self.chat.tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict], add_generation_prompt: bool = True
+    ) -> str:
+        text = self.chat.render(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        # the last message is the start of an answer to be continued: cut off what closes it
+        content = chat_history[-1]["content"].lstrip()
+        if content not in text:
+            content = content.rstrip()
+        return text[: text.rindex(content) + len(content)]
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.chat.template if chat_template else None
+
+    # ---- requests
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False):
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or RANK > 0)
+
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
+        """lm_eval's hook: requests are (texts, context ids, continuation ids)."""
+        pairs = []
+        for _, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                problem = f"a continuation has {len(continuation)} tokens"
+                limit = f"it must have 1 to {self.max_length}, the model's positions"
+                raise InputError(f"{self.directory}: {problem}; {limit}")
+            ids = (context + continuation)[-self.max_length - 1 :]  # truncated from the left
+            pairs.append((ids[:-1], continuation))
+
+        # each micro-batch on the rank that is free
+        results = {}
+        silent = disable_tqdm or RANK > 0
+        with tqdm(
+            total=len(pairs), desc="log-likelihoods", leave=False, disable=silent
+        ) as progress:
+            for batch in work_queue(cut(pairs, self.batch_tokens)):
+                scores = score(self.weights(packed=False), [pairs[i] for i in batch])
+                results.update(zip(batch, scores, strict=True))
+                progress.update(len(batch))
+        return in_order(results, len(pairs))
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows as long as the model's positions.
+
+        No token is predicted twice.
+        """
+        # windows of all texts, and which text each is of
+        windows = []
+        owner = []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            cuts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            for window in cuts:
+                windows.append((None, *make_disjoint_window(window)))
+                owner.append(i)
+
+        # their sums by text
+        sums = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for i, (logp, _) in zip(owner, scores, strict=True):
+            sums[i] += logp
+        return sums
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        # requests with the same settings go together
+        groups = defaultdict(list)
+        jobs = []
+        seen: Counter = Counter()
+        for i, request in enumerate(requests):
+            context, given = request.args
+            until, limit, temperature, top_p = generation(given, self.max_gen_toks)
+            if limit >= self.max_length:
+                problem = f"a task asks for {limit} tokens"
+                positions = f"the model has {self.max_length} positions"
+                raise InputError(f"{self.directory}: {problem}; {positions}")
+            ids = self.tok_encode(context)[limit - self.max_length :]  # truncated from the left
+            seed = seed_of(self.run.seed, "lm_eval", context, seen[context])
+            seen[context] += 1  # samples of one context differ
+            jobs.append(Request(ids, limit, seed))
+            groups[(temperature, top_p, *until)].append(i)
+        size = 2 * self.slots
+        chunks = []
+        for settings, members in groups.items():
+            for start in range(0, len(members), size):
+                chunks.append((settings, members[start : start + size]))
+
+        # each chunk on the rank that is free
+        texts = {}
+        silent = disable_tqdm or RANK > 0
+        with tqdm(desc="answers", unit=" tok", leave=False, disable=silent) as progress:
+            for (temperature, top_p, *until), chunk in work_queue(chunks):
+                o = SampleOptions(temperature=temperature, top_p=top_p, slots=self.slots)
+                engine = Until(self.weights(packed=True), self.chat, o, until, progress)
+                engine.run([jobs[i] for i in chunk])
+                for i in chunk:
+                    texts[i] = cut_at(self.chat.text(jobs[i].output), until)
+        return in_order(texts, len(jobs))
+
+
+def in_order(results: dict, n: int) -> list:
+    """Results 0 .. n-1 of all ranks, on every rank."""
+    merged = {}
+    for part in gather(results):
+        merged |= part
+    return [merged[i] for i in range(n)]
+
+
+def cut_at(text: str, until: list[str]) -> str:
+    """The text before any of the stop texts."""
+    for stop in until:
+        text = text.split(stop)[0]
+    return text
+
+
+def evaluate(
+    model, tasks: list[str], manager, limit: int = 0, chat: bool = False, samples: bool = False
+) -> dict:
+    """lm_eval's results of tasks that its TaskManager knows, on every rank.
+
+    model: a Harness, or any of lm_eval's models. samples: also what was asked and answered.
+    """
+    with optional():
+        from lm_eval import evaluator
+    with lm_eval_seeds():  # few-shot examples and shuffled choices are the same for every model
+        loaded = manager.load(tasks)
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(seed=1234)
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+        # simple_evaluate() is this, and a report on the machine that takes seconds
+        return evaluator.evaluate(
+            model,
+            loaded,
+            limit=limit or None,
+            bootstrap_iters=100,  # for standard errors
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            log_samples=samples,
+        )

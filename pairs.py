@@ -1,0 +1,157 @@
+r"""The filter that turns rewrites and base responses into preference pairs (SynPO section 3.2, F).
+
+What differs from the paper
+1. The paper scores with PairRM or ArmoRM. ArmoRM works here, as does any Llama-architecture
+   sequence-classification checkpoint with one output; `likelihood` needs no outside model: the mean
+   log-prob per token under M_0.
+2. Repetition (measure not stated there) is the share of word trigrams that occurred before in the
+   same text.
+3. A chosen response that the token limit cut off is dropped (--keep-cut-off keeps it): its end
+   would be taught as one.
+
+--scorer is a name of scorers/load.py, or a function of yours.
+
+rewrites.jsonl, base_answers.jsonl -> pairs.jsonl {id, prompt, chosen, rejected, score_chosen,
+score_rejected, iteration}
+
+    python pairs.py --base DIR --chosen rewrites.jsonl --rejected answers.jsonl --out pairs.jsonl
+    torchrun --nproc-per-node 8 pairs.py --scorer REWARD_DIR --chosen rewrites.jsonl \
+        --rejected answers.jsonl --out pairs.jsonl
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import Checkpoint
+from plumbing.options import RunOptions, cli
+from plumbing.ranks import on_rank0
+from plumbing.records import InputError, digest, read_jsonl, rng, write_jsonl
+from plumbing.stage import Stage
+from scorers.base import is_pairwise, quantiles, score_pairs
+from scorers.load import load_scorer, scorer_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    run: RunOptions = RunOptions()
+    scorer: str = "likelihood"  # see scorers/load.py
+    threshold: float = 0.0  # keep pairs with a larger score gap (paper: 0.20 PairRM, 0.02 ArmoRM)
+    max_repetition: float = 0.5  # share of repeated word trigrams allowed in either text
+    keep_cut_off: bool = False  # keep pairs whose chosen text ended at the token limit
+    max_pairs: int = 10_000  # keep at most N pairs, sampled uniformly
+
+
+def make_pairs(
+    chosen: Path,  # JSONL of responses {"prompt", "response"}
+    rejected: Path,  # JSONL of responses to the same prompts, joined by id (and sample)
+    out: Path,  # JSONL of pairs to write
+    o: PairOptions,
+    base: Checkpoint | None = None,  # M_0: the model that `likelihood` scores under
+    t: int = 1,  # iteration: recorded in the pairs
+) -> Path:
+    """D += (x, chosen, rejected) where the filter agrees; counts say why others were dropped."""
+    files = scorer_files(o.scorer)
+    stage = Stage(
+        out, o, chosen=chosen, rejected=rejected, base=base, iteration=t, scorer_files=files
+    )
+    if stage.done:
+        return out
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out {out}: the name must end in .jsonl")
+
+    # join both sides and score them
+    scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores")
+    pairs = join(read_jsonl(chosen, "prompt"), read_jsonl(rejected, "prompt"))
+    good, bad = score_pairs(scorer, [good for good, _ in pairs], [bad for _, bad in pairs])
+    gaps = [a - b for a, b in zip(good, bad, strict=True)] if scorer else []
+
+    # keep what the filter agrees to
+    kept = []
+    dropped: Counter = Counter()
+    for i, pair in enumerate(pairs):
+        reason = reason_to_drop(*pair, gaps[i] if scorer else None, o)
+        if reason:
+            dropped[reason] += 1
+        else:
+            preference = good[i] if is_pairwise(scorer) else None
+            kept.append(make_pair(*pair, good[i], bad[i], t, preference))
+    if not kept:
+        problem = f"no pair of {len(pairs)} left ({dict(dropped)}); score gaps {quantiles(gaps)}"
+        raise InputError(f"{out}: {problem}; lower the threshold or make more prompts")
+    valid = len(kept)
+    if valid > o.max_pairs:
+        drawn = rng(o.run.seed, "pairs", t).sample(range(valid), o.max_pairs)
+        kept = [kept[i] for i in sorted(drawn)]
+    on_rank0(write_jsonl, out, kept)
+    counts = {"candidates": len(pairs), **dropped, "valid": valid, "pairs": len(kept)}
+    return stage.finish(
+        **counts,
+        mean_gap=mean(gaps),
+        chosen_words=mean([len(row["chosen"].split()) for row in kept]),
+        rejected_words=mean([len(row["rejected"].split()) for row in kept]),
+    )
+
+
+def join(chosen: list[dict], rejected: list[dict]) -> list[tuple[dict, dict]]:
+    """Records of both sides with the same id and sample."""
+    other = {pair_id(row): row for row in rejected}
+    return [(row, other[pair_id(row)]) for row in chosen if pair_id(row) in other]
+
+
+def pair_id(row: dict) -> str:
+    """The record's id; of a further sample, a hash of both."""
+    if row.get("sample"):
+        return digest(row["id"], row["sample"])
+    return row["id"]
+
+
+def reason_to_drop(good: dict, bad: dict, gap: float | None, o: PairOptions) -> str:
+    """Why a pair is not used; empty if it is. gap: of scores, None without a scorer."""
+    texts = (good["response"], bad["response"])
+    if texts[0].split() == texts[1].split():
+        return "identical"
+    if not all(texts):
+        return "empty"
+    if good.get("finish_reason") == "length" and not o.keep_cut_off:
+        return "cut_off"
+    if max(map(repetition, texts)) > o.max_repetition:
+        return "repetitive"
+    if gap is not None and not gap > o.threshold:
+        return "small_gap"
+    return ""
+
+
+def repetition(text: str) -> float:
+    """Share of word trigrams that occurred before in the text; 0 for fewer than four words."""
+    words = text.lower().split()
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    if len(trigrams) < 2:
+        return 0.0
+    return 1 - len(set(trigrams)) / len(trigrams)
+
+
+def make_pair(
+    good: dict, bad: dict, score_good: float, score_bad: float, t: int, preference: float | None
+) -> dict:
+    """A record of pairs.jsonl. preference: P(chosen is better), where a judge gave it."""
+    pair = {"id": pair_id(good)}
+    pair |= {field: good[field] for field in ("prompt", "messages") if field in good}
+    if preference is not None:
+        pair["preference"] = preference
+    return {
+        **pair,
+        "chosen": good["response"],
+        "rejected": bad["response"],
+        "score_chosen": score_good,
+        "score_rejected": score_bad,
+        "iteration": t,
+    }
+
+
+def mean(values: list[float]) -> float:
+    return round(sum(values) / max(1, len(values)), 4)
+
+
+if __name__ == "__main__":
+    cli(make_pairs)

@@ -1,0 +1,339 @@
+"""Options: a function's signature and its options dataclasses -> command line and config file.
+
+    @dataclass(frozen=True, kw_only=True)
+    class SampleOptions:
+        run: RunOptions = RunOptions()
+        temperature: float = 0.7  # the comment behind a field is its help text
+
+    def sample(model: Checkpoint, prompts: Path, out: Path, o: SampleOptions) -> Path: ...
+
+    cli(sample)  # --model, --prompts, --out, --temperature, --seed, ...; --config FILE for many
+
+Options named `o` give their fields as they are, `--temperature`; others are a section,
+`--answers.temperature`. A config file (TOML or JSON) has a table a section. Flags win over the
+config file, which wins over defaults; an unknown name is an error in either place. RunOptions stand
+once, and every options object refers to the same ones as `o.run`.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+import time
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from plumbing.ranks import RANK, WORLD, distributed, on_rank0, print0
+from plumbing.records import InputError, load_json, read_text
+from plumbing.stage import counts_of
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIRED = inspect.Parameter.empty
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What all stages of a run share."""
+
+    seed: int = 0  # of all random numbers
+    dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"  # of compute; master weights: fp32
+    chat_template: str = ""  # if the tokenizer has none: a jinja file, or "default"
+    peak_tflops: float = field(default=0.0, compare=False)  # peak of a process; given, MFU is shown
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+@dataclass
+class Flag:
+    """One option of a command."""
+
+    name: str  # dotted, with underscores: policy.lr
+    kind: typing.Any  # its type
+    default: typing.Any
+    help: str
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        # how argparse reads a value of this type
+        how: dict = {"type": self.kind}
+        if self.kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(self.kind) is typing.Literal:
+            how = {"choices": typing.get_args(self.kind)}
+        elif typing.get_origin(self.kind) is list:
+            how = {"type": typing.get_args(self.kind)[0], "nargs": "+"}
+        elif issubclass(self.kind, Path):
+            how = {"type": partial(read_path, self.kind)}
+
+        text = self.help.replace("%", "%%")
+        if self.default not in (REQUIRED, None, ""):
+            text += " (default: %(default)s)"
+        if self.default is REQUIRED:
+            how["required"] = True
+        else:
+            how["default"] = self.default
+        parser.add_argument(flag_name(self.name), dest=self.name, help=text, **how)
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def read_path(kind: type, text: str) -> Path | None:
+    """A path, or what a subclass of Path makes of a text; None for an empty text."""
+    return getattr(kind, "from_text", kind)(text) if text else None
+
+
+def flags_of(source, argv: list[str], prefix: str = "") -> list[Flag]:
+    """The flags of a function's or dataclass's parameters, sections included, RunOptions not."""
+    flags = []
+    for name, kind, default, defaults_of in parameters(source):
+        if dataclasses.is_dataclass(kind):
+            flags += flags_of(kind, argv, section(prefix, name))
+        elif defaults_of is None:
+            text = field_help(source).get(name, "")
+            flags.append(Flag(prefix + name, kind, default, text))
+        else:
+            # options that depend on another one: the parameters of --loss
+            chooser, find = defaults_of
+            chosen = peek(argv, prefix + chooser, getattr(source, chooser))
+            text = f"parameter of {chooser} {chosen}"
+            for entry, value in find(chosen).items():
+                if entry in source.__dataclass_fields__:
+                    problem = f"its parameter {entry} has the name of another option; rename it"
+                    raise InputError(f"{flag_name(prefix + chooser)} {chosen}: {problem}")
+                flags.append(Flag(prefix + entry, type(value), value, text))
+    return flags
+
+
+def parameters(source):
+    """(name, type, default, entries) of each parameter but RunOptions.
+
+    entries: (another option's name, function from its value to {name: default}), or None; from the
+    metadata of a dataclass's field.
+    """
+    hints = typing.get_type_hints(source)
+    known = getattr(source, "__dataclass_fields__", {})
+    for name, parameter in inspect.signature(source).parameters.items():
+        kind = hints[name]
+        if type(None) in typing.get_args(kind):  # T | None
+            kind = typing.get_args(kind)[0]
+        if kind is not RunOptions:
+            metadata = known[name].metadata if name in known else {}
+            yield name, kind, parameter.default, metadata.get("entries")
+
+
+def section(prefix: str, name: str) -> str:
+    return prefix if name == "o" else f"{prefix}{name}."
+
+
+@cache
+def field_help(source) -> dict[str, str]:
+    """The comments behind a dataclass's fields or a function's parameters."""
+    parts = [source]
+    if inspect.isclass(source):
+        parts = [cls for cls in reversed(source.__mro__) if dataclasses.is_dataclass(cls)]
+    text = "\n".join(inspect.getsource(part) for part in parts)
+    # one that takes several lines ends where the next begins
+    pattern = r"^    (\w+):(?:(?!\n    \w).)*?  # ([^\n]*)"
+    return dict(re.findall(pattern, text, re.MULTILINE | re.DOTALL))
+
+
+# ------------------------------------------------------------------------- command lines and files
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors: its own print the usage of every flag first."""
+
+    def error(self, message):
+        if "unrecognized" in message:
+            message += " (docs/changes.md lists those that were renamed)"
+        raise InputError(f"{message}; see --help for the options")
+
+
+def parse_options(command, argv: list[str], default_config: str = ""):
+    """From a command line: the arguments of a function as a dict, or an object of a class."""
+    values = parse_values(command, argv, default_config)
+    return build(command, values, build(RunOptions, values))
+
+
+def parse_values(command, argv: list[str], default_config: str = "") -> dict:
+    """The value of every option, by dotted name."""
+    # the config file comes first, so that flags win over it
+    config = peek(argv, "config", default_config)
+    if config:
+        flags = as_flags(read_config(in_project(config)))
+        argv = without_entries(command, flags, argv) + argv
+
+    parser = Parser(
+        description=sys.modules[command.__module__].__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    Flag("config", str, default_config, "TOML or JSON file of options; '' for none").add_to(parser)
+    for flag in flags_of(RunOptions, argv) + flags_of(command, argv):
+        flag.add_to(parser)
+    return vars(parser.parse_args(argv))
+
+
+def without_entries(source, config: list[str], argv: list[str], prefix: str = "") -> list[str]:
+    """A config file's flags, without its loss's parameters if the command line names another."""
+    for name, kind, _, entries in parameters(source):
+        if dataclasses.is_dataclass(kind):
+            config = without_entries(kind, config, argv, section(prefix, name))
+        elif entries is not None:
+            chooser, find = entries
+            named = peek(config, prefix + chooser, getattr(source, chooser))
+            if peek(argv, prefix + chooser, named) != named:
+                starts = tuple(f"{flag_name(prefix + one)}=" for one in find(named))
+                config = [flag for flag in config if not flag.startswith(starts)]
+    return config
+
+
+def peek(argv: list[str], name: str, default: str) -> str:
+    """The value of one flag on a command line."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag_name(name), dest="value", default=default)
+    return parser.parse_known_args(argv)[0].value
+
+
+def read_config(path: Path) -> dict:
+    if path.suffix != ".toml":
+        return load_json(path)
+    try:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML ({error}); fix it") from None
+
+
+def as_flags(values: dict, prefix: str = "") -> list[str]:
+    """The content of a config file as the flags that say the same, so both are checked alike."""
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flags += as_flags(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            flags.append(flag_name(prefix + name if value else f"no-{prefix}{name}"))
+        elif isinstance(value, list):
+            flags += [flag_name(prefix + name), *map(str, value)]
+        elif value is not None:
+            flags.append(f"{flag_name(prefix + name)}={value}")
+    return flags
+
+
+def build(source, values: dict, run: RunOptions | None = None, prefix: str = ""):
+    """A dataclass's object, or a function's arguments as a dict, from values by dotted name."""
+    made = {}
+    for name, kind, _, entries in parameters(source):
+        if dataclasses.is_dataclass(kind):
+            made[name] = build(kind, values, run, section(prefix, name))
+        elif entries is None:
+            made[name] = values[prefix + name]
+        else:
+            chooser, find = entries
+            names = find(values[prefix + chooser])
+            made[name] = {name: values[prefix + name] for name in names}
+    if not inspect.isclass(source):
+        return made
+    if source is not RunOptions:
+        made["run"] = run
+    return source(**made)
+
+
+def as_dict(o, top: bool = True) -> dict:
+    """An options object as a config file says it, RunOptions at the top."""
+    values = {}
+    for f in dataclasses.fields(o):
+        value = getattr(o, f.name)
+        if f.name == "run":
+            values |= as_dict(value) if top else {}
+        elif dataclasses.is_dataclass(value):
+            values[f.name] = as_dict(value, top=False)
+        elif "entries" in f.metadata:
+            values |= value
+        else:
+            values[f.name] = str(value) if isinstance(value, Path) else value
+    return values
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def cli(function, default_config: str = "") -> None:
+    """Run a function as a command: options in; the last line of output is one JSON object.
+
+    That is the dict the function returns, or the counts in the manifest of the result it returns.
+    After an InputError or OSError: one line on standard error, exit code 2.
+    """
+    with distributed():
+        try:
+            values = parse_values(function, sys.argv[1:], default_config)
+            print0("options", json.dumps(values, default=str))
+            start = time.perf_counter()
+            result = function(**build(function, values, build(RunOptions, values)))
+            if isinstance(result, Path):
+                result = on_rank0(counts_of, result)
+            print0(json.dumps({**result, "seconds": round(time.perf_counter() - start, 2)}))
+        except (InputError, OSError) as error:
+            problem = str(error)
+            if isinstance(error, OSError) and error.filename:
+                problem = f"{error.filename}: {error.strerror}; check the path, or give another one"
+            rank = f"[rank {RANK}] " if RANK else ""
+            print(f"{rank}error: {problem}", file=sys.stderr, flush=True)
+            # torchrun ends all ranks as soon as one has ended: rank 0 must say its error first
+            time.sleep(10 if RANK else 0)
+            sys.exit(2)
+    if WORLD > 1:  # a thread of gloo's sometimes aborts the interpreter's own exit
+        sys.stdout.flush()
+        os._exit(0)
+
+
+# ----------------------------------------------------------------------------------------- plug-ins
+
+
+def in_project(path: str | Path) -> Path:
+    """A path as given, or, if nothing is there, the one in this project's directory."""
+    return Path(path) if Path(path).exists() else ROOT / path
+
+
+@cache
+def load_function(spec: str):
+    """The function "FILE.py:FUNCTION": a user's own loss, scorer, evaluation or preparation."""
+    path, _, name = spec.rpartition(":")
+    if not in_project(path).is_file():
+        raise InputError(f"{spec}: no such file; write FILE.py:FUNCTION")
+    module_name = "plugin_" + re.sub(r"\W", "_", path)
+    module_spec = importlib.util.spec_from_file_location(module_name, in_project(path))
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise InputError(f"{spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def plugin_files(spec: str) -> list[Path]:
+    """The file of "FILE.py:FUNCTION" and the neighbours it imports; [] for a built-in name."""
+    found: list[Path] = []
+    waiting = [in_project(spec.rpartition(":")[0])] if ".py:" in spec else []
+    while waiting:
+        path = waiting.pop()
+        if path.is_file() and path not in found:
+            found.append(path)
+            imports = re.findall(r"^\s*(?:from|import)\s+(.+)", read_text(path), re.MULTILINE)
+            names = {name for line in imports for name in re.findall(r"\w+", line)}
+            waiting += [path.parent / f"{name}.py" for name in sorted(names)]
+    return found

@@ -1,0 +1,379 @@
+"""Stage: one result of a run, and what it follows from.
+
+    stage = Stage(out, o, model=model, prompts=prompts, samples=samples)
+    if stage.done:
+        return out
+    ...                              # half-done work lies in stage.scratch
+    return stage.finish(records=17)
+
+The first statement of a stage says all that decides its result: `o`, an options object, and any
+other values by name. A Path, or a list or dict of them, is compared by content; every other value,
+and every field of `o` that is not compare=False, as it is. A manifest beside the result records
+them, so the same command skips what is up to date, resumes what is half done, and refuses to mix
+results of other inputs or options.
+
+OUT.partial/ holds the identity, the lock and all parts of an unfinished result. It is cleared when
+the identity differs, and removed by finish().
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from plumbing.ranks import WORLD, gather, on_rank0, print0
+from plumbing.records import InputError, cache_folder, digest, load_json, write_json, write_text
+
+FORMAT = 2  # of manifests; others are refused
+ROOT = Path(__file__).resolve().parents[1]
+# The files of a checkpoint directory, beside weights and templates, that decide what a model says.
+DECIDING = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+LARGE = 1 << 20  # bytes; hashes of larger files are kept in the cache folder
+LOCKS: dict = {}  # scratch folder -> its open lock file, of this process
+
+
+class Refusal(InputError):
+    """A finished result follows from other inputs or options than those given now."""
+
+
+class Stage:
+    """Every rank makes one and calls finish(); rank 0 hashes and writes."""
+
+    def __init__(self, out: str | Path, o=None, *, run=None, **follows_from):
+        """o: an options object with a field `run`; without one, run: RunOptions."""
+        self.out = Path(out)
+        self.options = [run] if o is None else [o, o.run]
+        self.follows_from = follows_from
+        self.scratch = self.out.with_name(self.out.name + ".partial")
+        self.identity, counts = on_rank0(self.open)
+        self.done = counts is not None
+        self.start = time.time()
+
+    def open(self) -> tuple[dict, dict | None]:
+        """(identity, counts of a finished result or None). Takes the lock unless finished."""
+        identity = self.find_identity()
+        manifest = read_manifest(self.out)
+        if manifest:
+            self.refuse_other(manifest, identity)
+            problem = damage(self.out, manifest)
+            if not problem:
+                print(f"  {name_of(self.out):<28} up to date{origin(manifest)}", flush=True)
+                shutil.rmtree(self.scratch, ignore_errors=True)  # of a kill after the manifest
+                return identity, manifest["counts"]
+            later = "later stages may refuse it, since other hardware gives other bits"
+            print(f"  {name_of(self.out)}: {problem}; making it again ({later})", flush=True)
+
+        # what is left of an earlier call counts only if it was after the same result
+        lock(self.scratch)
+        begun = self.scratch / "identity.json"
+        before = load_json(begun) if begun.is_file() else {}
+        now = {"identity": identity, "machine": machine()}
+        if before.get("identity") != identity:
+            clear(self.scratch)
+        elif before != now:
+            print(f"  {name_of(self.out)}: begun on another machine; its last bits may differ")
+        write_json(begun, now)
+        return identity, None
+
+    def find_identity(self) -> dict:
+        """{"inputs": name -> hashes, "options": name -> value} of all that decides the result."""
+        inputs = {}
+        options = {field.name: value for field, value in self.fields()}
+        given = dict(self.follows_from)
+        template = options["chat_template"]
+        if Path(template).is_file():
+            given["chat_template_file"] = Path(template)
+        for name, value in given.items():
+            assert name not in options, name  # given twice
+            leaves = leaves_of(value)
+            if not all(isinstance(leaf, Path) for leaf in leaves.values()):
+                options[name] = value
+            elif leaves:
+                hashes = {key: fingerprint(path) for key, path in leaves.items()}
+                inputs[name] = hashes.get("", hashes)
+        return json.loads(json.dumps({"inputs": inputs, "options": options}, default=str))
+
+    def fields(self):
+        """(field, value) of every option that decides the result."""
+        for part in self.options:
+            for field in dataclasses.fields(part):
+                if field.compare and field.name != "run":
+                    yield field, getattr(part, field.name)
+
+    def refuse_other(self, manifest: dict, identity: dict) -> None:
+        """Raise Refusal where a finished result follows from other inputs or options."""
+        # an option that an older manifest does not know has its default
+        defaults = {field.name: field.default for field, _ in self.fields()}
+        for part in ("options", "inputs"):  # an option first: it is often why an input differs
+            old, new = manifest[part], identity[part]
+            for name in sorted(old.keys() | new.keys()):
+                before, now = old.get(name, defaults.get(name)), new.get(name)
+                if before != now:
+                    raise Refusal(
+                        f"{self.out}: made with {part[:-1]} {name} = {before!r}, now {now!r}; this "
+                        "would invalidate it and all that was made from it: go back to the old "
+                        "value, or give another --out"
+                    )
+
+    def finish(self, **counts) -> Path:
+        """Write the manifest, remove the scratch folder, print one line; returns out.
+
+        counts: "tokens" that a model wrote or trained on, if any, and "fresh", those of this call.
+        """
+        seconds = time.time() - self.start
+        fresh = counts.pop("fresh", 0)
+        if fresh:
+            counts["tokens_per_second"] = round(fresh / max(seconds, 1e-9), 1)
+        counts["seconds"] = round(seconds, 2)
+        gather(None)  # all ranks have written what they write
+        on_rank0(self.seal, counts)
+        shown = [f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in counts.items()]
+        print0(f"  {name_of(self.out):<28} {'  '.join(shown)}")
+        return self.out
+
+    def seal(self, counts: dict) -> None:
+        parent = self.out.parent
+        manifest = {
+            "format": FORMAT,
+            **self.identity,
+            "paths": {k: str(v) for k, v in self.follows_from.items() if isinstance(v, Path)},
+            "counts": counts,
+            "time": time.time(),
+            "processes": WORLD,
+            "files": {str(f.relative_to(parent)): describe(f) for f in files_of(self.out)},
+            "content": content_hash(self.out),
+            "machine": machine(),
+            "code": code_digest(),
+            "commit": commit(),
+        }
+        write_json(manifest_path(self.out), manifest)
+        shutil.rmtree(self.scratch)
+        LOCKS.pop(self.scratch).close()
+
+
+# ---------------------------------------------------------------------- what a result follows from
+
+
+def leaves_of(value, key: str = "") -> dict:
+    """The values in nested lists and dicts, by dotted key; nothing for None."""
+    if value is None:
+        return {}
+    if not isinstance(value, list | dict):
+        return {key: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    found = {}
+    for name, part in parts:
+        found |= leaves_of(part, f"{key}.{name}".lstrip("."))
+    return found
+
+
+def fingerprint(path: str | Path) -> str:
+    """A hash of the content of a file or checkpoint directory; it is in a result's manifest."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory; check the path")
+    manifest = read_manifest(path, refuse=False)  # a user's model may come with one of its own
+    if manifest and not damage(path, manifest):
+        return manifest["content"]
+    return content_hash(path)
+
+
+def content_hash(path: Path) -> str:
+    """16 hex digits over a file, or over the files of a directory that decide what a model says."""
+    if not path.is_dir():
+        return hash_file(path)
+    suffixes = (".safetensors", ".jinja")
+    files = [f for f in sorted(path.iterdir()) if f.suffix in suffixes or f.name in DECIDING]
+    return digest([(f.name, hash_file(f)) for f in files])
+
+
+def hash_file(path: Path) -> str:
+    status = path.stat()
+    return cached_hash(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def cached_hash(path: str, size: int, changed: int) -> str:
+    """Remembered by path, size and time of the last change: 16 GB of weights are read only once."""
+    kept = cache_folder() / "hashes" / digest(path, size, changed)
+    if size > LARGE and kept.is_file():
+        return kept.read_text()
+    with open(path, "rb") as file:
+        value = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if size > LARGE:
+        write_text(kept, value)
+    return value
+
+
+# --------------------------------------------------------------------------------------- manifests
+
+
+def manifest_path(out: str | Path) -> Path:
+    """DIR/manifest.json of a directory, NAME.manifest.json of NAME.jsonl or NAME.json."""
+    out = Path(out)
+    if out.suffix in (".jsonl", ".json"):
+        return out.with_suffix(".manifest.json")
+    return out / "manifest.json"
+
+
+def read_manifest(out: str | Path, refuse: bool = True) -> dict | None:
+    """The manifest of a result, or None; InputError, if `refuse`, where it is a foreign one."""
+    path = manifest_path(out)
+    if not path.is_file():
+        return None
+    manifest = load_json(path)
+    if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+        return manifest
+    if refuse:
+        fix = "give another --out, or use that version"
+        raise InputError(f"{path}: written by another version of this program; {fix}")
+    return None
+
+
+def counts_of(out: str | Path) -> dict:
+    """The counts in the manifest of a result; {} where there is none."""
+    return (read_manifest(out) or {}).get("counts", {})
+
+
+def files_of(out: Path) -> list[Path]:
+    """All files of a result but its manifest."""
+    if not out.is_dir():
+        return [out]
+    return [f for f in sorted(out.rglob("*")) if f.is_file() and f != manifest_path(out)]
+
+
+def describe(path: Path) -> list:
+    """What a manifest says of a file: size, time of the last change, hash."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, hash_file(path)]
+
+
+def damage(out: Path, manifest: dict) -> str:
+    """How the files of a result differ from its manifest, if they do; hashed where times differ."""
+    for name, (*known, known_hash) in manifest["files"].items():
+        path = out.parent / name
+        if not path.is_file():
+            if manifest.get("discarded") and path.suffix == ".safetensors":
+                continue
+            return f"{name} is missing"
+        status = path.stat()
+        same = [status.st_size, status.st_mtime_ns] == known
+        if not same and hash_file(path) != known_hash:
+            return f"{name} has changed"
+    return ""
+
+
+def discard(out: Path) -> None:
+    """Delete the weights of a finished result. It stays finished; its manifest identifies it."""
+    manifest = read_manifest(out)
+    write_json(manifest_path(out), {**manifest, "discarded": True})
+    for weights in out.glob("*.safetensors"):
+        weights.unlink()
+
+
+def name_of(out: Path) -> str:
+    """iterT/... inside an iteration's folder, else the last part."""
+    iterations = [i for i, name in enumerate(out.parts) if re.fullmatch(r"iter\d+", name)]
+    return "/".join(out.parts[max(iterations, default=-1) :])
+
+
+# -------------------------------------------------------------------------------- scratch and lock
+
+
+def lock(scratch: Path) -> None:
+    """Make the scratch folder, and hold its lock; the kernel releases it with the process."""
+    if scratch in LOCKS:
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    file = open(scratch / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        out = str(scratch).removesuffix(".partial")
+        fix = "wait for it, or give another --out"
+        raise InputError(f"{out}: process {file.read()} is writing it; {fix}") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    LOCKS[scratch] = file
+
+
+def clear(scratch: Path) -> None:
+    """Delete everything in the scratch folder but its lock and scores, which are addressed by what
+    they follow from: another threshold scores nothing again.
+    """
+    for path in scratch.iterdir():
+        if path.name in ("lock", "scores"):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+# ------------------------------------------------------------------ what is recorded, not compared
+
+
+@cache
+def machine() -> dict:
+    """What the last bits of a result depend on beside its inputs and options."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    kernels = os.environ.get("SYNPO_KERNELS") != "0" and shutil.which("cc")
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "kernels": "compiled" if kernels else "pytorch",
+    }
+
+
+@cache
+def code_digest() -> str:
+    """A hash of the code that makes results."""
+    folders = (ROOT, ROOT / "plumbing", ROOT / "ops", ROOT / "scorers")
+    files = [f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in (".py", ".c")]
+    return digest([f.read_text("utf-8") for f in files])
+
+
+@cache
+def commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+        )
+        return done.stdout.strip()
+    except OSError:  # no git
+        return ""
+
+
+def origin(manifest: dict) -> str:
+    """How a finished result was made otherwise than it would be now; empty if it was not."""
+    before = manifest["machine"]
+    differs = [name for name, value in machine().items() if before.get(name) != value]
+    if differs:
+        return (
+            f" (made with another {', '.join(differs)}: what follows may differ in its last bits)"
+        )
+    if manifest["code"] != code_digest():
+        return " (made by other code; delete it to make it again)"
+    return ""

@@ -1,0 +1,408 @@
+"""Verdicts on answers by a judge: a model behind an OpenAI-compatible endpoint, or a local one.
+
+--judge is a checkpoint directory, whose verdicts sample.py writes greedily, or the name of a model
+at the endpoint --base-url, with the key in the environment variable OPENAI_API_KEY. Only rank 0
+asks an endpoint.
+
+Every reply is cached in a JSONL file under the hash of its request the moment it arrives: rerun the
+same command to ask, and pay, only for what is missing. A reply without a verdict (nonsense, a
+refusal, filtered or empty content) is kept in verdicts.malformed.jsonl with its request, and asked
+for again with another seed at temperature 0.7. If the last of --attempts has none either, the
+verdict is None, which each benchmark counts and treats as its official code does. Transient
+failures (429, 5xx, time-outs, cut or invalid bodies) are retried after a pause; others (400, 401,
+404) stop at once.
+
+A pairwise verdict has two forms. "choice" asks for one letter, m for the first answer or M for the
+second; where the endpoint gives log-probs it is the probability of m against M. "verdict" asks for
+reasons and [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or [[B>>A]]. Both prompts are this file's own;
+--judge-prompt FILE takes another, such as an official one. Scores are comparable with published
+ones only with the official prompt and judge. Both orders of every pair are judged.
+
+questions, answers -> verdicts.jsonl {key, text, finish, top, in, out, usd},
+verdicts.malformed.jsonl {key, messages, text, finish}
+"""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import load_config
+from plumbing.chat import Chat
+from plumbing.options import RunOptions
+from plumbing.ranks import on_rank0
+from plumbing.records import (
+    InputError,
+    conversation_text,
+    digest,
+    read_jsonl,
+    read_text,
+    write_jsonl,
+)
+from plumbing.stage import fingerprint
+from sample import SampleOptions, generate
+from scorers.openai_api import Endpoint, ReplyCache, base_url, new_reply
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    run: RunOptions = RunOptions()
+    judge: str = ""  # a model's name at the endpoint, or the directory of a local chat model
+    base_url: str = ""  # of an OpenAI-compatible endpoint; empty: OPENAI_BASE_URL, or OpenAI's own
+    judge_prompt: str = ""  # file with {question}, {answer_a}, {answer_b}, or official names
+    judge_cache: str = ""  # JSONL of verdicts to share between runs; empty: verdicts.jsonl in --out
+    judge_tokens: int = 1024  # max tokens of a verdict with reasons
+    judge_request: str = ""  # JSON object of more request fields; null removes one: {"seed": null}
+    attempts: int = 3  # max attempts to get a parsable verdict
+    retries: int = 8  # of a request after transient failures; pauses double from 1 to 60 seconds
+    request_timeout: float = 180.0  # seconds
+    concurrency: int = 8  # max requests under way at a time
+    requests_per_minute: float = 0.0  # rate limit; 0: none
+    budget: float = 0.0  # max USD that all verdicts in the cache may cost; 0: no limit
+    price_in: float = 0.0  # USD per million tokens of requests
+    price_out: float = 0.0  # USD per million tokens of replies
+
+
+@dataclass(frozen=True)
+class Request:
+    messages: list[dict]
+    choice: bool = False  # one letter is enough, with its log-probs
+
+
+# ----------------------------------------------------------------------------- prompts and verdicts
+
+# Replies are cached by the hash of what is sent: change a word, and all are paid for again.
+CHOICE = """<|im_start|>system
+You compare two answers to a question. Your reply is one letter and nothing else.<|im_end|>
+<|im_start|>user
+# Question
+{question}
+
+# Answer m
+{answer_a}
+
+# Answer M
+{answer_b}
+
+# Task
+Which answer would its reader rather have had? What counts is that it does what was asked, is \
+correct, and is clear; neither
+length nor the order in which the answers stand counts. Reply with the one letter m or M.\
+<|im_end|>"""
+
+VERDICT = """<|im_start|>system
+You compare the answers of two assistants, A and B, to a question. Work out first what a correct \
+and complete answer needs. Then
+name the mistakes and the merits of each answer in a few sentences. Neither length nor order \
+counts. End with one of these:
+[[A>>B]] if A is much better, [[A>B]] if A is better, [[A=B]] if they are about equal, [[B>A]] \
+if B is better, [[B>>A]] if B is much better.<|im_end|>
+<|im_start|>user
+# Question
+{question}
+
+# Answer of assistant A
+{answer_a}
+
+# Answer of assistant B
+{answer_b}<|im_end|>"""
+
+# What official prompts call the three texts.
+NAMES = {
+    "question": ("question", "question_1", "instruction", "prompt", "QUESTION"),
+    "answer_a": ("answer_a", "answer_1", "output_1", "ANSWER_A"),
+    "answer_b": ("answer_b", "answer_2", "output_2", "ANSWER_B"),
+}
+# P(the first answer is better) by verdict; [[A]], [[B]] and [[C]] (a tie) are MT-Bench's.
+VERDICTS = {
+    "A>>B": 1.0,
+    "A>B": 0.75,
+    "A=B": 0.5,
+    "B=A": 0.5,
+    "B>A": 0.25,
+    "A<B": 0.25,
+    "B>>A": 0.0,
+    "A<<B": 0.0,
+    "A": 1.0,
+    "B": 0.0,
+    "C": 0.5,
+}
+# Endings of replies whose text is no verdict, whatever it says.
+NO_VERDICT = ("refusal", "content_filter", "too_long")
+
+
+def fill_in(template: str, texts: dict[str, str]) -> str:
+    """Replace {name}s by texts, in one pass: a name inside a text is left alone."""
+    return re.sub(r"\{(\w+)\}", lambda match: texts.get(match[1], match[0]), template)
+
+
+def to_messages(template: str, texts: dict[str, str]) -> list[dict]:
+    """A filled template: turns between <|im_start|>ROLE and <|im_end|>, else one user turn."""
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", template, re.DOTALL)
+    turns = turns or [("user", template)]
+    return [{"role": role, "content": fill_in(text.strip(), texts)} for role, text in turns]
+
+
+def load_prompt(o: JudgeOptions, default: str) -> str:
+    """The default, or --judge-prompt after a check that it shows the judge all three texts."""
+    if not o.judge_prompt:
+        return default
+    template = read_text(o.judge_prompt)
+    for names in NAMES.values():
+        if not any(f"{{{name}}}" in template for name in names):
+            fix = "write it where the judge must see that text"
+            raise InputError(f"{o.judge_prompt}: has no place {{{names[0]}}}; {fix}")
+    return template
+
+
+def read_choice(reply: dict) -> float | None:
+    """P(m) from the first token's log-probs; else 1 or 0 if the text names one; else None."""
+    top = reply["top"] or {}
+    mass = {"m": 0.0, "M": 0.0}
+    for token, logp in top.items():
+        if token.strip() in mass:
+            mass[token.strip()] += math.exp(logp)
+    total = mass["m"] + mass["M"]
+    if total:
+        return mass["m"] / total
+    named = {*re.findall(r"(?<![\w'])[mM](?![\w'])", reply["text"])}
+    return float("m" in named) if len(named) == 1 else None
+
+
+def read_verdict(reply: dict) -> float | None:
+    """P(the first answer is better) by the last [[...]] of the text."""
+    found = re.findall(r"\[\[\s*([ABC<>=]+)\s*\]\]", reply["text"])
+    return VERDICTS.get(found[-1]) if found else None
+
+
+FORMS = {"choice": (CHOICE, read_choice), "verdict": (VERDICT, read_verdict)}
+
+
+# ---------------------------------------------------------------------------------- the judge
+
+
+class Judge:
+    """Requests in, verdicts out, each paid for once. Every rank has one; rank 0 has the cache.
+
+    Raises InputError before anything is asked if options, key, package or the local model will not
+    do.
+    """
+
+    def __init__(self, o: JudgeOptions, out: str | Path):
+        """out: the directory of the cache unless --judge-cache names a file."""
+        check_options(o)
+        self.o = o
+        self.local = Path(o.judge).is_dir()
+        self.path = Path(o.judge_cache or Path(out) / "verdicts.jsonl")
+        self.malformed_path = self.path.with_suffix(".malformed.jsonl")
+        self.used = set()  # keys of all replies asked for
+        self.malformed = 0  # requests that never had a verdict
+
+        # what tells this judge from another of the same name
+        if self.local:
+            Chat(o.judge, o.run.chat_template)
+            load_config(o.judge)
+            self.name = on_rank0(fingerprint, o.judge)
+            self.place = [o.run.dtype, o.run.chat_template]
+        else:
+            self.name = o.judge
+            self.place = base_url(o)
+        on_rank0(self.open)
+
+    def open(self) -> None:
+        self.cache = ReplyCache(self.path)
+        self.endpoint = None if self.local else Endpoint(self.o, self.cache)
+
+    def body(self, request: Request, attempt: int) -> dict:
+        """What is sent and hashed. Another attempt has another seed, and a temperature."""
+        body = {
+            "model": self.name,
+            "messages": request.messages,
+            "temperature": 0.7 if attempt else 0.0,
+            "seed": self.o.run.seed + attempt,
+            "max_tokens": self.o.judge_tokens,
+        }
+        if request.choice and self.local:
+            body["max_tokens"] = 16  # a small model likes to say "The better answer is m"
+        elif request.choice:
+            body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+        body |= json.loads(self.o.judge_request or "{}")
+        return {name: value for name, value in body.items() if value is not None}
+
+    def ask(
+        self, requests: list[Request], read: Callable[[dict], float | None]
+    ) -> list[float | None]:
+        """read(reply) of every request; None where no attempt got a reply with a verdict."""
+        # ask for all, then again for those without a verdict, unless they are too long
+        values = [None] * len(requests)
+        left = list(range(len(requests)))
+        for attempt in range(self.o.attempts):
+            bodies = [self.body(requests[i], attempt) for i in left]
+            malformed = {}
+            for i, body, reply in zip(left, bodies, self.complete(bodies), strict=True):
+                if reply["finish"] not in NO_VERDICT:
+                    values[i] = read({**reply, "text": without_thoughts(reply["text"])})
+                if values[i] is None:
+                    malformed[i] = {**reply, "messages": body["messages"]}
+            on_rank0(self.keep_malformed, list(malformed.values()))
+            left = [i for i, reply in malformed.items() if reply["finish"] != "too_long"]
+
+        # a judge that never gives one is not a judge
+        self.malformed += values.count(None)
+        if requests and values.count(None) == len(requests):
+            problem = f"no verdict in any of {len(requests)} replies"
+            fix = "choose another judge or another --judge-prompt"
+            raise InputError(
+                f"--judge {self.o.judge}: {problem}; they are in {self.malformed_path}; {fix}"
+            )
+        return values
+
+    def keep_malformed(self, rows: list[dict]) -> None:
+        kept = {}
+        if self.malformed_path.is_file():
+            kept = {row["key"]: row for row in read_jsonl(self.malformed_path)}
+        new = {row["key"]: {"id": row["key"], **row} for row in rows}
+        if new.keys() - kept.keys():
+            write_jsonl(self.malformed_path, list({**kept, **new}.values()))
+
+    def complete(self, bodies: list[dict]) -> list[dict]:
+        """A reply {key, text, finish, top, in, out, usd} for every body, cached or new."""
+        keys = [digest(body, self.place) for body in bodies]
+        self.used |= set(keys)
+        by_key = dict(zip(keys, bodies, strict=True))
+        known = on_rank0(lambda: by_key.keys() & self.cache.replies.keys())
+        missing = {key: body for key, body in by_key.items() if key not in known}
+        if missing and self.local:
+            self.sample(missing)
+        elif missing:
+            on_rank0(lambda: self.endpoint.fetch(missing, len(known)))
+        return on_rank0(lambda: [self.cache.replies[key] for key in keys])
+
+    def sample(self, bodies: dict[str, dict]) -> None:
+        """Replies of a local model into the cache."""
+        # prompts that fill the context get an empty reply
+        chat = Chat(self.o.judge, self.o.run.chat_template)
+        max_positions = load_config(self.o.judge).max_positions
+        rows = [{"id": key, "messages": body["messages"]} for key, body in bodies.items()]
+        fitting = []
+        too_long = []
+        for row in rows:
+            fits = len(chat.prompt_ids(row)) < max_positions
+            (fitting if fits else too_long).append(row)
+
+        # named by the requests: chunks of an interrupted call serve no others
+        scratch = self.path.with_suffix(f".{digest(*bodies)}.partial")
+        sampled = scratch / "replies.jsonl"
+        if fitting:
+            body = next(iter(bodies.values()))  # all are of one attempt
+            o = SampleOptions(
+                run=self.o.run, temperature=body["temperature"], max_new_tokens=body["max_tokens"]
+            )
+            generate(self.o.judge, fitting, sampled, o, scratch, f"judge {body['seed']}")
+        on_rank0(self.keep_sampled, sampled, too_long)
+        on_rank0(shutil.rmtree, scratch, True)
+
+    def keep_sampled(self, sampled: Path, too_long: list[dict]) -> None:
+        for row in read_jsonl(sampled) if sampled.is_file() else ():
+            reply = new_reply(row["response"], row["finish_reason"], n_out=row["tokens"])
+            self.cache.add(row["id"], reply)
+        for row in too_long:
+            self.cache.add(row["id"], new_reply("", "too_long"))
+
+    def usage(self) -> dict:
+        """Of all verdicts asked for, cached ones included: requests without one, replies, cost."""
+        return {
+            "malformed": self.malformed,
+            "judge_replies": len(self.used),
+            "judge_usd": on_rank0(self.cost),
+        }
+
+    def cost(self) -> float:
+        return round(sum(self.cache.replies[key]["usd"] for key in self.used), 6)
+
+
+def without_thoughts(text: str) -> str:
+    """The text after a reasoning model's </think>."""
+    return re.sub(r"^.*</think>", "", text, flags=re.DOTALL)
+
+
+def check_options(o: JudgeOptions) -> None:
+    """Raise InputError on options that cannot work."""
+    if not o.judge:
+        choice = "a model at the endpoint --base-url, or the directory of a local chat model"
+        raise InputError(f"--judge: name {choice}")
+
+    # ranges
+    for name in ("attempts", "concurrency", "judge_tokens"):
+        require(name, getattr(o, name), "at least 1", getattr(o, name) >= 1)
+    for name in ("retries", "requests_per_minute", "budget"):
+        require(name, getattr(o, name), "at least 0", getattr(o, name) >= 0)
+    require("request_timeout", o.request_timeout, "above 0", o.request_timeout > 0)
+    if o.budget and not (o.price_in or o.price_out):
+        raise InputError("--budget: needs prices; give --price-in and --price-out")
+
+    # more fields of a request
+    try:
+        if not isinstance(json.loads(o.judge_request or "{}"), dict):
+            raise ValueError("it is another JSON value")
+    except ValueError as error:
+        fix = 'write it like {"top_p": 0.9}'
+        raise InputError(f"--judge-request: not a JSON object ({error}); {fix}") from None
+    if o.judge_request and Path(o.judge).is_dir():
+        raise InputError("--judge-request: only for an endpoint; leave it out")
+    load_prompt(o, "")
+
+
+def require(name: str, value: float, needed: str, good: bool) -> None:
+    if not good:
+        raise InputError(f"--{name.replace('_', '-')} must be {needed}, got {value:g}")
+
+
+# ---------------------------------------------------------------------------------- pairs
+
+Comparisons = list[tuple[float | None, float | None]]
+
+
+def pairwise(
+    judge: Judge, questions: list[str], a: list[str], b: list[str], form: str
+) -> Comparisons:
+    """P(a is better) by two comparisons per question, a shown first and b shown first.
+
+    None where there is no verdict. Equal answers are a draw that nobody is asked about.
+    """
+    default, read = FORMS[form]
+    template = load_prompt(judge.o, default)
+    comparisons = [(0.5, 0.5)] * len(questions)
+    differing = [i for i in range(len(questions)) if a[i].strip() != b[i].strip()]
+
+    # two requests for each question, one in each order
+    requests = []
+    for i in differing:
+        for shown in ((questions[i], a[i], b[i]), (questions[i], b[i], a[i])):
+            texts = {}
+            for names, text in zip(NAMES.values(), shown, strict=True):
+                texts |= dict.fromkeys(names, text)
+            requests.append(Request(to_messages(template, texts), form == "choice"))
+
+    # the second order's verdict is about b
+    values = judge.ask(requests, read) if requests else []
+    for i, first, second in zip(differing, values[::2], values[1::2], strict=True):
+        comparisons[i] = (first, None if second is None else 1 - second)
+    return comparisons
+
+
+def compare(
+    rows_a: list[dict], rows_b: list[dict], o: JudgeOptions, out: str | Path
+) -> list[float]:
+    """P(a is better) for each pair of records, the mean over both orders.
+
+    rows_a, rows_b: {prompt | messages, response}. A comparison without a verdict counts as a draw.
+    out: the directory of the cache. Every rank calls it with all records.
+    """
+    questions = [conversation_text(row) for row in rows_a]
+    a, b = ([row["response"] for row in rows] for rows in (rows_a, rows_b))
+    comparisons = pairwise(Judge(o, out), questions, a, b, "choice")
+    return [sum(0.5 if p is None else p for p in pair) / 2 for pair in comparisons]

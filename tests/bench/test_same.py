@@ -1,0 +1,123 @@
+"""bench/same.py: what counts as a result, what a difference looks like, and that two runs agree."""
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from bench_helpers import run_bench
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from bench import same
+from plumbing.records import write_text
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run directory with a file of each kind."""
+    run = tmp_path / "run"
+    write_text(run / "iter1/prompts.jsonl", '{"id": "a"}\n{"id": "b", "prompt": "Why?"}\n')
+    write_text(run / "iter1/eval.json", '{\n "score": 0.5\n}')
+    write_text(run / "controls/seed_sft_eval.json", '{\n "score": 0.6\n}')
+    write_text(run / "iter1/policy/metrics.jsonl", '{"seconds": 1}\n')
+    write_text(run / "iter1/policy/manifest.json", '{"time": 1}')
+    write_text(run / "iter1/eval.manifest.json", '{"time": 1}')
+    write_text(run / "iter1/eval/ifeval/verdicts.malformed.jsonl", "{}\n")
+    write_text(run / "iter1/answers.jsonl.partial/chunk0.jsonl", "{}\n")
+    write_text(run / "reference/ab12/1.jsonl", '{"id": "y"}\n')
+    write_text(run / "reference/ab12/2.jsonl", '{"id": "x"}\n')
+    save_file({"w": torch.tensor([1.0, 2.0])}, run / "iter1/policy/model.safetensors")
+    return run
+
+
+NAMES = [
+    "controls/seed_sft_eval.json",
+    "iter1/eval.json",
+    "iter1/policy/model.safetensors",
+    "iter1/prompts.jsonl",
+    "reference",
+]
+
+
+def test_results_are_what_does_not_depend_on_time(run):
+    found = same.results(run)
+    assert sorted(found) == NAMES
+    assert found["reference"] == b'{"id": "x"}\n{"id": "y"}\n'
+
+
+def test_a_cache_with_other_names_is_the_same(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    shutil.rmtree(other / "reference")
+    write_text(other / "reference/cd34/3.jsonl", '{"id": "x"}\n{"id": "y"}\n')
+    write_text(other / "seeds.jsonl", "{}\n")
+    assert same.compare(run, other) == 0
+    assert "5 of 5 results are the same" in capsys.readouterr().out
+
+
+def test_each_difference_is_one_line(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "controls/seed_sft_eval.json").unlink()
+    write_text(other / "iter1/prompts.jsonl", '{"id": "a"}\n{"id": "b", "prompt": "Who?"}\n')
+    write_text(other / "iter1/eval.json", '{\n "score": 0.5\n}\n1')
+    save_file({"w": torch.tensor([1.0, 2.25])}, other / "iter1/policy/model.safetensors")
+    assert same.compare(run, other) == 1
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == [
+        "controls/seed_sft_eval.json: missing",
+        "iter1/eval.json: 3 lines, now 4",
+        "iter1/policy/model.safetensors: weights differ by at most 0.25",
+        # from 20 characters before the place on
+        'iter1/prompts.jsonl: line 2: \': "b", "prompt": "Why?"}\', '
+        'now \': "b", "prompt": "Who?"}\'',
+    ]
+    assert summary.startswith("1 of 5 results are the same")
+    save_file({"v": torch.tensor([1.0, 2.0])}, other / "iter1/policy/model.safetensors")
+    same.compare(run, other)
+    assert "model.safetensors: other tensors" in capsys.readouterr().out
+
+
+def test_nothing_is_not_the_same_as_nothing(tmp_path):
+    assert same.compare(tmp_path, tmp_path) == 1
+
+
+def test_two_runs_and_hashes_by_the_command(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    assert run_bench("same", ["--runs", run, other])[0] == 0
+    write_text(other / "iter1/prompts.jsonl", "{}\n")
+    assert run_bench("same", ["--runs", run, other])[0] == 1
+    code, text, errors = run_bench("same", ["--hashes", run])
+    assert code == 0, errors
+    lines = dict(reversed(line.split(maxsplit=1)) for line in text.splitlines())
+    assert sorted(lines) == NAMES
+    content = (run / "iter1/prompts.jsonl").read_bytes()
+    assert lines["iter1/prompts.jsonl"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_commit_is_unpacked_as_it_was(tmp_path):
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("needs the git repository")
+    tree = same.unpack("HEAD", tmp_path)
+    asked = ["git", "show", "HEAD:loop.py"]
+    assert (tree / "loop.py").read_bytes() == subprocess.check_output(asked, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_this_tree_gives_the_same_bytes_twice():
+    code, text, errors = run_bench("same", ["--old", ROOT, "--nproc", 2])
+    assert code == 0, text + errors
+    assert "results are the same" in text
+
+
+@pytest.mark.slow
+def test_a_tree_with_other_numbers_is_told(tmp_path):
+    """A higher learning rate of M_t: other policies, and what follows from them."""
+    flags = ["--old", ROOT, "--new-flags", "--policy.lr 1e-3 --iters 1", "--old-flags", "--iters 1"]
+    code, text, errors = run_bench("same", flags)
+    assert code == 1, text + errors
+    changed = {line.split(":")[0] for line in text.splitlines()[:-1]}
+    assert "run/iter1/policy/model.safetensors" in changed
+    assert not {name for name in changed if "pairs.jsonl" in name or "prompts" in name}

@@ -1,0 +1,297 @@
+"""The improver: its prompt, what it is trained on, which candidate becomes the rewrite."""
+
+import pytest
+from conftest import read_rows, write_rows
+
+import improve
+from improve import (
+    TEMPLATE,
+    ImproverOptions,
+    RewriteOptions,
+    improver_prompt,
+    main,
+    rewrite,
+    train_improver,
+    training_rows,
+)
+from plumbing.options import RunOptions, parse_options
+from plumbing.records import InputError
+from plumbing.stage import counts_of
+
+FP32 = RunOptions(dtype="float32")
+SHORT = "Q: {prompt}\nA: {draft}\nBetter:"  # a template
+SEEDS = [
+    {"id": "a", "prompt": "Why?", "response": "Because it is so."},
+    {"id": "b", "prompt": "How?", "response": "Well."},
+]
+DRAFTS = [
+    {"id": "a", "prompt": "Why?", "response": "No idea", "sample": 0},
+    {"id": "a", "prompt": "Why?", "response": "", "sample": 1},
+    {"id": "b", "prompt": "How?", "response": "Like this, I think", "sample": 0},
+]
+
+
+def options(**changes) -> ImproverOptions:
+    return ImproverOptions(**{"run": FP32, "template": SHORT, **changes})
+
+
+def words(rows: list[dict]) -> list[float]:
+    return [float(len(row["response"].split())) for row in rows]
+
+
+# -------------------------------------------------------------------------------------- the prompt
+
+
+def test_prompt_holds_question_and_draft():
+    assert improver_prompt({"prompt": "Why?"}, "So.", SHORT) == "Q: Why?\nA: So.\nBetter:"
+    default = improver_prompt({"prompt": "Why?"}, "So.", TEMPLATE)
+    assert "Given question:\nWhy?\n\nOriginal answer:\nSo.\n\nRewritten answer:" in default
+    assert TEMPLATE == ImproverOptions().template
+
+
+def test_braces_in_texts_stay():
+    filled = improver_prompt({"prompt": "def f(): {x}"}, "{prompt} {0} {{}} {draft}", SHORT)
+    assert filled == "Q: def f(): {x}\nA: {prompt} {0} {{}} {draft}\nBetter:"
+    assert improver_prompt({"prompt": "a {draft}"}, "D", SHORT) == "Q: a {draft}\nA: D\nBetter:"
+
+
+def test_earlier_turns_come_before_the_last_question():
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Why?"},
+    ]
+    filled = improver_prompt({"messages": turns}, "So.", SHORT)
+    assert filled == "Q: user: Hi\n\nassistant: Hello\n\nuser: Why?\nA: So.\nBetter:"
+    assert improver_prompt({"messages": turns[2:]}, "So.", SHORT) == "Q: Why?\nA: So.\nBetter:"
+
+
+# ------------------------------------------------------------------------------- training examples
+
+
+def test_without_scorer_every_draft_with_text_is_an_example():
+    rows = training_rows(SEEDS, DRAFTS, None, options())
+    assert [(row["prompt"], row["response"]) for row in rows] == [
+        ("Q: Why?\nA: No idea\nBetter:", "Because it is so."),
+        ("Q: How?\nA: Like this, I think\nBetter:", "Well."),
+    ]
+    again = training_rows(SEEDS, [*DRAFTS, {**DRAFTS[0], "sample": 2}], None, options())
+    assert len({row["id"] for row in again}) == 3
+    assert again[:2] == rows
+
+
+def test_with_scorer_gold_must_beat_the_draft_by_more_than_the_threshold():
+    def kept(threshold: float) -> list[str]:
+        rows = training_rows(SEEDS, DRAFTS, words, options(threshold=threshold))
+        return [row["response"] for row in rows]
+
+    # gaps are 2 and -3
+    assert kept(0) == ["Because it is so."]
+    assert kept(1.9) == ["Because it is so."]
+    assert kept(-3.5) == ["Because it is so.", "Well."]
+    gaps = "score gaps -3 -3 -3 2 2"
+    problem = rf"improver: .*beats its draft by 2; {gaps}; lower the improver's --threshold"
+    with pytest.raises(InputError, match=problem):
+        kept(2)
+
+
+@pytest.mark.parametrize(("scorer", "kept"), [(None, 2), (words, 1)])
+def test_stage_counts_drafts_and_examples(tiny, tmp_path, monkeypatch, scorer, kept):
+    monkeypatch.setattr(improve, "load_scorer", lambda *_, **__: scorer)
+    monkeypatch.setattr(improve, "sft", lambda model, rows, stage, o: {"records": len(rows)})
+    monkeypatch.setattr(improve.Stage, "finish", lambda self, **counts: counts)
+    seeds = write_rows(tmp_path / "seeds.jsonl", SEEDS)
+    drafts = write_rows(tmp_path / "drafts.jsonl", DRAFTS)
+    counts = train_improver(tiny, seeds, drafts, tmp_path / "improver", options())
+    assert counts == {"drafts": 3, "kept": kept, "records": kept}
+
+
+# ---------------------------------------------------------------------------------------- rewrites
+
+TURNS = [{"role": "user", "content": "How?"}]
+ANSWERS = [
+    {"id": "a", "prompt": "Why?", "response": "It is so", "finish_reason": "stop", "tokens": 4},
+    {"id": "b", "messages": TURNS, "response": "Do it", "finish_reason": "stop"},
+]
+
+
+class Rewritten:
+    """rewrite() of two drafts, with given candidates (response, finish_reason) for each instead of
+    a model's.
+    """
+
+    def __init__(self, tiny, folder, monkeypatch):
+        self.model = tiny
+        self.folder = folder
+        self.monkeypatch = monkeypatch
+        self.calls = 0
+
+    def __call__(self, a: list, b: list, draft_reason: str = "stop", **changes) -> list[dict]:
+        """Rows; then self.counts and what the sampler was asked: self.requests, self.purpose."""
+
+        def generate(model, rows, out, o, scratch, purpose, source):
+            assert model == self.model
+            self.requests = rows
+            self.purpose = purpose
+            written = []
+            texts = {"a": list(a), "b": list(b)}
+            for row in rows:
+                text, reason = texts[row["id"]].pop(0)
+                written.append({**row, "response": text, "finish_reason": reason})
+            write_rows(out, written)
+            return {"tokens": 99, "fresh": 99}
+
+        self.monkeypatch.setattr(improve, "generate", generate)
+        self.calls += 1
+        out = self.folder / f"out{self.calls}.jsonl"
+        answers = [{**row, "finish_reason": draft_reason} for row in ANSWERS]
+        drafts = write_rows(self.folder / "drafts.jsonl", answers)
+        o = RewriteOptions(run=FP32, best_of=len(a), **changes)
+        base = self.model / "config.json"  # any path that is not the improver's
+        assert rewrite(self.model, drafts, base, out, o, SHORT, t=2) == out
+        self.base = base
+        self.counts = counts_of(out)
+        return read_rows(out)
+
+
+@pytest.fixture
+def rewritten(tiny, tmp_path, monkeypatch):
+    return Rewritten(tiny, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def most_words(monkeypatch):
+    """--scorer: the longest text wins; remembers under which model it was asked for."""
+    bases = []
+
+    def load(spec, base, *_, **__):
+        bases.append(base)
+        return words
+
+    monkeypatch.setattr(improve, "load_scorer", load)
+    monkeypatch.setattr(improve, "scorer_files", lambda spec: [])
+    return bases
+
+
+def test_one_rewrite_is_taken_as_it_is(rewritten):
+    rows = rewritten([("Because it  is", "stop")], [("Do", "length")])
+    assert rows == [
+        {
+            "id": "a",
+            "prompt": "Why?",
+            "draft": "It is so",
+            "response": "Because it  is",
+            "finish_reason": "stop",
+        },
+        {
+            "id": "b",
+            "messages": TURNS,
+            "draft": "Do it",
+            "response": "Do",
+            "finish_reason": "length",
+        },
+    ]
+    expected = {"drafts": 2, "rewrites": 2, "unchanged": 0, "cut_off": 1, "tokens": 99}
+    assert expected.items() <= rewritten.counts.items()
+    assert rewritten.purpose == "rewrites 2"
+    assert rewritten.requests == [
+        {"id": "a", "prompt": "Q: Why?\nA: It is so\nBetter:"},
+        {"id": "b", "prompt": "Q: How?\nA: Do it\nBetter:"},
+    ]
+
+
+def test_unchanged_drafts_are_counted(rewritten):
+    rewritten([("It is\nso ", "stop")], [("Do it now", "stop")])
+    assert rewritten.counts["unchanged"] == 1
+
+
+def test_without_scorer_the_first_finished_text_wins(rewritten):
+    a = [("first", "stop"), ("second one", "stop")]
+    rows = rewritten(a, [("cut", "length"), ("whole", "stop")])
+    assert [row["response"] for row in rows] == ["first", "whole"]
+    expected = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert [(row["id"], row["sample"]) for row in rewritten.requests] == expected
+    rows = rewritten([("", "stop"), ("cut off", "length")], [("", "stop"), ("", "length")])
+    # a text that is cut off is more than none
+    assert [row["response"] for row in rows] == ["cut off", ""]
+
+
+def test_scorer_decides_among_the_finished(rewritten, most_words):
+    a = [("a b", "stop"), ("a b c", "stop"), ("a", "stop")]
+    b = [("a b c d e", "length"), ("a b", "stop"), ("a", "stop")]
+    rows = rewritten(a, b, scorer="words")
+    assert [row["response"] for row in rows] == ["a b c", "a b"]
+    # `likelihood` is measured under M_0, not under the improver
+    assert most_words == [rewritten.base]
+
+
+def test_draft_competes_with_its_rewrites(rewritten, most_words):
+    def best(a: str, b: str, **more) -> list[str]:
+        changes = {"scorer": "words", "draft_competes": True, **more}
+        rows = rewritten([(a, "stop")], [(b, "stop")], **changes)
+        return [row["response"] for row in rows]
+
+    assert best("Worse", "Do it this way") == ["It is so", "Do it this way"]
+    assert rewritten.counts["unchanged"] == 1
+    assert best("Worse", "Do", draft_reason="length") == ["Worse", "Do"]
+    # where the draft is as good as the rewrite: the rewrite
+    assert best("one two three", "") == ["one two three", "Do it"]
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+class Killed(Exception):
+    pass
+
+
+def killed(*_):
+    raise Killed
+
+
+FLAGS = """
+--dtype float32 --answers.max-new-tokens 5 --rewrites.max-new-tokens 5
+--improver.drafts 2 --improver.epochs 1 --improver.scorer likelihood --improver.threshold -9
+--rewrites.best-of 2 --rewrites.scorer likelihood --rewrites.draft-competes
+"""
+
+
+def test_stages_from_seeds_to_rewrites(tiny, tmp_path, monkeypatch):
+    seeds = write_rows(tmp_path / "seeds.jsonl", SEEDS)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Number {i}?"} for i in range(3)])
+    out = tmp_path / "run"
+    files = ["--model", tiny, "--seeds", seeds, "--prompts", prompts, "--out", out]
+    arguments = parse_options(main, [*map(str, files), *FLAGS.split()])
+
+    # stopped while candidates were scored
+    real = improve.pick
+    monkeypatch.setattr(improve, "pick", killed)
+    with pytest.raises(Killed):
+        main(**arguments)
+    monkeypatch.setattr(improve, "pick", real)
+    assert not (out / "rewrites.jsonl").exists()
+    candidates = read_rows(out / "rewrites.candidates.jsonl")
+
+    # they are not sampled again
+    monkeypatch.setattr("sample.Engine", None)
+    assert main(**arguments) == out / "rewrites.jsonl"
+    assert read_rows(out / "rewrites.candidates.jsonl") == candidates
+    assert not (out / "rewrites.jsonl.partial").exists()
+
+    # every rewrite is one of its candidates, or the draft
+    rows = read_rows(out / "rewrites.jsonl")
+    counts = counts_of(out / "rewrites.jsonl")
+    assert counts["drafts"] == counts["rewrites"] == len(rows) == 3
+    drafts = read_rows(out / "answers.jsonl")
+    assert [row["draft"] for row in rows] == [row["response"] for row in drafts]
+    assert len(read_rows(out / "seed_answers.jsonl")) == 4
+    assert len(candidates) == 6
+    for row, draft in zip(rows, drafts, strict=True):
+        own = [c["response"] for c in candidates if c["id"] == row["id"]]
+        assert row["response"] in [*own, draft["response"]]
+    assert (out / "improver" / "model.safetensors").is_file()
+
+    # done is done
+    monkeypatch.setattr(improve, "pick", killed)
+    main(**arguments)
+    assert counts_of(out / "rewrites.jsonl") == counts

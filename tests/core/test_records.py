@@ -1,0 +1,199 @@
+"""Records: what a user's file may hold, ids, files written whole, tables, the cache folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import refusal
+
+from eval.table import table
+from plumbing.records import (
+    cache_folder,
+    conversation_text,
+    digest,
+    last_message,
+    load_json,
+    messages_of,
+    read_jsonl,
+    rng,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+GOOD = '{"prompt": "a", "response": "b"}'
+TALK = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+]
+
+# ------------------------------------------------------------------------------- a user's file
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (None, ["no such file", "check the path"]),
+        ("", ["no records", "give at least one"]),
+        (" \n\n", ["no records", "give at least one"]),
+        (f'{GOOD}\n{{"prompt": "a"', ["line 2", "not valid JSON", "fix or delete"]),
+        (f"{GOOD}\n\n{GOOD}\n", ["line 2", "not valid JSON"]),
+        (
+            f'{GOOD}\n{GOOD}\n{{"prompt": "a"}}\n',
+            ["line 3", "'response'", "missing", "fix or delete"],
+        ),
+        ('{"response": "b"}', ["line 1", "'prompt'"]),
+        (f'{GOOD}\n{{"prompt": " \\n", "response": "b"}}', ["line 2", "'prompt'", "empty"]),
+        (f'{GOOD}\n{{"prompt": 7, "response": "b"}}', ["line 2", "'prompt'", "not text"]),
+        (f'{GOOD}\n{{"prompt": "a", "response": ["b"]}}', ["line 2", "'response'", "not text"]),
+        (f'{GOOD}\n["a", "b"]', ["line 2", "'prompt'"]),
+        (f'{GOOD}\n{{"messages": [], "response": "b"}}', ["line 2", "'prompt'"]),
+        (f'{GOOD}\n{{"messages": "hi", "response": "b"}}', ["line 2", "'messages'"]),
+        (
+            f'{GOOD}\n{{"messages": [{{"role": "user"}}], "response": "b"}}',
+            ["line 2", "'messages'", "{role, content}"],
+        ),
+        (
+            '{"prompt": "a", "response": "b", "id": 7}\n{"prompt": "c", "response": "b", "id": 7}',
+            ["line 2", "id 7", "unique"],
+        ),
+    ],
+)
+def test_bad_records_are_named_by_file_line_field_and_fix(tmp_path, text, parts):
+    path = tmp_path / "in.jsonl"
+    if text is not None:
+        path.write_text(text)
+    message = refusal(read_jsonl, path, "prompt", "response")
+    assert message.startswith(f"{path}: ")
+    assert all(part in message for part in parts), message
+
+
+def test_a_file_that_is_not_utf8_is_refused_by_name_and_line(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(GOOD.encode() + b'\n{"prompt": "caf\xe9"}\n')
+    message = refusal(read_jsonl, path, "prompt")
+    assert message.startswith(f"{path}: line 2")
+    assert "UTF-8" in message
+
+
+def test_bad_json_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text('{"a": 1,\n "b": }')
+    message = refusal(load_json, path)
+    assert message.startswith(f"{path}: line 2 is not valid JSON")
+    assert "no such file" in refusal(load_json, tmp_path / "none.json")
+
+
+# ------------------------------------------------------------------------------- ids
+
+
+def read(tmp_path: Path, *rows: dict) -> list[dict]:
+    """Rows, written and read again."""
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    return read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_ids_follow_from_the_prompt_not_from_the_place(tmp_path):
+    a, b, c = read(tmp_path, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "id": "mine"})
+    later = [{"prompt": "c", "id": 9}, {"prompt": "b", "keywords": 1}, {"prompt": "a"}]
+    c2, b2, a2 = read(tmp_path, *later)
+    assert (a["id"], b["id"]) == (a2["id"], b2["id"])
+    assert a["id"] != b["id"]
+    assert (c["id"], c2["id"]) == ("mine", 9)
+    # a change would give every run that exists new random numbers
+    assert a["id"] == "e3401daba74577e2"
+
+
+def test_duplicates_get_ids_of_their_own_and_a_conversation_is_its_prompt(tmp_path):
+    talk = [{"role": "user", "content": "a"}]
+    rows = read(
+        tmp_path,
+        {"prompt": "a"},
+        {"prompt": "a"},
+        {"prompt": "b"},
+        {"messages": talk},
+        {"prompt": "a"},
+    )
+    assert len({row["id"] for row in rows}) == 5
+    assert rows[0]["id"] == read(tmp_path, {"messages": talk})[0]["id"]
+    assert messages_of(rows[3]) == talk == messages_of(rows[0])
+
+
+def test_samples_of_one_prompt_share_its_id(tmp_path):
+    rows = read(tmp_path, *({"id": "a", "prompt": "a", "sample": i} for i in range(3)))
+    assert [row["id"] for row in rows] == ["a"] * 3
+
+
+def test_random_numbers_depend_on_their_names_alone():
+    assert rng(0, "keywords").random() == rng(0, "keywords").random()
+    assert rng(0, "keywords").random() != rng(1, "keywords").random()
+    assert digest("a", 1) == digest("a", 1) != digest("a", 2)
+    assert len(digest()) == 16
+
+
+def test_a_conversation_as_text():
+    one = {"prompt": "a"}
+    several = {"messages": TALK}
+    assert (last_message(one), last_message(several)) == ("a", "c")
+    assert conversation_text(one) == "a"
+    assert conversation_text(several) == "user: a\n\nassistant: b\n\nuser: c"
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def test_records_come_back_as_written(tmp_path):
+    rows = [{"id": 1, "prompt": 'é 日本 \u2028 \x85 \x0c " \\ \n end'}, {"id": 2, "prompt": "x"}]
+    assert read(tmp_path, *rows) == rows
+    text = (tmp_path / "rows.jsonl").read_text("utf-8")
+    assert text.count("\n") == 2
+    assert "日本" in text
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.json"
+    write_text(path, "old")
+    assert [f.name for f in path.parent.iterdir()] == ["a.json"]
+
+    def killed(*args):
+        raise OSError("killed here")
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(OSError, match="killed here"):
+        write_text(path, "new text")
+    assert path.read_text() == "old"
+
+
+def test_json_files_come_back_as_written(tmp_path):
+    value = {"a": [1, 2.5, None, "é"], "b": {"c": True}}
+    write_json(tmp_path / "a.json", value)
+    assert load_json(tmp_path / "a.json") == value
+    assert (tmp_path / "a.json").read_text().startswith('{\n "a"'), "indented, to be read"
+
+
+def test_table_is_aligned():
+    rows = [{"t": 1, "score": 0.12345, "name": "x"}, {"t": 10, "score": 2.0, "name": "longer"}]
+    assert table(rows).splitlines() == [
+        " t  score    name",
+        " 1  0.123       x",
+        "10  2.000  longer",
+    ]
+
+
+def test_cache_folder_is_the_users_or_a_temporary_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache_folder() == tmp_path / "cache" / "synpo"
+    assert cache_folder().is_dir()
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "synpo"
+
+    # a file where the folder should be
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    other = cache_folder()
+    assert other.is_dir()
+    assert os.access(other, os.W_OK)
+    other.rmdir()

@@ -1,0 +1,481 @@
+"""Scorers against transformers, the table of names, interrupted blocks, training a reward model."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, last_json, llama_config, read_rows, tiny_checkpoint, write_rows
+from safetensors.torch import load_file, save_file
+
+from plumbing.chat import Chat
+from plumbing.options import RunOptions
+from plumbing.records import InputError
+from plumbing.stage import counts_of
+from scorers.armorm import ArmoRM
+from scorers.base import blockwise, quantiles, score_pairs
+from scorers.classifier import RewardOptions, classifier, start_reward_model, train_reward
+from scorers.letter_judge import TEMPLATE, letter_judge
+from scorers.likelihood import likelihood
+from scorers.load import load_scorer, scorer_files
+
+FP32 = RunOptions(dtype="float32")
+THINGS = [" ".join(f"thing {j}" for j in range(i)) for i in range(6)]
+ROWS = [
+    {"id": f"r{i}", "prompt": f"Say {i} things.", "response": things}
+    for i, things in enumerate(THINGS)
+]
+TALK = {
+    "id": "talk",
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ],
+    "response": "See you",
+}
+CLASSIFIER = {
+    "architectures": ["LlamaForSequenceClassification"],
+    "id2label": {"0": "LABEL_0"},
+    "num_labels": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A reward model with random weights."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("reward") / "model", seed=3, **CLASSIFIER)
+
+
+def turns_of(row: dict) -> list[dict]:
+    return row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+
+
+def whole(row: dict) -> list[dict]:
+    return [*turns_of(row), {"role": "assistant", "content": row["response"]}]
+
+
+def length(rows: list[dict]) -> list[float]:
+    return [float(len(row["response"])) for row in rows]
+
+
+# ---------------------------------------------------------------------------------- likelihood
+
+
+def test_likelihood_is_the_mean_logp_of_response_and_end(tiny):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    chat = Chat(tiny)
+    rows = [*ROWS, TALK]
+    for row, score in zip(rows, likelihood(tiny, FP32)(rows), strict=True):
+        prompt = chat.prompt_ids(row)
+        response = [*chat.encode(row["response"]), 0]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logps = logits.log_softmax(-1)[range(len(response)), response]  # (T,)
+        assert score == pytest.approx(logps.mean().item(), abs=1e-4)
+    loaded = load_scorer("likelihood", tiny, FP32)
+    assert loaded(ROWS) == pytest.approx(likelihood(tiny, FP32)(ROWS), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------- reward models
+
+
+def test_reward_is_the_score_of_the_last_token(reward_model):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    rows = [*ROWS, TALK]
+    scores = load_scorer(str(reward_model), "", FP32)(rows)
+    assert len(set(scores)) == len(scores)
+    for row, score in zip(rows, scores, strict=True):
+        ids = tokenizer.apply_chat_template(whole(row), return_dict=False)
+        with torch.no_grad():
+            assert score == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-4)
+
+
+def test_a_reward_model_has_one_output(tiny, tmp_path):
+    changes = {**CLASSIFIER, "id2label": {"0": "bad", "1": "good"}, "num_labels": None}
+    two = tiny_checkpoint(tmp_path / "two", **changes)
+    for model in (two, tiny):
+        needed = "needs a sequence-classification checkpoint with one output"
+        with pytest.raises(InputError, match=needed):
+            load_scorer(str(model), "", FP32)
+
+
+def test_scores_do_not_depend_on_their_batch(tiny, reward_model):
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    for score in (likelihood(tiny, FP32), classifier(reward_model, FP32)):
+        scores = dict(zip((row["id"] for row in ROWS), score(ROWS), strict=True))
+        expected = [scores[row["id"]] for row in shuffled]
+        assert score(shuffled) == pytest.approx(expected, abs=1e-5)
+        assert score([]) == []
+        in_blocks = blockwise(score, [], size=2)
+        assert in_blocks(ROWS) == pytest.approx(score(ROWS), abs=1e-5)
+        assert in_blocks([]) == []
+
+
+def test_texts_beyond_the_context_are_named(tiny, reward_model):
+    long = {"id": "long", "prompt": "x" * 600, "response": "y"}
+    with pytest.raises(InputError, match="record long: its prompt fills the context"):
+        likelihood(tiny, FP32)([ROWS[0], long])
+    with pytest.raises(InputError, match=r"record long: 60\d tokens, the context of .* is 512"):
+        classifier(reward_model, FP32)([ROWS[0], long])
+
+
+# ---------------------------------------------------------------------------------- ArmoRM
+
+ARMORM = {
+    "architectures": ["LlamaForRewardModelWithGating"],
+    "num_objectives": 5,
+    "gating_temperature": 3,
+    "gating_hidden_dim": 16,
+    "gating_n_hidden": 2,
+    "id2label": {"0": "LABEL_0"},
+}
+ARMORM_SHAPES = {
+    "regression_layer.weight": (5, 64),
+    "reward_transform_matrix": (5, 5),
+    "gating.logit_scale": (1,),
+    "gating.layers.0.weight": (16, 64),
+    "gating.layers.0.bias": (16,),
+    "gating.layers.1.weight": (16, 16),
+    "gating.layers.1.bias": (16,),
+    "gating.layers.2.weight": (5, 16),
+    "gating.layers.2.bias": (5,),
+}
+
+
+@pytest.fixture(scope="module")
+def armorm(tmp_path_factory):
+    """A checkpoint in ArmoRM's layout: names and shapes of its tensors, random numbers."""
+    directory = tiny_checkpoint(tmp_path_factory.mktemp("armorm") / "model", seed=4, **CLASSIFIER)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["score.weight"]
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in ARMORM_SHAPES.items():
+        tensors[name] = torch.randn(shape, generator=generator)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**raw, **ARMORM}))
+    return directory
+
+
+def test_armorm_by_hand(armorm):
+    """Hidden states by transformers, the rest in float64 from the published description."""
+    from transformers import LlamaConfig, LlamaModel
+
+    # the body, and the rest of the tensors in float64
+    tensors = load_file(armorm / "model.safetensors")
+    t = {name: value.double() for name, value in tensors.items()}
+    raw = json.loads((armorm / "config.json").read_text())
+    del raw["architectures"]
+    body = LlamaModel(LlamaConfig(**raw)).eval()
+    prefix = "model."
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    body.load_state_dict(weights)
+
+    chat = Chat(armorm)
+    rows = [*ROWS, TALK]
+    for row, score in zip(rows, load_scorer(str(armorm), "", FP32)(rows), strict=True):
+        # the end token of the prompt, before the header of the answer
+        ids = chat.encode(chat.render(whole(row), False))
+        end = len(chat.encode(chat.render(turns_of(row), False))) - 1
+        assert (ids[end], ids[end + 1]) == (0, 2)
+        with torch.no_grad():
+            hidden = body(torch.tensor([ids])).last_hidden_state[0].double()
+        gate = hidden[end]
+        for i in (0, 1):
+            gate = t[f"gating.layers.{i}.weight"] @ gate + t[f"gating.layers.{i}.bias"]
+            gate = gate.clamp(min=0)
+        gate = t["gating.layers.2.weight"] @ gate + t["gating.layers.2.bias"]
+        gate = (gate / 3).softmax(0) * t["gating.logit_scale"]
+        rewards = (t["regression_layer.weight"] @ hidden[-1]) @ t["reward_transform_matrix"]
+        assert score == pytest.approx((gate * rewards).sum().item(), rel=1e-4, abs=1e-4)
+
+
+def test_armorm_as_published_has_19_objectives():
+    published = {"num_objectives": 19, "gating_hidden_dim": 1024, "gating_n_hidden": 3}
+    with torch.device("meta"):
+        model = ArmoRM({**llama_config(), **ARMORM, **published})
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes["regression_layer.weight"] == (19, 64)
+    assert shapes["reward_transform_matrix"] == (19, 19)
+    assert shapes["gating.layers.3.weight"] == (19, 1024)
+    assert shapes["gating.logit_scale"] == (1,)
+    assert not {"lm_head.weight", "score.weight"} & shapes.keys()
+
+
+# --------------------------------------------------------------------------------- the letter judge
+
+
+def other_answers(text: str) -> list[dict]:
+    return [{**row, "response": text} for row in (*ROWS, TALK)]
+
+
+def test_the_letter_judge_reads_both_letters_in_both_orders(tiny):
+    """Against transformers: P(A) against P(B) where the answer would start, averaged."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    chat = Chat(tiny)
+    letters = [chat.encode(letter)[0] for letter in "AB"]
+
+    def p_first(row, first, second):
+        talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in turns_of(row))
+        prompt = TEMPLATE.format(conversation=talk, a=first["response"], b=second["response"])
+        ids = chat.prompt_ids({"prompt": prompt})
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0, -1, letters].softmax(-1)[0].item()
+
+    rows = [*ROWS, TALK]
+    others = other_answers("no {a}")
+    score = load_scorer(f"judge:{tiny}", "", FP32)
+    assert score.pairwise
+    got = score(rows, others)
+    expected = []
+    for row, other in zip(rows, others, strict=True):
+        expected.append((p_first(row, row, other) + 1 - p_first(row, other, row)) / 2)
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert len({round(p, 4) for p in got}) > 3
+    assert score(others, rows) == pytest.approx([1 - p for p in got], abs=1e-5)
+    assert score_pairs(score, rows, others) == (got, [1 - p for p in got])
+
+    long = {"id": "long", "prompt": "x" * 999, "response": "y"}
+    with pytest.raises(InputError, match=r"record long: \d+ tokens to judge, the context of .* is"):
+        letter_judge(tiny, FP32)([long], [ROWS[0]])
+
+
+def test_a_word_start_marker_is_not_the_letter(tiny, monkeypatch):
+    """Tokenizers of the Llama 2 kind may write "A" as such a marker and the letter."""
+    rows = [*ROWS, TALK]
+    others = other_answers("no")
+    expected = load_scorer(f"judge:{tiny}", "", FP32)(rows, others)
+    encode = Chat.encode
+
+    def with_marker(self, text):
+        return [*([5] if text in ("A", "B") else []), *encode(self, text)]
+
+    monkeypatch.setattr(Chat, "encode", with_marker)
+    assert load_scorer(f"judge:{tiny}", "", FP32)(rows, others) == expected != [0.5] * len(rows)
+
+
+# ------------------------------------------------------------------------------- the table of names
+
+
+def test_a_scorer_of_ones_own(tmp_path):
+    code = "def words(rows):\n    return [float(len(row['response'].split())) for row in rows]\n"
+    (tmp_path / "mine.py").write_text(code)
+    assert load_scorer(f"{tmp_path}/mine.py:words", "", FP32)(ROWS) == [0, 2, 4, 6, 8, 10]
+    assert load_scorer("none", "", FP32) is None
+    for spec, message in (
+        ("mine.py:letters", "has no function letters"),
+        ("yours.py:words", "no such file"),
+        ("nowhere", r"nowhere: not a scorer's name, and not a directory with a config\.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_scorer(f"{tmp_path}/{spec}", "", FP32)
+    for spec in ("judge", "endpoint", "endpoint:", "judge:"):
+        with pytest.raises(InputError, match="not a scorer's name"):
+            load_scorer(spec, "", FP32)
+
+
+def test_likelihood_needs_a_model_to_score_under():
+    for base in ("", None):
+        message = "^--scorer likelihood scores under a model; give --base DIR$"
+        with pytest.raises(InputError, match=message):
+            load_scorer("likelihood", base, FP32)
+
+
+def test_random_scores_depend_on_text_and_seed_alone():
+    scores = load_scorer("random", "", FP32)(ROWS)
+    assert scores == load_scorer("random", "", FP32)(ROWS)
+    assert scores == load_scorer("random", "", FP32)(ROWS[::-1])[::-1]
+    assert scores != load_scorer("random", "", RunOptions(seed=1))(ROWS)
+    assert len(set(scores)) == len(ROWS)
+    assert 0 <= min(scores) < max(scores) < 1
+
+
+def test_a_scorer_that_compares_cannot_score_a_single_answer(tiny, tmp_path):
+    needed = "compares two answers; the improver needs one that scores each"
+    with pytest.raises(InputError, match=needed):
+        load_scorer(f"judge:{tiny}", tiny, FP32, single=True)
+    (tmp_path / "mine.py").write_text(
+        "def better(rows, others): return [1.0]\n"
+        "better.pairwise = True\n"
+        "def length(rows): return [1.0]\n"
+    )
+    with pytest.raises(InputError, match=r"mine\.py:better compares two answers"):
+        load_scorer(f"{tmp_path}/mine.py:better", tiny, FP32, single=True)
+    assert load_scorer(f"{tmp_path}/mine.py:better", tiny, FP32).pairwise
+    assert load_scorer(f"{tmp_path}/mine.py:length", tiny, FP32, single=True)([{}]) == [1.0]
+    assert load_scorer("none", tiny, FP32, single=True) is None
+
+
+def test_files_that_a_scorer_reads(tmp_path):
+    for spec in ("none", "random", "likelihood", "endpoint:gpt"):
+        assert scorer_files(spec) == []
+    assert [str(path) for path in scorer_files("judge:/j") + scorer_files("/r")] == ["/j", "/r"]
+    (tmp_path / "mine.py").write_text("from helper import length\n")
+    (tmp_path / "helper.py").write_text("def length(rows): ...\n")
+    files = scorer_files(f"{tmp_path}/mine.py:length")
+    assert {path.name for path in files} == {"mine.py", "helper.py"}
+
+
+def test_scores_of_pairs():
+    better = [{"response": "long"}, {"response": "a"}]
+    worse = [{"response": "x"}, {"response": "bb"}]
+    assert score_pairs(length, better, worse) == ([4, 1], [1, 2])
+    assert score_pairs(None, better, worse) == ([None, None], [None, None])
+
+
+def test_quantiles():
+    assert quantiles([5, 1, 2, 4, 3]) == "1 2 3 4 5"
+    assert quantiles([]) == "none"
+
+
+# ------------------------------------------------------------------------------ interrupted scoring
+
+
+def test_scoring_resumes_where_it_stopped(tmp_path):
+    calls = []
+
+    def score(rows):
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return length(rows)
+
+    rows = [{"id": str(i), "prompt": "Prompt?", "response": "x" * i} for i in range(1, 10)]
+    scorer = blockwise(score, ["key"], tmp_path / "scratch", size=4)
+    with pytest.raises(KeyboardInterrupt):
+        scorer(rows)
+    assert scorer(rows) == list(range(1, 10))
+    assert calls == [4, 4, 1, 1]
+    other = blockwise(score, ["another model"], tmp_path / "scratch", size=4)
+    assert other(rows) == list(range(1, 10))
+    assert calls[4:] == [4, 4, 1]
+
+
+def test_cached_scores_are_of_one_model(tiny, tmp_path):
+    other = tiny_checkpoint(tmp_path / "other", seed=1)
+    scratch = tmp_path / "scratch"
+    first = load_scorer("likelihood", tiny, FP32, scratch)(ROWS)
+    second = load_scorer("likelihood", other, FP32, scratch)(ROWS)
+    assert second == pytest.approx(likelihood(other, FP32)(ROWS)) != first
+    assert load_scorer("likelihood", tiny, FP32, scratch)(ROWS) == first
+    assert len(list(scratch.iterdir())) == 2
+
+
+# ------------------------------------------------------------------------ a reward model from pairs
+
+BETTER = [
+    {
+        "id": f"p{i}",
+        "prompt": f"Count to {i}.",
+        "chosen": " ".join(map(str, range(i + 1))),
+        "rejected": "no " * (i % 3 + 1),
+    }
+    for i in range(8)
+]
+SIDES = ("chosen", "rejected")
+
+
+def train_command(model, pairs, out, nproc: int) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    settings = "--dtype float32 --lr 3e-4 --epochs 6 --batch 4 --micro-batch-tokens 100"
+    flags = ["--model", model, "--pairs", pairs, "--out", out, *settings.split()]
+    launcher = torchrun if nproc > 1 else []
+    command = [sys.executable, *launcher, "-m", "scorers.classifier", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.ranks)])
+def test_a_reward_model_is_trained_and_transformers_scores_alike(tiny, tmp_path, nproc):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    out = tmp_path / "rm"
+    done = train_command(tiny, write_rows(tmp_path / "pairs.jsonl", BETTER), out, nproc)
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["pairs"] == 8
+
+    # the loss falls, and every chosen answer wins
+    lines = read_rows(out / "metrics.jsonl")
+    assert len(lines) == 12
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
+    assert lines[-1]["accuracy"] == 1
+    assert lines[-1]["margin"] > 0.2
+    files = "chat_template.jinja config.json manifest.json metrics.jsonl model.safetensors"
+    files += " tokenizer.json tokenizer_config.json"
+    assert sorted(path.name for path in out.iterdir()) == files.split()
+    rows = [{**row, "response": row[side]} for row in BETTER for side in SIDES]
+    scores = load_scorer(str(out), "", FP32)(rows)
+    assert all(a > b for a, b in zip(scores[::2], scores[1::2], strict=True))
+
+    # transformers looks for the last token that is not padding
+    model = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert model.config.pad_token_id != tokenizer.eos_token_id
+    tokenizer.pad_token_id = model.config.pad_token_id
+    texts = [tokenizer.apply_chat_template(whole(row), tokenize=False) for row in rows]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    with torch.no_grad():
+        assert model(**batch).logits[:, 0].tolist() == pytest.approx(scores, abs=1e-4)
+
+
+def train(model, rows: list[dict], folder, **changes) -> dict:
+    pairs = write_rows(folder / "pairs.jsonl", rows)
+    o = RewardOptions(run=FP32, **changes)
+    return counts_of(train_reward(model, pairs, folder / "rm", o))
+
+
+def test_pairs_that_do_not_fit_are_counted(tiny, tmp_path):
+    """Longer than --max-length, or than the model's 512 positions: no last token to score."""
+    long = [{**BETTER[0], "id": f"long{n}", "rejected": "x" * n} for n in (120, 900)]
+    for most, fitting in ((100, 8), (2048, 9)):
+        counts = train(tiny, BETTER + long, tmp_path / str(most), max_length=most, batch=8)
+        found = (counts["pairs"], counts["examples"], counts["too_long"])
+        assert found == (10, fitting, 10 - fitting)
+    with pytest.raises(InputError, match="no pair fits --max-length 2048 and the model's context"):
+        train(tiny, long[1:], tmp_path / "none")
+    message = "--loss-on-prompt: a reward model is scored at the last token only"
+    with pytest.raises(InputError, match=message):
+        train(tiny, BETTER, tmp_path / "prompt", loss_on_prompt=True)
+
+
+def test_the_first_step_of_bradley_terry_by_hand(tiny, tmp_path):
+    """The new head is drawn from the seed, the loss is that of its scores."""
+    start_reward_model(tiny, tmp_path / "start", Chat(tiny), 0, 0)
+    score = classifier(tmp_path / "start", FP32)
+    gaps = []
+    for row in BETTER:
+        chosen, rejected = score([{**row, "response": row[side]} for side in SIDES])
+        gaps.append(chosen - rejected)
+    train(tiny, BETTER, tmp_path, lr=1e-9, batch=8)
+    [line] = read_rows(tmp_path / "rm" / "metrics.jsonl")
+    loss = sum(math.log1p(math.exp(-gap)) for gap in gaps) / 8
+    assert line["loss"] == pytest.approx(loss, abs=1e-5)
+    assert line["margin"] == pytest.approx(sum(gaps) / 8, abs=1e-5)
+    assert line["accuracy"] == sum(gap > 0 for gap in gaps) / 8
+
+
+def test_an_interrupted_training_leaves_nothing_in_out(tiny, tmp_path, monkeypatch):
+    """Nothing half done lies in --out, and a rerun finishes."""
+    monkeypatch.setattr("scorers.classifier.fit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, BETTER, tmp_path, batch=8)
+    assert (tmp_path / "rm.partial" / "start" / "score.safetensors").is_file()
+    assert not (tmp_path / "rm").exists()
+    monkeypatch.undo()
+    assert train(tiny, BETTER, tmp_path, batch=8)["pairs"] == 8
+    assert not (tmp_path / "rm.partial").exists()
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt

@@ -1,0 +1,174 @@
+"""IFEval: answers whose verdicts are known, and a whole run."""
+
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from conftest import read_rows, tiny_checkpoint, write_rows
+from eval_helpers import FP32
+
+from eval import answers, ifeval
+from plumbing.records import InputError
+
+LOWERCASE = (
+    "here is *a part* of a sentence that is all in small letters and long enough to be known as"
+)
+# instructions, their arguments, an answer, and whether each is followed: strictly, loosely
+CASES = [
+    (["punctuation:no_comma"], [{}], "No such mark here.", [True], [True]),
+    (["punctuation:no_comma"], [{}], "One, two.", [False], [False]),
+    # loosely: without its first line
+    (["punctuation:no_comma"], [{}], "Sure, here it is:\nNo such mark here.", [False], [True]),
+    (
+        ["length_constraints:number_words"],
+        [{"relation": "at least", "num_words": 4}],
+        "one two three four",
+        [True],
+        [True],
+    ),
+    (
+        ["length_constraints:number_words"],
+        [{"relation": "at least", "num_words": 4}],
+        "one two three",
+        [False],
+        [False],
+    ),
+    (
+        ["detectable_format:number_highlighted_sections", "change_case:english_lowercase"],
+        [{"num_highlights": 1}, {}],
+        f"{LOWERCASE} english",
+        [True, True],
+        [True, True],
+    ),
+    (
+        ["detectable_format:json_format", "punctuation:no_comma"],
+        [{}, {}],
+        '{"a": 1, "b": 2}',
+        [True, False],
+        [True, False],
+    ),
+    (["keywords:existence"], [{"keywords": ["sampler"]}], "", [False], [False]),
+    (
+        ["length_constraints:number_sentences"],
+        [{"relation": "less than", "num_sentences": 3}],
+        "Dr. Smith reads. He writes, too.",
+        [True],
+        [True],
+    ),
+    (
+        ["change_case:capital_word_frequency"],
+        [{"capital_relation": "at least", "capital_frequency": 2}],
+        "THIS IS it.",
+        [True],
+        [True],
+    ),
+]
+PROMPTS = []
+for i, (names, values, *_) in enumerate(CASES):
+    instructions = {"instruction_id_list": names, "kwargs": values}
+    PROMPTS.append({"key": 1000 + i, "prompt": f"Prompt {i}.", **instructions})
+
+
+@pytest.fixture
+def nltk_data(shared_data) -> str:
+    for package in ("lm_eval", "langdetect", "nltk", "immutabledict"):
+        pytest.importorskip(
+            package, reason=f"needs {package}: pip install -r requirements-eval.txt"
+        )
+    return str(shared_data / "nltk_data")
+
+
+@pytest.mark.slow
+def test_verdicts_of_answers_by_hand(nltk_data, tmp_path):
+    prompts = ifeval.read_prompts(write_rows(tmp_path / "prompts.jsonl", PROMPTS), 0)
+    given = [{"response": answer} for _, _, answer, _, _ in CASES]
+    scores = ifeval.check(prompts, given, nltk_data)
+    strict, loose = [s for *_, s, _ in CASES], [v for *_, v in CASES]
+    assert [row["inst_level_strict_acc"] for row in scores] == strict
+    assert [row["inst_level_loose_acc"] for row in scores] == loose
+    result = ifeval.summary(scores)
+    p = sum(map(all, strict)) / len(CASES)
+    wanted = {
+        "score": p,
+        "se": math.sqrt(p * (1 - p) / (len(CASES) - 1)),
+        "prompt_loose": sum(map(all, loose)) / len(CASES),
+        "instruction_strict": sum(map(sum, strict)) / 12,
+        "instruction_loose": sum(map(sum, loose)) / 12,
+        "prompts": len(CASES),
+        "instructions": 12,
+    }
+    assert result == pytest.approx(wanted)
+    assert 0 < result["score"] < result["prompt_loose"] < 1
+    table = {row["instructions"]: row for row in ifeval.by_kind(scores)}
+    row = {"instructions": "punctuation", "number": 4, "strict": 0.25, "loose": 0.5}
+    assert table["punctuation"] == row
+
+
+@pytest.mark.slow
+def test_the_same_answers_always_score_the_same(nltk_data):
+    """The language detector draws: unseeded, this text is English about every second time."""
+    import langdetect
+
+    wanted = {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "en"}]}
+    prompts = [{"id": i, "key": i, "prompt": "", **wanted} for i in range(40)]
+    given = [{"response": "me no in on"}] * 40
+    first = ifeval.check(prompts, given, nltk_data)
+    assert len({row["prompt_level_strict_acc"] for row in first}) == 1
+    langdetect.DetectorFactory.seed = 5
+    state = random.getstate()
+    try:
+        assert ifeval.check(prompts, given, nltk_data) == first
+        assert langdetect.DetectorFactory.seed == 5 and random.getstate() == state
+    finally:
+        langdetect.DetectorFactory.seed = None
+
+
+def test_missing_punkt_is_named(nltk_data, tmp_path, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(nltk.data, "_resource_cache", {}, raising=False)
+    with pytest.raises(InputError, match="punkt_tab was not found"):
+        ifeval.check([], [])
+    assert ifeval.check([], [], nltk_data) == [] and nltk.data.path == [str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"kwargs": []}, "line 2: fields 'key'"),
+        ({"instruction_id_list": "x"}, "line 2"),
+        ({"prompt": ""}, "line 2: field 'prompt'"),
+    ],
+)
+def test_prompts_that_are_not_ifevals_are_refused(tmp_path, change, what):
+    path = write_rows(tmp_path / "prompts.jsonl", [PROMPTS[0], {**PROMPTS[1], **change}])
+    with pytest.raises(InputError, match=what):
+        ifeval.read_prompts(path, 0)
+    with pytest.raises(InputError, match="--data is missing"):
+        ifeval.read_prompts(None, 0)
+
+
+def test_from_model_to_numbers_and_not_twice(nltk_data, tmp_path, monkeypatch, capsys):
+    model = tiny_checkpoint(tmp_path / "model")
+    data = write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    o = ifeval.Options(
+        run=FP32, model=model, data=data, nltk_data=nltk_data, max_new_tokens=30, limit=4
+    )
+    result = ifeval.main(o)
+    out = model / "eval" / "ifeval"
+    answered, scores = read_rows(out / "answers.jsonl"), read_rows(out / "scores.jsonl")
+    ids = ["1000", "1001", "1002", "1003"]
+    assert [row["id"] for row in answered] == [row["id"] for row in scores] == ids
+    followed = sum(row["prompt_level_strict_acc"] for row in scores)
+    assert result["prompts"] == 4 and result["score"] == followed / 4
+    counts = json.loads((out / "scores.manifest.json").read_text())["counts"]
+    assert {name: counts[name] for name in result} == result
+
+    monkeypatch.setattr(answers, "generate", None)
+    monkeypatch.setattr(ifeval, "write_jsonl", None)
+    assert ifeval.main(o) == result and "instruction_loose" in capsys.readouterr().out
+    with pytest.raises(InputError, match="max_new_tokens"):
+        ifeval.main(replace(o, max_new_tokens=20))

@@ -1,0 +1,103 @@
+"""Statistics that benchmarks share, against numbers by hand and by brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from eval.stats import bootstrap, logistic, plane, sigmoid, standard_error
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_standard_error_by_hand():
+    variance = (4 + 1 + 0 + 9) / 3
+    error = standard_error([1.0, 2.0, 3.0, 6.0])
+    assert error == pytest.approx((variance / 4) ** 0.5)
+    assert standard_error([2.0]) == 0
+    assert standard_error([2.0, 2.0]) == 0
+
+
+def test_sigmoid_far_out():
+    assert sigmoid(0.3) == pytest.approx(sigma(0.3))
+    assert sigmoid(-1e4) == 0
+    assert sigmoid(1e4) == 1
+
+
+def loss(b, X, y, w, ridge):
+    """Written out for single rows."""
+    squares = [v * v for v in b]
+    total = ridge / 2 * sum(squares)
+    for row, target, weight in zip(X, y, w, strict=True):
+        z = sum(v * x for v, x in zip(b, row, strict=True))
+        p = sigma(z)
+        likelihood = target * math.log(p)
+        likelihood += (1 - target) * math.log(1 - p)
+        total -= weight * likelihood
+    return total
+
+
+def test_logistic_is_the_minimum_of_its_loss():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(30, 3))
+    y = rng.random(30)
+    w = rng.choice([1.0, 3.0], 30)
+    b = logistic(X, y, w, ridge=0.5)
+    best = loss(b, X, y, w, 0.5)
+    for k in range(3):
+        for step in (-1e-3, 1e-3):
+            moved = b.copy()
+            moved[k] += step
+            assert loss(moved, X, y, w, 0.5) > best
+    unweighted = logistic(X, y, None, 0.5)
+    assert not np.allclose(b, unweighted, atol=1e-3)
+
+
+def test_logistic_of_separable_rows_is_finite():
+    b = logistic([[1.0, -1], [1.0, 1]], [0.0, 1.0])
+    assert np.isfinite(b).all()
+    assert b[1] > 3
+
+
+def test_logistic_of_large_features_converges():
+    x = np.linspace(-300, 300, 61)
+    ones = np.ones(61)
+    X = np.stack([ones, x], 1)
+    y = [sigma(0.5 + 0.02 * v) for v in x]
+    b = logistic(X, y, ridge=0)
+    assert b == pytest.approx([0.5, 0.02], abs=1e-6)
+
+
+def test_bootstrap_draws_with_replacement_and_has_the_spread_of_the_mean():
+    values = np.arange(50.0)
+
+    def mean(i) -> float:
+        return values[i].mean()
+
+    means = bootstrap(mean, 50, rounds=2000)
+    spread = values.std() / 50**0.5
+    assert means.std() == pytest.approx(spread, rel=0.05)
+    assert means.mean() == pytest.approx(24.5, abs=0.2)
+    first = bootstrap(mean, 50)
+    assert (first == bootstrap(mean, 50)).all()
+
+
+def test_the_plane_is_that_of_greatest_variance():
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.tensor([0.1, 3.0, 0.2, 0.3, 2.0, 0.1])
+    rows = torch.randn(60, 6, generator=generator)
+    rows = rows * scale + 5
+    exact = rows.double()
+    covariance = torch.cov(exact.T)
+    values, vectors = torch.linalg.eigh(covariance)
+    centred = exact - exact.mean(0)
+    wanted = centred @ vectors[:, [-1, -2]]
+    xy = torch.from_numpy(plane(rows)[0])
+    assert torch.allclose(xy.abs(), wanted.abs(), atol=1e-6)
+    assert torch.allclose(xy.var(0), values[[-1, -2]])
+    # signs do not depend on the order of columns
+    turned = torch.from_numpy(plane(rows.flip(1))[0])
+    assert torch.allclose(turned, xy, atol=1e-6)
