@@ -1,5 +1,4 @@
-r"""Preference optimisation: the cache of reference log-probs and the training on pairs (SynPO
-section 3.3, equation 6).
+r"""Preference optimisation: reference log-probs and training on pairs (SynPO section 3.3).
 
 What differs from the paper
 1. The paper trains with SimPO and leaves lr, batch, epochs and the chosen beta open; DPO is the
@@ -11,8 +10,7 @@ What differs from the paper
    computed once and kept in a cache addressed by model and tokens, which all iterations and
    processes share.
 
-pairs.jsonl {prompt | messages, chosen, rejected} -> DIR: an HF checkpoint, metrics.jsonl,
-manifest.json
+pairs.jsonl {prompt | messages, chosen, rejected} -> DIR: an HF checkpoint and its metrics
 
     python dpo.py --model DIR --pairs pairs.jsonl --out DIR --loss dpo --beta 0.1 --lr 5e-7
     torchrun --nproc-per-node 8 dpo.py --model DIR --pairs pairs.jsonl --out DIR --loss simpo \
@@ -229,7 +227,7 @@ def train_policy(
     out: Path,  # checkpoint directory to write
     o: PolicyOptions,
     reference: Checkpoint | None = None,  # frozen, if the loss reads one; default: the model
-    cache: Path | None = None,  # folder of reference log-probs; default: reference/ beside OUT
+    cache: Path | None = None,  # folder of reference log-probs; default: OUT.reference
 ) -> Path:
     """Optimise a checkpoint on pairs against a frozen reference."""
     reference = reference or model
@@ -250,7 +248,7 @@ def train_policy(
     examples = make_examples(model, rows, loss, stage, o)
 
     # reference log-probs of what the loss reads, in the micro-batches of training
-    cache = cache or out.parent / "reference"
+    cache = cache or out.with_name(out.name + ".reference")
     groups = training_groups(examples, o)
     for name, prefix, frozen in (
         ("reference", "ref_", reference),

@@ -106,7 +106,7 @@ def training_rows(
         pairs = [pair for pair, gap in zip(pairs, gaps, strict=True) if gap > o.threshold]
         if not pairs:
             problem = f"no seed's gold response beats its draft by {o.threshold}"
-            fix = "lower the improver's --threshold"
+            fix = "lower --improver.threshold"
             raise InputError(f"improver: {problem}; score gaps {quantiles(gaps)}; {fix}")
     rows = []
     for seed, draft in pairs:

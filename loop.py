@@ -1,5 +1,4 @@
-r"""The self-boosting cycle of SynPO: from a chat model and a few seeds to better models (Algorithm
-1).
+r"""The self-boosting cycle of SynPO: a chat model and a few seeds to better models (Algorithm 1).
 
 What differs from the paper
 1. By default the loss is DPO (the paper's recipes say SimPO), the scorer of pairs is likelihood
@@ -9,8 +8,7 @@ What differs from the paper
 3. What the paper left untested is an option: --rejected, --start, --data, --one-shot,
    --generator.keywords, --generator.noise, --pairs.scorer, --policy.loss.
 
-seeds.jsonl, corpus.txt, a checkpoint -> runs/NAME/iterT/policy: a checkpoint; tables, manifests and
-metrics beside it
+seeds.jsonl, corpus.txt, a checkpoint -> runs/NAME/iterT/policy: a checkpoint, and all beside it
 
     python loop.py                                             the demo, offline
     torchrun --nproc-per-node 8 loop.py --config recipes/llama3-8b.toml --model DIR \

@@ -11,8 +11,7 @@ What differs from the paper
 
 --scorer is a name of scorers/load.py, or a function of yours.
 
-rewrites.jsonl, base_answers.jsonl -> pairs.jsonl {id, prompt, chosen, rejected, score_chosen,
-score_rejected, iteration}
+rewrites.jsonl, base_answers.jsonl -> pairs.jsonl {id, prompt, chosen, rejected, scores, iteration}
 
     python pairs.py --base DIR --chosen rewrites.jsonl --rejected answers.jsonl --out pairs.jsonl
     torchrun --nproc-per-node 8 pairs.py --scorer REWARD_DIR --chosen rewrites.jsonl \

@@ -1,5 +1,4 @@
-"""Answer prompts: a KV-cached, ragged, batched sampler with slot refill (SynPO section 3.1, every y
-~ M(. | x)).
+"""Answer prompts: a KV-cached, ragged, batched sampler with slot refill (SynPO section 3.1).
 
 What differs from the paper
 1. The paper states the temperature (0.7) only; top-p is 1 and the token limit an option here.
@@ -12,8 +11,8 @@ the unit that is sampled, written and resumed, and that a rank takes when it is 
 with the same slots and threads on the same kind of CPU gives the same bytes, however many processes
 there are.
 
-prompts.jsonl {prompt | messages, [id], [max_new_tokens]} -> out.jsonl {id, prompt, response,
-finish_reason, tokens}
+prompts.jsonl {prompt | messages} -> out.jsonl {id, prompt, response, finish_reason, tokens}
+(a prompt may bring its own id and max_new_tokens)
 
     python sample.py --model DIR --prompts prompts.jsonl --out answers.jsonl
     torchrun --nproc-per-node 8 sample.py --model DIR --prompts prompts.jsonl --out answers.jsonl

@@ -1,5 +1,4 @@
-r"""Training, as every stage shares it, and supervised fine-tuning on top (SynPO sections 3.1 and
-4.1: G and R_t are SFT).
+r"""Training, as every stage shares it, and SFT on top (SynPO sections 3.1 and 4.1: G and R_t).
 
 What differs from the paper
 1. The loss covers the response and its end token only, not the template (not stated there;
@@ -15,8 +14,7 @@ move at lr 1e-6. A global batch is cut into packed micro-batches of about --micr
 equally many for every process. `python -m bench.memory train.py FLAGS` estimates peak memory per
 process without weights or GPUs.
 
-data.jsonl {prompt | messages, response} -> DIR: an HF checkpoint in --dtype, metrics.jsonl,
-manifest.json
+data.jsonl {prompt | messages, response} -> DIR: an HF checkpoint in --dtype and its metrics
 
     python train.py --model DIR --data seeds.jsonl --out DIR --lr 1e-5 --epochs 1
     torchrun --nproc-per-node 8 train.py --model DIR --data seeds.jsonl --out DIR --lr 1e-6 \

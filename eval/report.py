@@ -103,14 +103,14 @@ def iteration_row(folder: Path, t: int, D: int) -> dict:
         seconds[name] = round(spent)
     return {
         "t": t,
-        "lists": prompts["lists"],
-        "prompts": prompts["prompts"],
-        "valid": pairs["valid"],
+        "lists": prompts.get("lists", "-"),  # a method may have no generator
+        "prompts": prompts.get("prompts", "-"),
+        "valid": pairs.get("valid", "-"),
         "pairs": pairs["pairs"],
         "D": D,
-        "gap": pairs["mean_gap"],
-        "words: chosen": pairs["chosen_words"],
-        "rejected": pairs["rejected_words"],
+        "gap": pairs.get("mean_gap", "-"),
+        "words: chosen": pairs.get("chosen_words", "-"),
+        "rejected": pairs.get("rejected_words", "-"),
         "M_t": policy.get("words", "-"),
         "score: R_t": improver.get("score", "-"),
         "M_t ": policy.get("score", "-"),
@@ -156,11 +156,14 @@ def show_examples(run: Path, T: int, count: int) -> None:
     }
     answers = {name: read_jsonl(path) for name, path in files.items() if path.is_file()}
     # the same records of each file, further lines of an answer indented below its first
-    n = len(answers["M_0"])
-    for i in [round((k + 0.5) * n / count) for k in range(min(count, n))]:
-        print(f"\nprompt:          {last_message(answers['M_0'][i])}")
+    prompts = answers["M_0"]
+    n = len(prompts)
+    for k in range(min(count, n)):
+        i = round((k + 0.5) * n / count)
+        print(f"\nprompt:          {last_message(prompts[i])}")
         for name, rows in answers.items():
-            print(f"  {name + ':':<15}{rows[i]['response']}".replace("\n", "\n" + " " * 17))
+            line = f"  {name + ':':<15}{rows[i]['response']}"
+            print(line.replace("\n", "\n" + " " * 17))
 
 
 def score_chart(results: dict[str, dict], T: int) -> str:
@@ -176,8 +179,14 @@ def score_chart(results: dict[str, dict], T: int) -> str:
         return 230 - 200 * (score - low) / max(1e-9, high - low)
 
     # the axis, and the line from M_0 to M_T
-    parts = [f'<text x="8" y="{y(v):.0f}">{v:.2f}</text>' for v in (low, (low + high) / 2, high)]
-    line = " ".join(f"{x(t):.1f},{y(shown[f'M_{t}']['score']):.1f}" for t in range(T + 1))
+    parts = []
+    for value in (low, (low + high) / 2, high):
+        parts.append(f'<text x="8" y="{y(value):.0f}">{value:.2f}</text>')
+    points = []
+    for t in range(T + 1):
+        score = shown[f"M_{t}"]["score"]
+        points.append(f"{x(t):.1f},{y(score):.1f}")
+    line = " ".join(points)
     parts.append(f'<polyline points="{line}" fill="none" stroke="{BLUE}" stroke-width="2"/>')
 
     # from the lowest score up, so that the labels of controls keep apart where scores do not

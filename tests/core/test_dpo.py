@@ -355,7 +355,7 @@ def test_two_processes_equal_one(tiny, tmp_path):
     assert float(printed[2]) == pytest.approx(0, abs=1e-4)
 
     # weights, metrics and reference log-probs are those of one process
-    assert distance(one, two) < 1e-5
+    assert distance(one, two) < 1e-4  # a tenth of a step
     assert distance(one, tiny) > 1e-3
     timing = ("seconds", "tokens_per_second", "memory_gb")
     for line, other in zip(lines, read_rows(two / "metrics.jsonl"), strict=True):
@@ -363,7 +363,7 @@ def test_two_processes_equal_one(tiny, tmp_path):
         for name in line.keys() - timing:
             assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
     caches = []
-    for folder in (tmp_path / "cache", two.parent / "reference"):
+    for folder in (tmp_path / "cache", two.with_name(f"{two.name}.reference")):
         rows = [row for file in folder.glob("*/*.jsonl") for row in read_rows(file)]
         caches.append({row["id"]: row["logp"] for row in rows})
     assert len(caches[0]) == 12

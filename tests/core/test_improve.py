@@ -90,7 +90,7 @@ def test_with_scorer_gold_must_beat_the_draft_by_more_than_the_threshold():
     assert kept(1.9) == ["Because it is so."]
     assert kept(-3.5) == ["Because it is so.", "Well."]
     gaps = "score gaps -3 -3 -3 2 2"
-    problem = rf"improver: .*beats its draft by 2; {gaps}; lower the improver's --threshold"
+    problem = rf"improver: .*beats its draft by 2; {gaps}; lower --improver.threshold"
     with pytest.raises(InputError, match=problem):
         kept(2)
 

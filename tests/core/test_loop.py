@@ -987,3 +987,23 @@ def test_another_seed_draws_other_keyword_lists(world):
     assert drawn[0] != drawn[3]
     random.seed(123)
     assert gen_prompts.keyword_lists(corpus, 3, 64, 0, 1) == drawn[0]
+
+
+def test_first_model_scores_and_all_models_are_evaluated_alike(finished, world):
+    """`likelihood` is under M_0 in every iteration; held-out prompts have the same random numbers,
+    and M_0's answers are what every model is compared with.
+    """
+    out, _ = finished
+    M_0 = content_hash(Path(world["model"]))
+    for t in (1, 2):
+        for name in ("rewrites", "pairs", "heldout_rewrites"):
+            assert inputs(out / f"iter{t}" / f"{name}.jsonl")["base"] == M_0
+    base_answers = content_hash(out / "iter0" / "heldout_answers.jsonl")
+    for t in range(3):
+        folder = out / f"iter{t}"
+        answers = read_manifest(folder / "heldout_answers.jsonl")
+        assert answers["options"]["purpose"] == "heldout"
+        evaluated = inputs(folder / "eval.json")
+        assert evaluated["answers"] == answers["content"]
+        assert evaluated["base_answers"] == base_answers
+        assert evaluated["base"] == M_0

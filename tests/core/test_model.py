@@ -7,7 +7,7 @@ from conftest import llama_config, random_model, tiny_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import load
-from model import apply_rope
+from model import apply_rope, rms_norm
 from ops.attention import Cache, Decode, Packed, Prefill
 
 LLAMA3 = {
@@ -262,3 +262,12 @@ def test_bf16_logps_are_near_fp32_and_returned_in_fp32(tmp_path):
     exact, rounded = results
     assert rounded.dtype == torch.float32
     assert (exact - rounded).abs().mean() < 0.01 and (exact - rounded).abs().max() < 0.1
+
+
+def test_epsilon_stands_under_the_root():
+    """Of the plain function too, which nothing above reaches where there is a compiler."""
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) / 10
+    weight = torch.linspace(0.5, 2, 64)
+    for norm in (rms_norm, rms_norm.__wrapped__):
+        expected = torch.nn.functional.rms_norm(x, (64,), weight, 0.5)
+        assert (norm(x, weight, 0.5) - expected).abs().max() < 1e-6

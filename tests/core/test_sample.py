@@ -326,6 +326,7 @@ def assert_generates_alike(directory, requests: list[Request], limit: int, **set
         assert_same_text(model, r, theirs, o)
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers_generate(tmp_path):
     """Config and weights through files, end token included; the generation config's temperature is
     not looked at.

@@ -479,3 +479,13 @@ def test_an_interrupted_training_leaves_nothing_in_out(tiny, tmp_path, monkeypat
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
+
+
+def test_scores_come_in_the_order_of_the_records_whichever_rank_has_them(monkeypatch):
+    def two_ranks(done: dict) -> list[dict]:
+        ours = {number: scores for number, scores in done.items() if number % 2}
+        return [ours, {number: done[number] for number in done.keys() - ours.keys()}]
+
+    monkeypatch.setattr("scorers.base.gather", two_ranks)
+    scorer = blockwise(lambda rows: [float(row["n"]) for row in rows], [], size=2)
+    assert scorer([{"n": n} for n in range(7)]) == list(range(7))

@@ -113,6 +113,7 @@ def transformers_model(directory):
 # ---------------------------------------------------------------------------------- what is scored
 
 
+@pytest.mark.slow
 def test_scored_tokens_are_the_response_and_its_end(tiny):
     chat = Chat(tiny)
     reference = transformers_model(tiny)
@@ -237,6 +238,7 @@ def test_learning_rate_rises_then_falls_as_a_cosine():
 # -------------------------------------------------------------------- one step against plain torch
 
 
+@pytest.mark.slow
 def test_steps_equal_plain_torch_on_a_transformers_model(tiny, trained):
     chat = Chat(tiny)
     reference = transformers_model(tiny)
@@ -261,7 +263,7 @@ def test_steps_equal_plain_torch_on_a_transformers_model(tiny, trained):
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert norm > 1  # else clipping is not tested
     expected = {name: p.detach() for name, p in reference.named_parameters()}
-    assert distance(weights(trained), expected) < 2e-5
+    assert distance(weights(trained), expected) < 1e-4  # a tenth of a step
 
 
 def test_weight_decay_reaches_the_optimizer(tiny, trained, tmp_path):
@@ -676,3 +678,10 @@ def test_training_learns_its_data(tmp_path):
     losses = [line["loss"] for line in metrics(tmp_path / "out")]
     assert losses[0] > 4
     assert losses[-1] < 0.1
+
+
+def test_a_template_given_for_a_checkpoint_without_one_is_saved_with_the_result(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", template=None)
+    given = RunOptions(dtype="float32", chat_template="default")
+    tune(model, tmp_path / "out", ROWS[:2], run=given, epochs=1)
+    assert Chat(tmp_path / "out").template == Chat(model, "default").template
