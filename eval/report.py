@@ -504,7 +504,9 @@ def report(run: str | Path) -> dict:
     note = ""
     if results:
         names = list(results["M_0"])
-        rows = [{"": name, **{c: r.get(c, "-") for c in names}} for name, r in results.items()]
+        rows = []
+        for name, result in results.items():
+            rows.append({"": name, **{column: result.get(column, "-") for column in names}})
         note = note_of(o["evaluate"])
         by = o["evaluate"] or "eval/heldout.py:evaluate"
         print(f"\nheld-out prompts, by {by}\n{table(rows)}\n{note}")

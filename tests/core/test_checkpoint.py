@@ -49,6 +49,7 @@ def assert_equal_weights(model, reference) -> None:
 # ------------------------------------------------------------------------------- save and load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shard_bytes", "tied"), [(4 << 30, False), (20_000, False), (20_000, True)]
 )

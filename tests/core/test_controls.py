@@ -24,6 +24,7 @@ from plumbing.records import load_json, read_jsonl
 from plumbing.stage import content_hash, read_manifest
 
 pytest_plugins = ["cycle"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,7 @@ def alone(sequences) -> list[list]:
     return [[s] for s in sequences]
 
 
+@pytest.mark.slow
 def test_reference_equals_a_forward_pass_and_is_computed_once(tiny, tmp_path, monkeypatch, capsys):
     sequences = sequences_of(tiny)
     o = options()
@@ -189,6 +190,7 @@ def test_reference_equals_a_forward_pass_and_is_computed_once(tiny, tmp_path, mo
         reference_logps(tiny, [[elsewhere]], tmp_path, o)
 
 
+@pytest.mark.slow
 def test_reference_resumes_where_it_stopped(tiny, tmp_path, monkeypatch):
     sequences = sequences_of(tiny)
     first = reference_logps(tiny, alone(sequences), tmp_path, options(), block=5)
@@ -209,6 +211,7 @@ def test_reference_resumes_where_it_stopped(tiny, tmp_path, monkeypatch):
     assert len(scored) == lost
 
 
+@pytest.mark.slow
 def test_reference_of_another_model_or_dtype_is_kept_apart(tiny, tmp_path):
     groups = alone(sequences_of(tiny)[:2])
     cache = tmp_path / "cache"
@@ -228,6 +231,7 @@ def test_reference_of_another_model_or_dtype_is_kept_apart(tiny, tmp_path):
     assert len(list(cache.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_reference_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch):
     groups = alone(sequences_of(tiny))
     nan = torch.tensor([math.nan])
@@ -240,6 +244,7 @@ def test_reference_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch):
         reference_logps(tiny, groups, tmp_path / "empty", options())
 
 
+@pytest.mark.slow
 def test_reference_is_scored_in_the_batches_of_training(tiny, tmp_path, monkeypatch):
     """So that bf16 rounds alike: one group for each forward pass of the first epoch."""
     forwards = {"reference": [], "policy": []}
@@ -263,6 +268,7 @@ def test_reference_is_scored_in_the_batches_of_training(tiny, tmp_path, monkeypa
 # ---------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run_options", "tolerance"), [(FP32, 1e-4), (BF16, 2e-2)])
 def test_first_step_is_ln_2(tiny, tmp_path, run_options, tolerance):
     line = train(tiny, tmp_path / "out", run=run_options, epochs=1, batch=6)[0]
@@ -270,6 +276,7 @@ def test_first_step_is_ln_2(tiny, tmp_path, run_options, tolerance):
     assert line["rewards/margins"] == pytest.approx(0, abs=2 * tolerance)
 
 
+@pytest.mark.slow
 def test_first_step_from_another_start_is_not_checked(tiny, tmp_path):
     start = tiny_checkpoint(tmp_path / "start", seed=1)
     line = train(start, tmp_path / "out", reference=tiny, epochs=1, batch=6)[0]
@@ -298,6 +305,7 @@ def test_cache_that_does_not_fit_stops_the_run(tiny, tmp_path, how):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "parameters"),
     [
@@ -322,6 +330,7 @@ def test_simpo_needs_no_reference(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_pairs_that_do_not_fit_are_counted(tiny, tmp_path):
     long = [{"id": "long", "prompt": "x" * 99, "chosen": "a", "rejected": "b"}]
     train(tiny, tmp_path / "out", pairs=PAIRS + long, max_length=90)

@@ -256,6 +256,7 @@ FLAGS = """
 """
 
 
+@pytest.mark.slow
 def test_stages_from_seeds_to_rewrites(tiny, tmp_path, monkeypatch):
     seeds = write_rows(tmp_path / "seeds.jsonl", SEEDS)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Number {i}?"} for i in range(3)])

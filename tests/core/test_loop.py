@@ -35,6 +35,7 @@ from plumbing.records import load_json, read_jsonl, write_json
 from plumbing.stage import content_hash, manifest_path, read_manifest
 
 pytest_plugins = ["cycle"]
+pytestmark = pytest.mark.slow
 
 EVERY = [
     "prompts.jsonl",
@@ -321,6 +322,7 @@ def without_last_policy(run_directory: Path) -> Path:
     return run_directory / "iter2" / "policy"
 
 
+@pytest.mark.slow
 def test_a_stopped_stage_resumes_where_it_was(copy, world, finished, monkeypatch):
     """Stopped after five of eight steps: three are left, and the weights are the same bytes."""
     policy = without_last_policy(copy)
@@ -347,6 +349,7 @@ def test_a_stopped_stage_resumes_where_it_was(copy, world, finished, monkeypatch
     assert (policy / "model.safetensors").read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_not_resumed_with_other_options(copy, world):
     """Half a policy trained at one learning rate must not be finished at another."""
     policy = without_last_policy(copy)

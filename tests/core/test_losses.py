@@ -543,6 +543,7 @@ QUICK = ("dpo", "simpo", "soft-dpo", "dpo-bmc", "mrpo", "xpo")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LOSSES if name not in QUICK]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_every_loss_trains(tiny, tmp_path, name, monkeypatch):
     # give what the loss reads, and nothing else
@@ -572,6 +573,7 @@ def test_every_loss_trains(tiny, tmp_path, name, monkeypatch):
     assert {type(logp) for logp in cached} <= {list if name == "dpo-bmc" else float}
 
 
+@pytest.mark.slow
 def test_bmc_equals_a_plain_forward(tiny, tmp_path):
     """Step 0 from another start than the reference: log-probs, masks, weights, by transformers."""
     from transformers import AutoModelForCausalLM
@@ -607,6 +609,7 @@ def test_bmc_equals_a_plain_forward(tiny, tmp_path):
     assert line["preference_loss"] == pytest.approx(math.log1p(math.exp(-0.5 * h)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_are_joined_by_id(tiny, tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
     answers = [

@@ -351,6 +351,7 @@ def test_token_logps_of_bf16_take_the_softmax_in_fp32():
 # ------------------------------------------------------------------------------- drawing a token
 
 
+@pytest.mark.slow
 @COMPILED
 @BOTH
 @pytest.mark.parametrize("V", [5, 256, 300, 49152])

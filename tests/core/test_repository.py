@@ -15,6 +15,7 @@ import symtable
 import sys
 import tokenize
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,12 @@ FSTRING_START = getattr(tokenize, "FSTRING_START", None)
 FSTRING_END = getattr(tokenize, "FSTRING_END", None)
 
 
+@cache
+def parse(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+@cache
 def tokens_of(source: str) -> list[tuple[int, str]]:
     """(line, text) of every token; an f-string is one, on every Python version."""
     lines = source.splitlines(keepends=True)
@@ -228,7 +235,7 @@ def joined_statements(tree: Tree) -> list[str]:
     """Statements that begin on the line of another one's beginning."""
     found = []
     for path, source in python(tree).items():
-        starts = Counter(n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt))
+        starts = Counter(n.lineno for n in ast.walk(parse(source)) if isinstance(n, ast.stmt))
         found += [f"{path}:{line}" for line, number in sorted(starts.items()) if number > 1]
     return found
 
@@ -237,7 +244,7 @@ def large_functions(tree: Tree) -> list[str]:
     """Functions outside tests with too many lines or parameters."""
     found = []
     for path, source in python(tree, tests=False).items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             lines = node.end_lineno - node.lineno + 1
@@ -296,7 +303,7 @@ def graph(tree: Tree) -> dict[str, set[str]]:
     edges = {}
     for path, source in python(tree).items():
         edges[path] = set()
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             edges[path] |= imported(node, known)
         edges[path].discard(path)
     return edges
@@ -335,7 +342,7 @@ def hidden_imports(tree: Tree) -> list[str]:
     known = modules(tree)
     found = set()
     for path, source in python(tree).items():
-        for function in ast.walk(ast.parse(source)):
+        for function in ast.walk(parse(source)):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 for node in ast.walk(function):
                     for other in imported(node, known):
@@ -347,7 +354,7 @@ def dynamic_imports(tree: Tree) -> list[str]:
     """Modules loaded by a string: by importlib and its like, or as our own file's plug-in."""
     found = []
     for path, source in python(tree).items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             names = []
             if isinstance(node, ast.ImportFrom):
                 names = [alias.name for alias in node.names]
@@ -381,7 +388,7 @@ def missing_names(tree: Tree) -> list[str]:
     known = modules(tree)
     found = []
     for path, source in python(tree).items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             if not isinstance(node, ast.ImportFrom) or node.module not in known:
                 continue
             file = known[node.module]
@@ -398,7 +405,7 @@ def absent_modules(tree: Tree) -> list[str]:
     folders = {name.partition(".")[0] for name in known if "." in name}
     found = []
     for path, source in python(tree).items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]

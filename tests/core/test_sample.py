@@ -438,6 +438,7 @@ def drawn(logits: torch.Tensor, temperature: float, top_p: float, n: int = N) ->
     return torch.bincount(torch.cat(parts), minlength=len(logits))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawing")
 @pytest.mark.parametrize(
     ("V", "temperature"),
@@ -458,6 +459,7 @@ def test_frequencies_are_those_of_softmax(V, temperature):
     assert deviation(counts, N * other) > 4  # so the test can tell
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drawing")
 @pytest.mark.parametrize(("top_p", "temperature"), [(0.9, 1.0), (0.5, 0.7), (0.01, 1.0)])
 def test_top_p_draws_from_the_nucleus_only(top_p, temperature):
@@ -563,6 +565,7 @@ def assert_same_texts(model, some: dict, others: dict) -> None:
         assert_same_text(net, request, others[name], SampleOptions())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"slots": 1}, {"slots": 7}, {"slots": 5, "chunk": 3}, {"prefill_tokens": 1}],
@@ -576,6 +579,7 @@ def test_text_does_not_depend_on_slots_or_chunks(tiny, tmp_path, answered, chang
     assert_same_texts(tiny, usual, answered)
 
 
+@pytest.mark.slow
 def test_a_record_keeps_its_text_wherever_it_stands(tiny, tmp_path, answered):
     rows = prompts(20)
     answers(tiny, rows, tmp_path / "a.jsonl")
@@ -587,6 +591,7 @@ def test_a_record_keeps_its_text_wherever_it_stands(tiny, tmp_path, answered):
     assert_same_texts(tiny, inside, answered)
 
 
+@pytest.mark.slow
 def test_a_text_follows_from_seed_and_purpose(tiny, tmp_path):
     settings = [{}, {"run": RunOptions(seed=1, dtype="float32")}, {"purpose": "rewrite"}, {}]
     texts = []
@@ -597,6 +602,7 @@ def test_a_text_follows_from_seed_and_purpose(tiny, tmp_path):
     assert texts[0] != texts[2]
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_differ_from_their_first_token_on(tiny, tmp_path):
     rows = answers(tiny, prompts(6), tmp_path / "a.jsonl", samples=8, temperature=1.0, chunk=5)
     expected = [(i, s) for i in range(6) for s in range(8)]
@@ -628,6 +634,7 @@ def test_records_keep_their_fields_and_their_own_limits(tiny, tmp_path):
     assert set(a) == {"id", "prompt", "response", "finish_reason", "tokens"}
 
 
+@pytest.mark.slow
 def test_ignore_eos_goes_on_to_the_limit_and_several_tokens_stop(tmp_path):
     model = tiny_checkpoint(tmp_path / "m", eos_token_id=list(range(100)))  # about one in three
     stopped = answers(model, prompts(10), tmp_path / "a.jsonl", max_new_tokens=40)
@@ -698,6 +705,7 @@ def dies(monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_interrupted_sampling_resumes_with_the_chunks_it_has(tiny, tmp_path, monkeypatch, dies):
     """To the same bytes: the chunks are the same, and so are CPU and threads."""
     rows = prompts(23)
@@ -725,6 +733,7 @@ def test_interrupted_sampling_resumes_with_the_chunks_it_has(tiny, tmp_path, mon
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

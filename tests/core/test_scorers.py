@@ -435,6 +435,7 @@ def train(model, rows: list[dict], folder, **changes) -> dict:
     return counts_of(train_reward(model, pairs, folder / "rm", o))
 
 
+@pytest.mark.slow
 def test_pairs_that_do_not_fit_are_counted(tiny, tmp_path):
     """Longer than --max-length, or than the model's 512 positions: no last token to score."""
     long = [{**BETTER[0], "id": f"long{n}", "rejected": "x" * n} for n in (120, 900)]

@@ -763,6 +763,7 @@ def change(file: Path) -> None:
         file.write_bytes(content + b" ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_not_up_to_date_once_a_file_it_reads_has_changed(
     name, given, tmp_path, monkeypatch, capsys

@@ -274,6 +274,7 @@ def test_weight_decay_reaches_the_optimizer(tiny, trained, tmp_path):
     assert norm(tmp_path / "out") < 0.97 * norm(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_tokens", [20, 60, 150])
 def test_micro_batches_change_no_result(tiny, trained, tmp_path, micro_batch_tokens):
     tune(tiny, tmp_path / "out", micro_batch_tokens=micro_batch_tokens)
@@ -281,6 +282,7 @@ def test_micro_batches_change_no_result(tiny, trained, tmp_path, micro_batch_tok
     assert_same_steps(tmp_path / "out", trained)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_result(tiny, trained, tmp_path, monkeypatch):
     calls = []
     block = model_file.Block.block
@@ -590,6 +592,7 @@ def failing_loss(calls: list, at: int, how=None):
     return loss_fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("torn", "steps_left"), [(False, 1), (True, 5)])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny, trained, tmp_path, monkeypatch, torn, steps_left
@@ -626,6 +629,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert len(calls) == steps_left
 
 
+@pytest.mark.slow
 def test_a_stop_between_logging_and_checkpoint_repeats_no_line(
     tiny, trained, tmp_path, monkeypatch
 ):
@@ -672,6 +676,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_training_learns_its_data(tmp_path):
     model = tiny_checkpoint(tmp_path / "model", std=0.05)
     tune(model, tmp_path / "out", ROWS[:2], epochs=40, lr=1e-2)

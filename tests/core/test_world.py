@@ -72,6 +72,7 @@ def test_verdicts_are_balanced_and_right():
 # ---- answers ----
 
 
+@pytest.mark.slow
 def test_gold_is_perfect_in_every_family_and_phrasing():
     tasks = [
         w.make_task(name, key, i)
