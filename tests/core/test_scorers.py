@@ -482,7 +482,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_scores_come_in_the_order_of_the_records_whichever_rank_has_them(monkeypatch):
+def test_scores_of_several_ranks_are_in_the_order_of_the_records(monkeypatch):
     def two_ranks(done: dict) -> list[dict]:
         ours = {number: scores for number, scores in done.items() if number % 2}
         return [ours, {number: done[number] for number in done.keys() - ours.keys()}]
@@ -490,3 +490,10 @@ def test_scores_come_in_the_order_of_the_records_whichever_rank_has_them(monkeyp
     monkeypatch.setattr("scorers.base.gather", two_ranks)
     scorer = blockwise(lambda rows: [float(row["n"]) for row in rows], [], size=2)
     assert scorer([{"n": n} for n in range(7)]) == list(range(7))
+
+
+def test_cached_scores_are_of_one_dtype(tiny, tmp_path):
+    first = load_scorer("likelihood", tiny, FP32, tmp_path)(ROWS)
+    bf16 = load_scorer("likelihood", tiny, RunOptions(dtype="bfloat16"), tmp_path)(ROWS)
+    assert bf16 != first
+    assert load_scorer("likelihood", tiny, FP32, tmp_path)(ROWS) == first

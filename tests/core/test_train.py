@@ -685,7 +685,7 @@ def test_training_learns_its_data(tmp_path):
     assert losses[-1] < 0.1
 
 
-def test_a_template_given_for_a_checkpoint_without_one_is_saved_with_the_result(tmp_path):
+def test_a_template_given_by_an_option_is_saved(tmp_path):
     model = tiny_checkpoint(tmp_path / "model", template=None)
     given = RunOptions(dtype="float32", chat_template="default")
     tune(model, tmp_path / "out", ROWS[:2], run=given, epochs=1)

@@ -1065,3 +1065,13 @@ def test_a_print_leaves_the_controls_out(chrome, fifty):
     assert all(map(shown, ("h1", "figure", "#detail", "#scores table")))
     ground = page.js("getComputedStyle(document.querySelector('figure')).backgroundColor")
     assert luminance(ground) > 0.9, "paper is white"
+
+
+def test_an_improvers_score_is_its_own(tmp_path):
+    out = make_run(tmp_path / "run", [[pair(1, 0)]])
+    rewritten = {"score": 0.45, "words": 9.0}
+    (out / "iter1" / "eval_improver.json").write_text(json.dumps(rewritten))
+    report.report(out)
+    data, _ = blocks_of(out / "report.html")
+    scores = [(e["name"], e["score"]) for e in data["evaluations"]]
+    assert scores == [("M_0", 0.4), ("R_1", 0.45), ("M_1", 0.5)]
