@@ -54,6 +54,7 @@ class PolicyOptions(TrainOptions):
     lr: float = 5e-7  # peak learning rate
     epochs: int = 1  # passes over the pairs
     batch: int = 128  # pairs per optimizer step, over all processes
+    # not compared as paths but by their content: train_policy gives them to its Stage
     second_reference: Checkpoint | None = field(default=None, compare=False)  # for mrpo
     self_samples: Path | None = field(
         default=None, compare=False
@@ -230,12 +231,11 @@ def train_policy(
     cache: Path | None = None,  # folder of reference log-probs; default: OUT.reference
 ) -> Path:
     """Optimise a checkpoint on pairs against a frozen reference."""
-    reference = reference or model
     stage = Stage(  # cache is addressed by content
         out,
         o,
         model=model,
-        reference=reference,
+        reference=reference or model,
         pairs=pairs,
         loss_file=plugin_files(o.loss),
         second_reference=o.second_reference,
@@ -243,6 +243,7 @@ def train_policy(
     )
     if stage.done:
         return out
+    reference = reference or model
     loss = policy_loss(o)
     rows = [row for path in pairs for row in read_jsonl(path, "prompt", "chosen", "rejected")]
     examples = make_examples(model, rows, loss, stage, o)

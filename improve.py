@@ -134,9 +134,15 @@ def rewrite(
     drafts: records {id, prompt | messages, response, finish_reason}; base: M_0, under which
     `likelihood` scores.
     """
-    files = scorer_files(o.scorer)
     stage = Stage(
-        out, o, improver=improver, drafts=drafts, base=base, template=template, scorer_files=files
+        out,
+        o,
+        improver=improver,
+        drafts=drafts,
+        base=base,
+        template=template,
+        iteration=t,
+        scorer_files=scorer_files(o.scorer),
     )
     if stage.done:
         return out

@@ -163,7 +163,7 @@ def synpo(run: Run, t: int) -> None:
     G = train_generator(M_0, run.seeds, out=run.home / "generator", o=o.generator)
 
     # x ~ G(. | 3 keywords), new with respect to everything seen
-    reads = o.generator.reads  # the template, and how many keywords
+    reads = o.generator.reads  # what G reads: its template, and how many keywords that holds
     x = sample_prompts(G, run.corpus, run.seen(t), it / "prompts.jsonl", o.prompts, reads, t)
 
     # R_t <- SFT(M_0) on (x*, y' ~ M_{t-1}(. | x*)) -> y*
@@ -227,6 +227,7 @@ def evaluate(run: Run, t: int) -> None:
     if o.heldout:
         answers = sample(model, run.heldout, run.heldout_answers(t), o.answers, purpose="heldout")
         score(run, answers, run.iter(t) / "eval.json", model)
+    # benchmarks are for the run itself, not for its controls
     if run.out != run.home:
         return
     for name, given in benchmark.check(o.eval, o.eval_options).items():
@@ -235,9 +236,7 @@ def evaluate(run: Run, t: int) -> None:
 
 
 def evaluate_improver(run: Run, R: Path, t: int) -> None:
-    """Held-out score of R_t's rewrites of M_{t-1}'s responses; none where its weights are gone
-    without it.
-    """
+    """Held-out score of R_t's rewrites of M_{t-1}'s responses; skipped if R_t is discarded."""
     o, out = run.o, run.iter(t) / "heldout_rewrites.jsonl"
     if o.heldout and on_rank0(can_rewrite, R, out):
         drafts = run.heldout_answers(t - 1)

@@ -106,7 +106,7 @@ class Stage:
                 options[name] = value
             elif leaves:
                 hashes = {key: fingerprint(path) for key, path in leaves.items()}
-                inputs[name] = hashes.get("", hashes)
+                inputs[name] = hashes.get("", hashes)  # one hash of a single path
         return json.loads(json.dumps({"inputs": inputs, "options": options}, default=str))
 
     def fields(self):
