@@ -335,7 +335,7 @@ def estimate(setup: Setup) -> dict:
 
 
 def measure(setup: Setup) -> dict:
-    """run_measure() in as many processes as there shall be; large blocks go back when freed."""
+    """run_measure() in the given number of processes; large blocks go back when freed."""
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={setup.processes}"]
     command = [sys.executable, *launch, "-m", "bench.memory"]
     env = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
