@@ -13,21 +13,19 @@ manifest.json
 
 import shutil
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from checkpoint import TOKENIZER_FILES, Checkpoint, Weights, load, load_config
-from ops.attention import Packed
+from checkpoint import TOKENIZER_FILES, Checkpoint, Weights, load_config
 from plumbing.chat import Chat
 from plumbing.options import RunOptions, cli
-from plumbing.ranks import DEVICE, on_rank0
+from plumbing.ranks import on_rank0
 from plumbing.records import InputError, load_json, messages_of, read_jsonl, write_json
 from plumbing.stage import Stage
-from scorers.base import Scorer, packed
+from scorers.base import LocalModel, Scorer, in_micro_batches, packed
 from train import Example, Sequence, TrainOptions, fit
 
 # ---------------------------------------------------------------------------------- scoring
@@ -39,41 +37,26 @@ def conversation(chat: Chat, row: dict, response: str) -> list[int]:
     return chat.encode(chat.render(turns, False))
 
 
-def conversations(chat: Chat, rows: list[dict], max_positions: int) -> list[list[int]]:
-    """Those of records with a response. Raises InputError if one exceeds max_positions."""
-    sequences = [conversation(chat, row, row["response"]) for row in rows]
+def conversations(model: LocalModel, rows: list[dict]) -> list[list[int]]:
+    """Those of records with a response. Raises InputError if one exceeds the model's context."""
+    sequences = [conversation(model.chat, row, row["response"]) for row in rows]
     for row, ids in zip(rows, sequences, strict=True):
-        if len(ids) > max_positions:
-            raise InputError(
-                f"record {row['id']}: {len(ids)} tokens, "
-                f"the context of {chat.directory} is {max_positions}; remove it"
-            )
+        model.check_length(row, ids)
     return sequences
 
 
-def classifier(model: str | Path, run: RunOptions) -> Scorer:
+def classifier(directory: str | Path, run: RunOptions) -> Scorer:
     """The output of a reward model at the last token of the conversation, response included."""
     # refuse language models and classifiers of several classes, before weights are read
-    chat = Chat(model, run.chat_template)
-    config = load_config(model)
-    if config.num_labels != 1:
+    model = LocalModel(directory, run)
+    if load_config(directory).num_labels != 1:
         needed = "a sequence-classification checkpoint with one output (score.weight)"
-        raise InputError(f"{model}: a scorer needs {needed}")
+        raise InputError(f"{directory}: a scorer needs {needed}")
 
-    @cache
-    def network():
-        return load(model, run.torch_dtype, DEVICE)
+    def reward(_, tokens, context):
+        return model.network(tokens, context, context.last).float()[:, 0]  # (B,)
 
-    @torch.no_grad()
-    def score(rows: list[dict]) -> list[float]:
-        scores = [0.0] * len(rows)
-        for micro, tokens, context in packed(conversations(chat, rows, config.max_positions)):
-            outputs = network()(tokens, context, context.last).float()  # (B, 1)
-            for i, [value] in zip(micro, outputs.tolist(), strict=True):
-                scores[i] = value
-        return scores
-
-    return score
+    return lambda rows: in_micro_batches(conversations(model, rows), reward)
 
 
 # ---------------------------------------------------------------------------------- training
@@ -99,8 +82,7 @@ def bradley_terry(
 
 def last_scores(model: torch.nn.Module, sequences: list[Sequence]) -> list[torch.Tensor]:
     """fp32 outputs of a reward model at the last token of each sequence, scalars."""
-    context = Packed([len(ids) for ids, _ in sequences], DEVICE)
-    tokens = torch.tensor([token for ids, _ in sequences for token in ids], device=DEVICE)  # (N,)
+    tokens, context = packed([ids for ids, _ in sequences])
     return list(model(tokens, context, context.last).float()[:, 0])
 
 

@@ -7,9 +7,9 @@ with the provider.
 """
 
 from plumbing.options import RunOptions
-from plumbing.records import cache_folder
+from plumbing.records import cache_folder, conversation_text
 from scorers.base import Scorer
-from scorers.llm_judge import JudgeOptions, compare
+from scorers.llm_judge import Judge, JudgeOptions, pairwise
 from scorers.openai_api import connect
 
 
@@ -20,7 +20,12 @@ def endpoint(name: str, run: RunOptions) -> Scorer:
     connect(o)
 
     def score(rows: list[dict], others: list[dict]) -> list[float]:
-        return compare(rows, others, o, cache_folder() / "verdicts")
+        questions = [conversation_text(row) for row in rows]
+        texts = [[row["response"] for row in side] for side in (rows, others)]
+        judge = Judge(o, cache_folder() / "verdicts")
+        comparisons = pairwise(judge, questions, *texts, "choice")
+        # the mean over both orders; a comparison without a verdict counts as a draw
+        return [sum(0.5 if p is None else p for p in pair) / 2 for pair in comparisons]
 
     score.pairwise = True
     return score

@@ -247,7 +247,7 @@ def test_the_letter_judge_reads_both_letters_in_both_orders(tiny):
     assert score_pairs(score, rows, others) == (got, [1 - p for p in got])
 
     long = {"id": "long", "prompt": "x" * 999, "response": "y"}
-    with pytest.raises(InputError, match=r"record long: \d+ tokens to judge, the context of .* is"):
+    with pytest.raises(InputError, match=r"record long: \d+ tokens, the context of .* is"):
         letter_judge(tiny, FP32)([long], [ROWS[0]])
 
 
@@ -302,7 +302,7 @@ def test_random_scores_depend_on_text_and_seed_alone():
 
 
 def test_a_scorer_that_compares_cannot_score_a_single_answer(tiny, tmp_path):
-    needed = "compares two answers; the improver needs one that scores each"
+    needed = "compares two answers; name one that scores each"
     with pytest.raises(InputError, match=needed):
         load_scorer(f"judge:{tiny}", tiny, FP32, single=True)
     (tmp_path / "mine.py").write_text(

@@ -30,11 +30,11 @@ from plumbing.records import InputError, digest
 from sample import SampleOptions, generate
 from scorers import llm_judge, openai_api
 from scorers.base import score_pairs
+from scorers.endpoint import endpoint
 from scorers.llm_judge import (
     Judge,
     JudgeOptions,
     Request,
-    compare,
     fill_in,
     load_prompt,
     pairwise,
@@ -575,7 +575,9 @@ def test_a_missing_verdict_is_none_in_its_own_order(tmp_path):
         assert pairwise(judge, ["One?"], ["short"], ["long"], "verdict") == [(None, 0.0)]
 
 
-def test_compare_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_path):
+def test_a_score_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
     def rows(texts):
         pairs = zip(QUESTIONS, texts, strict=True)
         return [{"id": question, "prompt": question, "response": text} for question, text in pairs]
@@ -586,11 +588,10 @@ def test_compare_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_p
         return longer_is_better(body)
 
     with Stub(reply) as stub:
-        o = options(stub)
-        forward = compare(rows(LONG), rows(SHORT), o, tmp_path)
-        assert forward == pytest.approx([0.5, 1.0, 0.5])
-        backward = compare(rows(SHORT), rows(LONG), o, tmp_path)
-        assert backward == pytest.approx([0.5, 0.0, 0.5])
+        monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
+        score = endpoint("stub", FP32)
+        assert score(rows(LONG), rows(SHORT)) == pytest.approx([0.5, 1.0, 0.5])
+        assert score(rows(SHORT), rows(LONG)) == pytest.approx([0.5, 0.0, 0.5])
         assert len(stub.bodies) == 4
 
     # a conversation, and no verdict in one of the orders
@@ -603,7 +604,8 @@ def test_compare_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_p
         return "M" if "longest" in content(body).split("# Answer M")[1] else "x"
 
     with Stub(prefers_longest) as stub:
-        assert compare(a, b, options(stub), tmp_path) == [0.25]
+        monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
+        assert endpoint("stub", FP32)(a, b) == [0.25]
     assert "user: Hi\n\nassistant: Ho\n\nuser: Well?" in content(stub.bodies[0])
 
 
