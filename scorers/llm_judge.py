@@ -51,7 +51,7 @@ class JudgeOptions:
     judge_tokens: int = 1024  # max tokens of a verdict with reasons
     judge_request: str = ""  # JSON object of more request fields; null removes one: {"seed": null}
     attempts: int = 3  # max attempts to get a parsable verdict
-    retries: int = 8  # of a request after transient failures; pauses double from 1 to 60 seconds
+    retries: int = 8  # of a request after transient failures; pauses double from 0.5 to 8 seconds
     request_timeout: float = 180.0  # seconds
     concurrency: int = 8  # max requests under way at a time
     requests_per_minute: float = 0.0  # rate limit; 0: none

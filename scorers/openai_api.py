@@ -4,20 +4,18 @@
     Endpoint(o, cache).fetch({key: body, ...})
     cache.replies[key]  # {key, text, finish, top, in, out, usd}
 
-o: llm_judge.JudgeOptions. Transient failures (429, 408, 5xx, time-outs, dropped connections, bodies
-that are not JSON) are retried after a pause that doubles, or that the endpoint asks for. Any other
-failure (400, 401, 403, 404, an exhausted quota) stops at once. Either way, what was paid for is in
-the cache. The budget counts what the endpoint reports; it cannot see a reply that was lost in
-transit.
+o: llm_judge.JudgeOptions. The openai package retries transient failures (429, 408, 5xx, time-outs,
+dropped connections, bodies that are no chat completion) after a pause that doubles, or that the
+endpoint asks for. Any other failure (400, 401, 403, 404, an exhausted quota) stops at once. Either
+way, what was paid for is in the cache. The budget counts what the endpoint reports; it cannot see a
+reply that was lost in transit.
 """
 
 import json
 import os
-import random
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +25,6 @@ from plumbing.records import InputError
 # A line of the cache. finish: how the reply ended; top: log-prob by token for the first token;
 # in, out: numbers of tokens.
 EMPTY = {"key": "", "text": "", "finish": "", "top": None, "in": 0, "out": 0, "usd": 0.0}
-TRANSIENT = (408, 409, 425, 429)  # and 500 or above
 
 
 class ReplyCache:
@@ -80,11 +77,14 @@ def api_key() -> str:
     return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
-def connect(o):
-    """A client. Raises InputError without package or key; nothing is sent."""
+def connect(o, hooks: dict | None = None):
+    """A client. Raises InputError without package or key; nothing is sent.
+
+    hooks: functions of httpx that see each request and each response, retries included.
+    """
     # the package is optional
     try:
-        from openai import OpenAI
+        import openai
     except ImportError:
         needed = "a judge behind an endpoint needs the openai package"
         fix = "pip install -r requirements-eval.txt"
@@ -97,13 +97,12 @@ def connect(o):
             "with OPENAI_BASE_URL or --base-url"
         )
         raise InputError(f"judge {o.judge}: no such directory; {fix}")
-
-    # no retries of its own: call() retries within the rate limit, and invalid bodies too
-    return OpenAI(
+    return openai.OpenAI(
         api_key=api_key() or "none",
         base_url=base_url(o) or None,
         timeout=o.request_timeout,
-        max_retries=0,
+        max_retries=o.retries,
+        http_client=openai.DefaultHttpxClient(event_hooks=hooks),
     )
 
 
@@ -113,43 +112,36 @@ class Endpoint:
     def __init__(self, o, cache: ReplyCache):
         self.o = o
         self.cache = cache
-        self.client = connect(o)
+        self.client = connect(o, {"request": [self.wait_for_turn], "response": [correct_status]})
         self.lock = threading.Lock()
-        self.stopped = threading.Event()
         self.next_start = 0.0  # when the rate limit allows a request, by time.monotonic()
-        self.problem = ""  # the last failure, for the progress bar
 
     def fetch(self, bodies: dict[str, dict]) -> None:
         """Get a reply to every body. On an error, pending replies are still awaited and cached."""
         budget = self.o.budget or float("inf")
         running = {}  # future -> USD that it may cost
-        self.stopped.clear()
         bar = tqdm(total=len(bodies), desc=f"judge {self.o.judge}", unit=" replies", leave=False)
         with bar, ThreadPoolExecutor(self.o.concurrency) as pool:
-            try:
-                for key, body in bodies.items():
-                    cost = self.max_cost(body)
-                    while (
-                        len(running) == self.o.concurrency
-                        or self.cache.usd + sum(running.values()) + cost > budget
-                    ):
-                        if not running:
-                            raise self.out_of_budget(bodies)
-                        self.collect(running, bar)
-                    running[pool.submit(self.call, key, body)] = cost
-                while running:
+            for key, body in bodies.items():
+                cost = self.max_cost(body)
+                while (
+                    len(running) == self.o.concurrency
+                    or self.cache.usd + sum(running.values()) + cost > budget
+                ):
+                    if not running:
+                        raise self.out_of_budget(bodies)
                     self.collect(running, bar)
-            finally:
-                # threads that pause before a retry give up; the pool waits for pending replies
-                self.stopped.set()
+                running[pool.submit(self.call, key, body)] = cost
+            while running:
+                self.collect(running, bar)
 
     def collect(self, running: dict, bar: tqdm) -> None:
-        """Wait at most 5 seconds for replies, and forget their futures; raises what stopped one."""
-        for future in wait(running, 5, FIRST_COMPLETED).done:
+        """Wait for a reply, and forget its future; raises what stopped it."""
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
             del running[future]
             future.result()
             bar.update()
-        bar.set_postfix_str(f"{self.cache.usd:.4f} USD {self.problem[:40]}")
+        bar.set_postfix_str(f"{self.cache.usd:.4f} USD")
 
     def max_cost(self, body: dict) -> float:
         """Upper bound of a request's cost in USD: an English token is about 4 bytes, here 3."""
@@ -159,40 +151,6 @@ class Endpoint:
 
     def price(self, n_in: float, n_out: float) -> float:
         return (n_in * self.o.price_in + n_out * self.o.price_out) / 1e6
-
-    # ------------------------------------------------------------------ one request, in a thread
-
-    def call(self, key: str, body: dict) -> None:
-        """Send one request until it is answered, and cache its reply."""
-        from openai import APIConnectionError, APIStatusError
-
-        pause = 0.0
-        for trial in range(self.o.retries + 1):
-            self.wait_for_turn(pause)
-            # jitter: without it, all threads would come back at once
-            pause = min(60, 2**trial) * random.uniform(0.5, 1)
-            try:
-                text = self.client.post("/chat/completions", body=body, cast_to=str)
-                reply = read_reply(json.loads(text), body)
-                reply["usd"] = self.price(reply["in"], reply["out"])
-                self.cache.add({key: reply})
-                return
-            except APIStatusError as error:
-                message = one_line(error.message)
-                ending = unanswerable(error.code, message)
-                if ending:
-                    self.cache.add({key: {"text": message, "finish": ending}})
-                    return
-                self.problem = f"{error.status_code} {message}"
-                if is_permanent(error):
-                    fix = "check --judge, --base-url, --judge-request and OPENAI_API_KEY"
-                    raise self.failure(f"the endpoint says {self.problem}", fix) from None
-                pause = retry_after(error.response.headers) or pause
-            except (APIConnectionError, ValueError) as error:
-                # ValueError: not JSON, or not a chat completion
-                self.problem = one_line(f"{type(error).__name__}: {error.__cause__ or error}")
-        trials = f"no reply in {self.o.retries + 1} trials, the last failure was {self.problem}"
-        raise self.failure(trials, "rerun the same command later")
 
     def out_of_budget(self, bodies: dict[str, dict]) -> InputError:
         missing = len(bodies.keys() - self.cache.replies.keys())
@@ -204,14 +162,39 @@ class Endpoint:
         kept = f"replies so far are in {self.cache.path}"
         return InputError(f"--judge {self.o.judge}: {problem}; {kept}; {fix}")
 
-    def wait_for_turn(self, pause: float) -> None:
-        """Wait for `pause` seconds, and until the rate limit allows another request."""
+    # ------------------------------------------------------------------ one request, in a thread
+
+    def wait_for_turn(self, request) -> None:
+        """Wait until the rate limit allows another request."""
         with self.lock:
-            start = max(self.next_start, time.monotonic() + pause)
+            time.sleep(max(0.0, self.next_start - time.monotonic()))
             if self.o.requests_per_minute:
-                self.next_start = start + 60 / self.o.requests_per_minute
-        if self.stopped.wait(start - time.monotonic()):
-            raise InputError(f"--judge {self.o.judge}: stopped")
+                self.next_start = time.monotonic() + 60 / self.o.requests_per_minute
+
+    def call(self, key: str, body: dict) -> None:
+        """Send one request and cache its reply."""
+        from openai import APIConnectionError, APIStatusError
+
+        try:
+            text = self.client.post("/chat/completions", body=body, cast_to=str)
+            reply = read_reply(json.loads(text), body)
+            reply["usd"] = self.price(reply["in"], reply["out"])
+        except APIStatusError as error:
+            message = one_line(error.message)
+            ending = unanswerable(error.code, message)
+            if not ending:
+                fix = (
+                    "check --judge, --base-url, --judge-request and OPENAI_API_KEY, or rerun the "
+                    "same command later"
+                )
+                problem = f"the endpoint says {error.status_code} {message}"
+                raise self.failure(problem, fix) from None
+            reply = {"text": message, "finish": ending}
+        except APIConnectionError as error:
+            last = one_line(f"{type(error).__name__}: {error.__cause__ or error}")
+            problem = f"no reply in {self.o.retries + 1} trials, the last failure was {last}"
+            raise self.failure(problem, "rerun the same command later") from None
+        self.cache.add({key: reply})
 
 
 # ----------------------------------------------------------------------------- replies and failures
@@ -264,10 +247,16 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
-def is_permanent(error) -> bool:
-    """Whether a status error would come again."""
-    transient = error.status_code in TRANSIENT or error.status_code >= 500
-    return error.code == "insufficient_quota" or not transient
+def correct_status(response) -> None:
+    """Endpoints send some failures under a wrong status, which decides whether to try again."""
+    response.read()
+    if response.is_success:
+        try:
+            read_reply(response.json(), {"messages": []})
+        except ValueError:
+            response.status_code = 502  # bad gateway
+    elif "insufficient_quota" in response.text:
+        response.status_code = 402  # payment required
 
 
 def unanswerable(code, message: str) -> str:
@@ -277,16 +266,3 @@ def unanswerable(code, message: str) -> str:
     if code == "context_length_exceeded" or "maximum context length" in message:
         return "too_long"
     return ""
-
-
-def retry_after(headers) -> float:
-    """Seconds that the endpoint asks to wait, given as a number or a date; 0 if it does not."""
-    value = headers.get("retry-after", "")
-    try:
-        return float(value)
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0
