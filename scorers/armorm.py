@@ -25,8 +25,8 @@ class ArmoRM(Model):
     """A decoder whose forward returns the selected hidden states (M, C); scores() is its head."""
 
     def __init__(self, raw: dict):
-        classifier = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
-        super().__init__(parse_config({**raw, **classifier}))
+        decoder = {**raw, "architectures": ["LlamaForSequenceClassification"]}
+        super().__init__(parse_config(decoder))
         self.score = nn.Identity()
         width = raw["hidden_size"]
         objectives = raw.get("num_objectives", 19)
@@ -69,7 +69,7 @@ def armorm(directory: str | Path, run: RunOptions) -> Scorer:
     model = LocalModel(directory, run, load_armorm)
     chat = model.chat
 
-    def score(rows: list[dict]) -> list[float]:
+    def score(rows):
         # tokens of whole conversations, and how many of them follow the prompt
         sequences = conversations(model, rows)
         prompts = [chat.encode(chat.render(messages_of(row), False)) for row in rows]

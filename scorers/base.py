@@ -35,15 +35,14 @@ def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int =
     finished blocks, from which an interrupted call resumes.
     """
 
-    def scorer(*sides: list[dict]) -> list[float]:
+    def scorer(*sides):
         # a block is the same slice of every side
         starts = range(0, len(sides[0]), size)
         blocks = [[rows[start : start + size] for rows in sides] for start in starts]
 
         # each block is scored by one rank, unless an earlier call left its scores
         done = {}
-        for number in work_queue(list(range(len(blocks)))):
-            block = blocks[number]
+        for number, block in work_queue(list(enumerate(blocks))):
             file = scratch / f"{digest(key, block)}.json" if scratch else None
             if file and file.is_file():
                 done[number] = load_json(file)["scores"]
@@ -61,9 +60,9 @@ def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int =
 
 
 class LocalModel:
-    """A checkpoint directory to score with. Its weights are read at first use."""
+    """A checkpoint directory to score with. load(directory, dtype, device) runs at first use."""
 
-    def __init__(self, directory: str | Path, run: RunOptions, load: Callable[..., Model] = load):
+    def __init__(self, directory: str | Path, run: RunOptions, load=load):
         self.chat = Chat(directory, run.chat_template)
         self.dtype = run.torch_dtype
         self.load = load
@@ -72,12 +71,13 @@ class LocalModel:
     def network(self) -> Model:
         return self.load(self.chat.directory, self.dtype, DEVICE)
 
-    def check_length(self, row: dict, ids: list[int]) -> None:
-        """Raise InputError if the token ids of a record exceed the model's context."""
+    def fitting(self, row: dict, ids: list[int]) -> list[int]:
+        """The token ids of a record. Raises InputError if they exceed the model's context."""
         limit = self.network.config.max_positions
         if len(ids) > limit:
             problem = f"{len(ids)} tokens, the context of {self.chat.directory} is {limit}"
             raise InputError(f"record {row['id']}: {problem}; remove it")
+        return ids
 
 
 def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, Packed]:
@@ -87,17 +87,15 @@ def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, Packed]:
 
 
 @torch.no_grad()
-def in_micro_batches(
-    sequences: list[list[int]], forward: Callable[..., torch.Tensor], budget: int = 8192
-) -> list[float]:
-    """A value for each sequence, from packed micro-batches of about `budget` tokens.
+def in_micro_batches(sequences: list[list[int]], forward: Callable) -> list[float]:
+    """A value for each sequence, from packed micro-batches of about 8192 tokens.
 
     forward(indices of B sequences, their tokens (N,), context) -> (B,).
     """
     values = [0.0] * len(sequences)
     if not sequences:
         return values
-    for [micro] in pack_micro_batches([len(ids) for ids in sequences], 1, budget):
+    for [micro] in pack_micro_batches([len(ids) for ids in sequences], 1, 8192):
         outputs = forward(micro, *packed([sequences[i] for i in micro]))
         for i, value in zip(micro, outputs.tolist(), strict=True):
             values[i] = value

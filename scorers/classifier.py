@@ -39,10 +39,8 @@ def conversation(chat: Chat, row: dict, response: str) -> list[int]:
 
 def conversations(model: LocalModel, rows: list[dict]) -> list[list[int]]:
     """Those of records with a response. Raises InputError if one exceeds the model's context."""
-    sequences = [conversation(model.chat, row, row["response"]) for row in rows]
-    for row, ids in zip(rows, sequences, strict=True):
-        model.check_length(row, ids)
-    return sequences
+    ids = [conversation(model.chat, row, row["response"]) for row in rows]
+    return list(map(model.fitting, rows, ids))
 
 
 def classifier(directory: str | Path, run: RunOptions) -> Scorer:
@@ -93,7 +91,7 @@ def start_reward_model(model: Path, out: Path, chat: Chat, last: int, seed: int)
     padding, so padding must be another.
     """
     # config.json: one output
-    raw = load_json(Path(model) / "config.json")
+    raw = load_json(model / "config.json")
     candidates = (raw.get("pad_token_id"), chat.end, 0, 1)
     pad = next(token for token in candidates if token not in (None, last))
     architecture = raw["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
@@ -113,8 +111,8 @@ def start_reward_model(model: Path, out: Path, chat: Chat, last: int, seed: int)
 
     # the tokenizer
     for name in TOKENIZER_FILES:
-        if (Path(model) / name).is_file():
-            shutil.copy(Path(model) / name, out / name)
+        if (model / name).is_file():
+            shutil.copy(model / name, out / name)
 
 
 def train_reward(

@@ -19,7 +19,7 @@ def endpoint(name: str, run: RunOptions) -> Scorer:
     # reports a missing key or package now. No collective: loop.py checks options on rank 0 alone
     connect(o)
 
-    def score(rows: list[dict], others: list[dict]) -> list[float]:
+    def score(rows, others):
         questions = [conversation_text(row) for row in rows]
         texts = [[row["response"] for row in side] for side in (rows, others)]
         judge = Judge(o, cache_folder() / "verdicts")

@@ -36,19 +36,17 @@ def letter_judge(directory: str | Path, run: RunOptions) -> Scorer:
     # the last token of each: some tokenizers put a word-start marker before the letter
     letters = [model.chat.encode(letter)[-1] for letter in "AB"]
 
-    def prompt_ids(first: dict, second: dict) -> list[int]:
+    def prompt_ids(first, second):
         turns = [f"{message['role']}: {message['content']}" for message in messages_of(first)]
         texts = {"a": first["response"], "b": second["response"]}
         prompt = TEMPLATE.format(conversation="\n\n".join(turns), **texts)
-        ids = model.chat.prompt_ids({"prompt": prompt})
-        model.check_length(first, ids)
-        return ids
+        return model.fitting(first, model.chat.prompt_ids({"prompt": prompt}))
 
     def letter_is_a(_, tokens, context):
         logits = model.network(tokens, context, context.last).float()[:, letters]  # (B, 2)
         return logits.softmax(-1)[:, 0]  # (B,)
 
-    def score(rows: list[dict], others: list[dict]) -> list[float]:
+    def score(rows, others):
         # two prompts for each pair, one in each order
         prompts = []
         for row, other in zip(rows, others, strict=True):

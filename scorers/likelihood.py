@@ -17,7 +17,7 @@ def likelihood(directory: str | Path, run: RunOptions) -> Scorer:
     model = LocalModel(directory, run)
     o = TrainOptions(max_length=load_config(directory).max_positions)
 
-    def score(rows: list[dict]) -> list[float]:
+    def score(rows):
         sequences = [make_sequence(model.chat, row, row["response"], o) for row in rows]
         if None in sequences:
             name = rows[sequences.index(None)]["id"]

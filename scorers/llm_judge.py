@@ -136,8 +136,10 @@ def fill_in(template: str, texts: dict[str, str]) -> str:
 def to_messages(template: str, texts: dict[str, str]) -> list[dict]:
     """A filled template: turns between <|im_start|>ROLE and <|im_end|>, else one user turn."""
     turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", template, re.DOTALL)
-    turns = turns or [("user", template)]
-    return [{"role": role, "content": fill_in(text.strip(), texts)} for role, text in turns]
+    return [
+        {"role": role, "content": fill_in(text.strip(), texts)}
+        for role, text in turns or [("user", template)]
+    ]
 
 
 def load_prompt(o: JudgeOptions, default: str) -> str:
@@ -349,12 +351,10 @@ def check_options(o: JudgeOptions) -> None:
 
 # ---------------------------------------------------------------------------------- pairs
 
-Comparisons = list[tuple[float | None, float | None]]
-
 
 def pairwise(
     judge: Judge, questions: list[str], a: list[str], b: list[str], form: str
-) -> Comparisons:
+) -> list[tuple[float | None, float | None]]:
     """P(a is better) by two comparisons per question, a shown first and b shown first.
 
     None where there is no verdict. Equal answers are a draw that nobody is asked about.

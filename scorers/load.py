@@ -11,7 +11,6 @@
 docs/scorers.md shows how to write one, and how to measure one.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from plumbing.options import RunOptions, load_function, plugin_files
@@ -62,7 +61,7 @@ def load_scorer(
     return scorer
 
 
-def local_model(spec: str, base: str | Path | None) -> tuple[str | Path, Callable[..., Scorer]]:
+def local_model(spec: str, base: str | Path | None) -> tuple:
     """The directory of a scorer's model, and the function that makes the scorer."""
     if spec == "likelihood":
         if not base:
@@ -82,7 +81,7 @@ def local_model(spec: str, base: str | Path | None) -> tuple[str | Path, Callabl
 def random_scorer(run: RunOptions) -> Scorer:
     """A number in [0, 1) that depends on seed, record and text alone."""
 
-    def score(rows: list[dict]) -> list[float]:
+    def score(rows):
         seeds = [(run.seed, "random scorer", row["id"], row["response"]) for row in rows]
         return [rng(*seed).random() for seed in seeds]
 

@@ -77,7 +77,7 @@ def api_key() -> str:
     return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
-def connect(o, hooks: dict | None = None):
+def connect(o, hooks=None):
     """A client. Raises InputError without package or key; nothing is sent.
 
     hooks: functions of httpx that see each request and each response, retries included.
@@ -211,12 +211,13 @@ def read_reply(answer, body: dict) -> dict:
     message = choice.get("message") or {}
 
     # the text, which some send in parts
-    text = message.get("content") or message.get("refusal") or ""
+    refusal = message.get("refusal")
+    text = message.get("content") or refusal or ""
     if isinstance(text, list):
         text = "".join(part.get("text") or "" for part in text)
     if not isinstance(text, str):
         raise ValueError(f"no text in the reply: {str(text)[:200]}")
-    finish = "refusal" if message.get("refusal") else choice.get("finish_reason") or "no choice"
+    finish = "refusal" if refusal else choice.get("finish_reason") or "no choice"
 
     # log-probs of the first token's alternatives
     tokens = (choice.get("logprobs") or {}).get("content") or [{}]

@@ -388,7 +388,7 @@ FAULTS = [
         "scores-by-rank",
         "scorers/base.py",
         old="for number in range(len(blocks)) for value in",
-        new="for number in merged for value in",
+        new="for number in scores for value in",
         tests=(
             "core/test_scorers.py::test_scores_of_several_ranks_are_in_the_order_of_the_records",
         ),
