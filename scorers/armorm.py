@@ -1,8 +1,8 @@
 """ArmoRM-Llama3-8B (arXiv 2406.12845), the reward model of the paper's Llama-3 runs: --scorer DIR.
 
-It is read from its checkpoint as published. An answer's 19 rewards come from the last token of the
-conversation through a linear layer, and a transform takes length out of them. How much each counts
-depends on the prompt alone: a small network reads the token before the answer opens.
+It is read from its checkpoint as published. A linear layer on the last token of the conversation
+gives 19 rewards, and a transform takes length out of them. How much each counts depends on the
+prompt alone: a small network reads the token before the answer opens.
 """
 
 from itertools import pairwise
@@ -55,7 +55,7 @@ class ArmoRM(Model):
 
 
 def load_armorm(directory: Path, dtype: torch.dtype, device: torch.device) -> ArmoRM:
-    """The decoder in dtype, what stands in place of its head in fp32, as the authors run it."""
+    """The decoder in dtype, what replaces its head in fp32, as the authors run it."""
     with torch.device("meta"):
         model = ArmoRM(load_json(directory / "config.json"))
         model.model.to(dtype)

@@ -38,7 +38,7 @@ def conversation(chat: Chat, row: dict, response: str) -> list[int]:
 
 
 def conversations(model: LocalModel, rows: list[dict]) -> list[list[int]]:
-    """Those of records with a response. Raises InputError if one exceeds the model's context."""
+    """Token ids of records and responses. Raises InputError if one exceeds the model's context."""
     ids = [conversation(model.chat, row, row["response"]) for row in rows]
     return list(map(model.fitting, rows, ids))
 
@@ -99,7 +99,7 @@ def start_reward_model(model: Path, out: Path, chat: Chat, last: int, seed: int)
     raw |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     write_json(out / "config.json", raw)
 
-    # weights: the new head, and an index that finds the body where it lies
+    # weights: the new head, and an index that points at the files of the body
     generator = torch.Generator().manual_seed(seed)
     head = torch.randn(1, raw["hidden_size"], generator=generator) * 0.02
     save_file({"score.weight": head}, out / "score.safetensors")
@@ -121,7 +121,7 @@ def train_reward(
     out: Path,  # checkpoint directory to write
     o: RewardOptions,
 ) -> Path:
-    """Make a reward model from a chat model's checkpoint, trained on pairs."""
+    """Train a reward model on pairs, starting from a chat model."""
     stage = Stage(out, o, model=model, pairs=pairs)
     if stage.done:
         return out
@@ -129,7 +129,7 @@ def train_reward(
         reason = "a reward model is scored at the last token only"
         raise InputError(f"--loss-on-prompt: {reason}; leave it out")
 
-    # both conversations of every pair; one without its end has no token to score, so it is left out
+    # both conversations of every pair; one that is too long has no last token to score: left out
     chat = Chat(model, o.run.chat_template)
     longest = min(o.max_length, load_config(model).max_positions)
     rows = read_jsonl(pairs, "prompt", "chosen", "rejected")

@@ -1,9 +1,9 @@
 """A model behind an OpenAI-compatible endpoint compares two answers: --scorer endpoint:NAME.
 
 OPENAI_API_KEY holds the key, OPENAI_BASE_URL the address unless it is OpenAI's. Both orders are
-asked for and averaged; scorers/llm_judge.py says what is asked and how failures are handled.
-Replies are cached in ~/.cache/synpo, so none is paid for twice. A filter has no budget: set one
-with the provider.
+judged and averaged; scorers/llm_judge.py says what is asked and how failures are handled. Replies
+are cached in ~/.cache/synpo, so none is paid for twice. There is no --budget here: set one with the
+provider.
 """
 
 from plumbing.options import RunOptions

@@ -1,8 +1,8 @@
 """A chat model on this machine compares two answers: --scorer judge:DIR.
 
-It is shown both and asked for one letter. The probabilities of the two letters are read where it
-would write it: no sampling, no parsing. Judges favour a position, so both orders are read and
-averaged. `python -m eval.scorer_accuracy` measures how often one is right.
+It is shown both and asked for one letter. The score is read from the probabilities of the two
+letters: no sampling, no parsing. Judges favour a position, so both orders are averaged.
+`python -m eval.scorer_accuracy` measures how often one is right.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ Reply with one letter, A or B, and nothing else."""
 
 def letter_judge(directory: str | Path, run: RunOptions) -> Scorer:
     """The pairwise scorer of a chat model's checkpoint directory."""
-    load_config(directory)  # refuses what is not supported before weights are read
+    load_config(directory)  # refuses an unsupported model before weights are read
     model = LocalModel(directory, run)
     # the last token of each: some tokenizers put a word-start marker before the letter
     letters = [model.chat.encode(letter)[-1] for letter in "AB"]

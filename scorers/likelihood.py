@@ -1,6 +1,6 @@
 """Mean log-prob per token of a response under the base model: --scorer likelihood.
 
-Needs no model from outside. It prefers plain and typical answers, and says nothing about truth.
+Needs no other model. It prefers plain and typical answers, and says nothing about truth.
 """
 
 from pathlib import Path

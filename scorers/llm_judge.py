@@ -4,7 +4,7 @@
 at the endpoint --base-url, with the key in the environment variable OPENAI_API_KEY. Only rank 0
 asks an endpoint.
 
-Every reply is cached in a JSONL file under the hash of its request the moment it arrives: rerun the
+Every reply is cached in a JSONL file under the hash of its request as soon as it arrives: rerun the
 same command to ask, and pay, only for what is missing. A reply without a verdict (nonsense, a
 refusal, filtered or empty content) is kept in verdicts.malformed.jsonl with its request, and asked
 for again with another seed at temperature 0.7. If the last of --attempts has none either, the
@@ -53,7 +53,7 @@ class JudgeOptions:
     attempts: int = 3  # max attempts to get a parsable verdict
     retries: int = 8  # of a request after transient failures; pauses double from 0.5 to 8 seconds
     request_timeout: float = 180.0  # seconds
-    concurrency: int = 8  # max requests under way at a time
+    concurrency: int = 8  # max concurrent requests
     requests_per_minute: float = 0.0  # rate limit; 0: none
     budget: float = 0.0  # max USD that all verdicts in the cache may cost; 0: no limit
     price_in: float = 0.0  # USD per million tokens of requests
@@ -194,7 +194,6 @@ class Judge:
         self.local = Path(o.judge).is_dir()
         self.path = Path(o.judge_cache or Path(out) / "verdicts.jsonl")
         self.malformed_path = self.path.with_suffix(".malformed.jsonl")
-        self.malformed = {}  # replies without a verdict and their requests, by key
         self.used = set()  # keys of all replies asked for
         self.unanswered = 0  # requests that never had a verdict
 
@@ -206,14 +205,15 @@ class Judge:
             self.max_positions = load_config(o.judge).max_positions
             self.name = on_rank0(fingerprint, o.judge)
             self.place = [o.run.dtype, o.run.chat_template]
-        on_rank0(self.open)
+        self.malformed = on_rank0(self.open)
 
-    def open(self) -> None:
+    def open(self) -> dict[str, dict]:
+        """Returns replies without a verdict and their requests, by key, of earlier runs."""
         self.cache = ReplyCache(self.path)
         if not self.local:
             self.endpoint = Endpoint(self.o, self.cache)
-        if self.malformed_path.is_file():
-            self.malformed = {row["key"]: row for row in read_jsonl(self.malformed_path)}
+        rows = read_jsonl(self.malformed_path) if self.malformed_path.is_file() else []
+        return {row["key"]: row for row in rows}
 
     def body(self, request: Request, attempt: int) -> dict:
         """What is sent and hashed. Another attempt has another seed, and a temperature."""
@@ -294,8 +294,11 @@ class Judge:
             )
             generate(self.o.judge, fitting, sampled, o, scratch, f"judge {body['seed']}")
             for row in read_jsonl(sampled):
-                reply = {"text": row["response"], "finish": row["finish_reason"]}
-                replies[row["id"]] = {**reply, "out": row["tokens"]}
+                replies[row["id"]] = {
+                    "text": row["response"],
+                    "finish": row["finish_reason"],
+                    "out": row["tokens"],
+                }
         on_rank0(lambda: self.cache.add(replies))
         on_rank0(shutil.rmtree, scratch, True)
 
@@ -309,7 +312,7 @@ class Judge:
         }
 
 
-# Least values of options.
+# Lower bounds of options.
 LEAST = {
     "attempts": 1,
     "concurrency": 1,

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from plumbing.records import InputError
 
-# A line of the cache. finish: how the reply ended; top: log-prob by token for the first token;
-# in, out: numbers of tokens.
+# Fields of a reply. finish: how it ended; top: log-prob by token for the first token; in, out:
+# numbers of tokens.
 EMPTY = {"key": "", "text": "", "finish": "", "top": None, "in": 0, "out": 0, "usd": 0.0}
 
 
@@ -78,7 +78,7 @@ def api_key() -> str:
 
 
 def connect(o, hooks=None):
-    """A client. Raises InputError without package or key; nothing is sent.
+    """An OpenAI client. Raises InputError without package or key; nothing is sent.
 
     hooks: functions of httpx that see each request and each response, retries included.
     """
@@ -136,7 +136,7 @@ class Endpoint:
                 self.collect(running, bar)
 
     def collect(self, running: dict, bar: tqdm) -> None:
-        """Wait for a reply, and forget its future; raises what stopped it."""
+        """Wait for a reply and remove its future; raises what stopped it."""
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             del running[future]
             future.result()
@@ -201,7 +201,7 @@ class Endpoint:
 
 
 def read_reply(answer, body: dict) -> dict:
-    """The reply in a chat completion, as of EMPTY. Raises ValueError if it is none.
+    """The fields of EMPTY from a chat completion. Raises ValueError if it is not one.
 
     finish: as reported, or "refusal". Counts of tokens are estimated where the endpoint gives none.
     """
@@ -237,7 +237,7 @@ def read_reply(answer, body: dict) -> dict:
 
 
 def writable(text: str) -> str:
-    """The text without halves of surrogate pairs, which can be sent but not written."""
+    """The text without unpaired surrogates, which can be sent but not written."""
     return text.encode(errors="replace").decode()
 
 
@@ -249,7 +249,7 @@ def one_line(text: str) -> str:
 
 
 def correct_status(response) -> None:
-    """Endpoints send some failures under a wrong status, which decides whether to try again."""
+    """Correct the status of failures that endpoints send under another: it decides on retries."""
     response.read()
     if response.is_success:
         try:
@@ -261,7 +261,7 @@ def correct_status(response) -> None:
 
 
 def unanswerable(code, message: str) -> str:
-    """How a reply ends that this request will never get: filtered, or too long; else empty."""
+    """Why this request will never get a reply: content_filter, too_long; else empty."""
     if code == "content_filter":
         return "content_filter"
     if code == "context_length_exceeded" or "maximum context length" in message:
