@@ -800,6 +800,10 @@ def test_two_ranks_ask_no_more_than_one(tiny, tmp_path):
         "dtype": "float32",
         "out": tmp_path / "out",
     }
+    # what an earlier run kept must not set rank 0 apart from the others
+    (tmp_path / "out").mkdir()
+    earlier = [{"key": "earlier", "messages": [{"role": "user", "content": "?"}]}]
+    write_rows(tmp_path / "out" / "verdicts.malformed.jsonl", earlier)
     results = []
     with Stub(longer_is_better) as stub:
         for nproc in (2, 1):
