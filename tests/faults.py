@@ -388,7 +388,7 @@ FAULTS = [
         "scores-by-rank",
         "scorers/base.py",
         old="for number in range(len(blocks)) for value in",
-        new="for number in merged for value in",
+        new="for number in scores for value in",
         tests=(
             "core/test_scorers.py::test_scores_of_several_ranks_are_in_the_order_of_the_records",
         ),
@@ -445,8 +445,8 @@ FAULTS = [
     Fault(
         "gate-reads-the-response",
         "scorers/armorm.py",
-        old="self.gating(prompt.float())",
-        new="self.gating(last.float())",
+        old="self.weights(prompt.float())",
+        new="self.weights(last.float())",
         tests=("core/test_scorers.py::test_armorm_by_hand",),
     ),
     # improve.py and gen_prompts.py
@@ -684,8 +684,8 @@ FAULTS = [
     Fault(
         "budget-overrun",
         "scorers/openai_api.py",
-        old="self.cache.usd + sum(running.values()) + cost > self.o.budget",
-        new="self.cache.usd + cost > self.o.budget",
+        old="self.cache.usd + sum(running.values()) + cost > budget",
+        new="self.cache.usd + cost > budget",
         tests=("eval/test_llm_judge.py::test_the_budget_holds_with_many_requests_under_way",),
     ),
     Fault(
