@@ -23,7 +23,6 @@ data from the Hub.
 """
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -92,19 +91,17 @@ class Options:
 # ---------------------------------------------------------------------------------- data
 
 
-def find(data: Path, name: str) -> Path | None:
-    """NAME.jsonl, or else the first NAME*.jsonl."""
-    found = [*data.glob(f"{name}.jsonl"), *sorted(data.glob(f"{name}*.jsonl"))]
-    return found[0].resolve() if found else None
-
-
 def files_of(task: Task, o: Options) -> dict[str, Path]:
-    """Files of a task by split: `test` is asked, `train` shown. Empty without questions."""
-    asked = find(o.data, task.asked)
-    shown = find(o.data, task.shown) if task.shown else None
-    if not asked:
-        return {}
-    return {"test": asked, "train": shown} if shown else {"test": asked}
+    """Files of a task by split: `test` is asked, `train` shown. Empty without questions.
+
+    NAME.jsonl, or else the first NAME*.jsonl.
+    """
+    files = {}
+    for split, name in (("test", task.asked), ("train", task.shown)):
+        found = sorted(o.data.glob(f"{name}*.jsonl"), key=lambda path: path.stem)
+        if name and found:
+            files[split] = found[0].resolve()
+    return files if "test" in files else {}
 
 
 def define(name: str, files: dict[str, Path], o: Options) -> dict[str, dict]:
@@ -116,31 +113,29 @@ def define(name: str, files: dict[str, Path], o: Options) -> dict[str, dict]:
     if name != "mmlu":
         return {name: definition(stock / task.stock, name, task.shots, files)}
 
-    # MMLU's files are split into subjects; those of an earlier call may be of other data
-    folder = o.out / "tasks" / "mmlu"
-    shutil.rmtree(folder, ignore_errors=True)
-    for split, path in files.items():
-        split_subjects(path, split, folder)
+    # files of MMLU's subjects; none of those that lm_eval downloads
+    subjects = {path.stem.removeprefix("mmlu_"): {} for path in stock.glob(task.stock)}
     if files:
-        asked = [path.name for path in folder.glob("*_test.jsonl")]
-        subjects = sorted(name.removesuffix("_test.jsonl") for name in asked)
-    else:
-        subjects = sorted(path.stem.removeprefix("mmlu_") for path in stock.glob(task.stock))
+        subjects = split_subjects(files, o.out / "tasks" / "mmlu")
     definitions = {}
-    for subject in subjects[: o.subjects or None]:
-        own = {split: (folder / f"{subject}_{split}.jsonl").resolve() for split in files}
+    for subject, own in sorted(subjects.items())[: o.subjects or None]:
         yaml = stock / task.stock.replace("*", subject)
         definitions[f"mmlu_{subject}"] = definition(yaml, f"mmlu_{subject}", task.shots, own)
     return definitions
 
 
-def split_subjects(path: Path, split: str, folder: Path) -> None:
-    """Write folder/SUBJECT_SPLIT.jsonl for every subject of a file."""
-    by_subject = defaultdict(list)
-    for row in read_lines(path, "subject"):
-        by_subject[row["subject"]].append(row)
-    for subject, rows in by_subject.items():
-        write_jsonl(folder / f"{subject}_{split}.jsonl", rows)
+def split_subjects(files: dict[str, Path], folder: Path) -> dict[str, dict[str, Path]]:
+    """Write folder/SUBJECT_SPLIT.jsonl; returns the files of every subject with questions."""
+    found = defaultdict(dict)
+    for split, path in files.items():
+        by_subject = defaultdict(list)
+        for row in read_lines(path, "subject"):
+            by_subject[row["subject"]].append(row)
+        for subject, rows in by_subject.items():
+            own = folder / f"{subject}_{split}.jsonl"
+            write_jsonl(own, rows)
+            found[subject][split] = own.resolve()
+    return {subject: own for subject, own in found.items() if "test" in own}
 
 
 def definition(stock: Path, name: str, shots: int, files: dict[str, Path]) -> dict:
@@ -252,17 +247,20 @@ def spread(errors: list[float]) -> float:
 # ---------------------------------------------------------------------------------- the leaderboard
 
 
-def find_files(o: Options, names: list[str]) -> dict[str, dict[str, Path] | None]:
-    """Files of every task by split; {} if lm_eval downloads them, None if --data has none."""
-    files: dict = {name: {} for name in names}
+def find_files(o: Options, names: list[str]) -> dict[str, dict[str, Path]]:
+    """Files by split of every task that can run; {} if lm_eval downloads them."""
     if not o.data:
-        return files
+        return {name: {} for name in names}
     fix = "--help lists the files it must hold"
     if not o.data.is_dir():
         raise InputError(f"--data {o.data}: no such directory; {fix}")
-    for name in files.keys() & TASKS.keys():
-        files[name] = files_of(TASKS[name], o) or None
-    if all(found is None for found in files.values()):
+    files = {}
+    for name in names:
+        files[name] = files_of(TASKS[name], o) if name in TASKS else {}
+        if name in TASKS and not files[name]:
+            print0(f"  {name} left out: no {TASKS[name].asked}*.jsonl in --data")
+            del files[name]
+    if not files:
         raise InputError(f"--data {o.data}: no file of {', '.join(names)}; {fix}")
     return files
 
@@ -270,20 +268,22 @@ def find_files(o: Options, names: list[str]) -> dict[str, dict[str, Path] | None
 def main(o: Options) -> dict:
     o = replace(o, out=place(o, "leaderboard"))
     names = [name.strip() for name in o.tasks.split(",") if name.strip()] or list(TASKS)
-    files = find_files(o, names)
     # one model for all tasks; none is loaded if all are up to date
     model = cache(partial(Harness, o.model, o.run, o.batch_tokens, o.slots, o.chat))
 
     rows = []
-    for name in names:
-        if files[name] is None:
-            print0(f"  {name} left out: no {TASKS[name].asked}*.jsonl in --data")
-            continue
-        counts = on_rank0(counts_of, measure(name, files[name], o, model))
-        row = {"task": name, **{key: counts[key] for key in ("score", "se", "questions")}}
-        shots = TASKS[name].shots if name in TASKS else "-"
-        shown = files[name].get("train", files[name].get("test", "lm_eval's"))
-        rows.append({**row, "shots": shots, "examples": Path(shown).name})
+    for name, files in find_files(o, names).items():
+        counts = on_rank0(counts_of, measure(name, files, o, model))
+        shown = files.get("train", files.get("test", "lm_eval's"))
+        row = {
+            "task": name,
+            "score": counts["score"],
+            "se": counts["se"],
+            "questions": counts["questions"],
+            "shots": TASKS[name].shots if name in TASKS else "-",
+            "examples": Path(shown).name,
+        }
+        rows.append(row)
     print0(table(rows))
     result = {
         "score": mean([row["score"] for row in rows]),

@@ -191,8 +191,7 @@ def test_report_still_prints_and_returns_the_summary(two, capsys):
 def test_the_page_holds_what_the_files_say(two):
     data, _ = blocks_of(two / "report.html")
     assert (data["run"], data["T"], data["seeds"], data["processes"]) == ("run", 2, 3, 2)
-    assert data["config"]["model"] == "models/zero"
-    assert data["config"]["loss"] == loop.Options().policy.loss
+    assert data["config"] == json.loads((two / "config.json").read_text())
     assert [e["name"] for e in data["evaluations"]] == ["M_0", "R_1", "M_1", "R_2", "M_2"]
     assert data["evaluations"][4] == {"name": "M_2", "score": 0.6, "se": 0.02, "words": 9.0}
     assert data["note"] == "What M_0 says."
@@ -374,7 +373,8 @@ def test_texts_are_on_the_page_once(tmp_path):
     """
     one = {**pair(2, 0), "draft": "DRAFT", "base": "BASE", "rejected": "REJECTED"}
     out = make_run(tmp_path / "run", [[pair(1, 0)], [one]])
-    [(numbers, first), (_, second)] = report.pair_rows(out, 2)
+    folders = [out / "iter1", out / "iter2"]
+    [(numbers, first), (_, second)] = report.pair_rows(folders)
     assert numbers == [1, -1.0, -2.0, 5, 3, 3]
     assert (first[3], first[5], first[6]) == (0, "first answer 0", 0)
     assert second[3:] == ["DRAFT", "a much better answer 0", "REJECTED", "BASE"]
@@ -384,9 +384,9 @@ def test_texts_are_on_the_page_once(tmp_path):
         assert text.count(f'"{word}"') == 1
     for name in ("prompts", "rewrites", "base_answers"):
         (out / "iter2" / f"{name}.jsonl").unlink()
-    [_, (numbers, texts)] = report.pair_rows(out, 2)
+    [_, (numbers, texts)] = report.pair_rows(folders)
     assert texts[2:4] == [None, None] and texts[6] is None and numbers[5] is None
-    assert list(report.pair_rows(out, 0)) == []
+    assert list(report.pair_rows([])) == []
 
 
 def test_scores_may_be_missing_and_prompts_may_be_conversations(tmp_path):
@@ -530,8 +530,9 @@ def test_the_map_is_of_all_prompts_and_seeds_or_what_diversity_made(tmp_path, mo
     for t in (1, 10, 9):  # the last iteration's is taken
         (out / f"iter{t}/eval/diversity").mkdir(parents=True)
         (out / f"iter{t}/eval/diversity/map.json").write_text(json.dumps([{**point, "x": t}]))
-    made = report.prompt_map(out, folders)
-    assert made["points"] == [[10, 2, "iter1/prompts", "P"]] and "eval/diversity.py" in made["how"]
+    made = report.prompt_map(out, [out / f"iter{t}" for t in range(1, 11)])
+    assert made["points"] == [[10, 2, "iter1/prompts", "P"]]
+    assert "eval/diversity.py" in made["how"]
 
 
 # ------------------------------------------------------------------------------------ in a browser
