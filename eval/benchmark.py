@@ -49,9 +49,8 @@ def check(evals: str, options: str) -> dict[str, dict]:
         if name not in BENCHMARKS:
             names = ", ".join(BENCHMARKS)
             raise InputError(f"--eval {name}: no such benchmark; there are {names}")
-    for name in sorted(given):
-        if name not in chosen:
-            raise InputError(f"{options}: options for {name}, which --eval does not name")
+    for name in sorted(given.keys() - chosen):
+        raise InputError(f"{options}: options for {name}, which --eval does not name")
     benchmarks = {name: given.get(name, {}) for name in chosen}
     for name, flags in benchmarks.items():
         check_options(name, flags, options)
@@ -100,5 +99,5 @@ def run(
     if "model" in reads or prompts:
         numbers = BENCHMARKS[name].main(o)
     on_rank0(write_json, result, numbers)
-    counts = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
-    return stage.finish(**{key: round(value, 4) for key, value in counts.items()})
+    counts = {k: round(v, 4) for k, v in numbers.items() if isinstance(v, int | float)}
+    return stage.finish(**counts)

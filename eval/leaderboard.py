@@ -23,6 +23,7 @@ data from the Hub.
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from eval.stats import mean
 from eval.table import table
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, write_jsonl, write_text
+from plumbing.records import InputError, write_json, write_jsonl, write_text
 from plumbing.stage import Stage, counts_of
 
 
@@ -196,7 +197,7 @@ def write_definitions(name: str, files: dict[str, Path], o: Options) -> list[str
     definitions = define(name, files, o) if name in TASKS else {}
     for task, text in definitions.items():
         path = o.out / "tasks" / name / f"{task}.yaml"
-        write_text(path, json.dumps(text, indent=1))  # JSON is YAML
+        write_json(path, text)  # JSON is YAML
     return list(definitions)
 
 
@@ -214,7 +215,7 @@ def task_manager(name: str, names: list[str], o: Options):
 
 def write_results(found: dict, name: str, names: list[str], out: Path) -> dict:
     """Write what lm_eval found; returns score, se and questions, averaged over MMLU's subjects."""
-    kept = {key: found[key] for key in ("results", "n-samples", "versions") if key in found}
+    kept = {key: found[key] for key in ("results", "n-samples", "versions")}
     write_text(out, json.dumps(kept, indent=1, default=str))
     metric = TASKS[name].metric if names else ""
     headlines = [headline(found, task, metric) for task in names or [name]]
@@ -241,7 +242,7 @@ def headline(found: dict, task: str, metric: str) -> tuple[float, float]:
 
 def spread(errors: list[float]) -> float:
     """Standard error of the mean of independent values with these standard errors."""
-    return sum(se**2 for se in errors) ** 0.5 / len(errors)
+    return math.hypot(*errors) / len(errors)
 
 
 # ---------------------------------------------------------------------------------- the leaderboard

@@ -16,7 +16,7 @@ results.
 import random
 from collections import ChainMap, Counter, defaultdict
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy
@@ -93,30 +93,29 @@ class Tree:
 
     def __init__(self, sequences: list[list[int]], window: int | None, device="cpu"):
         self.paths: list[torch.Tensor] = []
-        self.lengths = []  # own tokens of each sequence that has any: its queries
-        self.keys = []  # its path
-        self.masks = []  # None if it shares nothing
+        # of sequences that differ from the one before: number of queries, path, mask
+        self.lengths: list[int] = []
+        self.keys: list[torch.Tensor] = []
+        self.masks: list[torch.Tensor | None] = []
         tokens: list[int] = []
         positions: list[int] = []
         before: list[int] = []
         for ids in sequences:
-            # what it shares with the one before it, and its own tokens
             shared = shared_prefix(before, ids)
             if shared < min(SHARE, len(ids)):
                 shared = 0
             n = len(ids) - shared
-            path = torch.arange(len(tokens), len(tokens) + n)
+            path = torch.arange(len(tokens), len(tokens) + n, device=device)
             if shared:
                 path = torch.cat([self.paths[-1][:shared], path])
             self.paths.append(path)
+            if n:
+                self.lengths.append(n)
+                self.keys.append(path)
+                self.masks.append(branch_mask(n, len(ids), window, device) if shared else None)
             tokens += ids[shared:]
             positions += range(shared, len(ids))
             before = ids
-            if n:
-                self.lengths.append(n)
-                self.keys.append(path.to(device))
-                mask = branch_mask(n, len(ids), window, device) if shared else None
-                self.masks.append(mask)
         self.tokens = torch.tensor(tokens, device=device)  # (N,)
         self.positions = torch.tensor(positions, device=device)  # (N,)
 
@@ -125,12 +124,12 @@ class Tree:
         if use_flash(q):
             return self.attend_flash(q, k, v, window)
         outputs = []
-        for own, keys, mask in zip(q.split(self.lengths), self.keys, self.masks, strict=True):
-            if mask is None:
-                packed = Packed([len(own)])
-                outputs.append(packed.attend(layer, own, k[keys], v[keys], window))
+        for own, path, mask in zip(q.split(self.lengths), self.keys, self.masks, strict=True):
+            if mask is None:  # shares nothing
+                out = Packed([len(own)]).attend(layer, own, k[path], v[path], window)
             else:
-                outputs.append(attend_branch(own, k[keys], v[keys], mask))
+                out = attend_branch(own, k[path], v[path], mask)
+            outputs.append(out)
         return torch.cat(outputs)
 
     def attend_flash(self, q, k, v, window: int | None):
@@ -153,15 +152,9 @@ class Tree:
 
 def attend_branch(q, k, v, mask):
     """q (n, H, D), k and v (T, Hkv, D), mask (n, T) -> (n, H, D)."""
-    n, H, D = q.shape
-    Hkv = k.shape[1]
-    # heads of a group as G queries of one head: keys are not copied for GQA
-    G = H // Hkv
-    q = q.view(n, Hkv, G, D).transpose(0, 1).reshape(1, Hkv, n * G, D)
-    k, v = (x.transpose(0, 1)[None] for x in (k, v))  # (1, Hkv, T, D)
-    mask = mask.repeat_interleave(G, 0)  # (n * G, T)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.view(Hkv, n, G, D).transpose(0, 1).flatten(1, 2)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H or Hkv, n or T, D)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 def branch_mask(n: int, T: int, window: int | None, device) -> torch.Tensor:
@@ -216,7 +209,7 @@ def score(model: Model, pairs: list[Pair]) -> list[tuple[float, bool]]:
     angles = tree.positions[:, None].float() * model.frequencies.to(DEVICE)  # (N, D/2)
     cos = angles.cos()[:, None]
     sin = angles.sin()[:, None]
-    x = model.model(tree.tokens, cos, sin, tree)[rows.to(DEVICE)]  # (M, C)
+    x = model.model(tree.tokens, cos, sin, tree)[rows]  # (M, C)
 
     # logits of a chunk of rows at a time
     logps = []
@@ -275,7 +268,6 @@ class Harness(TemplateLM):
 
     # what lm_eval asks for; all but the first are set in __init__()
     max_gen_toks = 256
-    max_length = 0
     eot_token_id = 0
     prefix_token_id = 0
     tokenizer_name = ""
@@ -297,7 +289,7 @@ class Harness(TemplateLM):
         self.batch_tokens = batch_tokens
         self.slots = slots
         self.max_length = load_config(directory).max_positions
-        self.tokenizer_name = str(directory).replace("/", "__")
+        self.tokenizer_name = str(directory)
         self.chat = Chat(directory, run.chat_template or ("" if chat else "default"))
         self.model = None
         self.packed = False
@@ -383,22 +375,17 @@ class Harness(TemplateLM):
 
         No token is predicted twice.
         """
-        # windows of all texts, and which text each is of
+        # windows of all texts, and how many of each
         windows = []
-        owner = []
-        for i, request in enumerate(requests):
+        counts = []
+        for request in requests:
             ids = self.tok_encode(request.args[0])
             cuts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            for window in cuts:
-                windows.append((None, *make_disjoint_window(window)))
-                owner.append(i)
-
-        # their sums by text
-        sums = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm)
-        for i, (logp, _) in zip(owner, scores, strict=True):
-            sums[i] += logp
-        return sums
+            own = [(None, *make_disjoint_window(window)) for window in cuts]
+            windows += own
+            counts.append(len(own))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        return [sum(logp for logp, _ in islice(scores, n)) for n in counts]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         # requests with the same settings go together
@@ -420,8 +407,7 @@ class Harness(TemplateLM):
         size = 2 * self.slots
         chunks = []
         for settings, members in groups.items():
-            for start in range(0, len(members), size):
-                chunks.append((settings, members[start : start + size]))
+            chunks += [(settings, members[i : i + size]) for i in range(0, len(members), size)]
 
         # each chunk on the rank that is free
         texts = {}

@@ -204,11 +204,10 @@ def score_chart(results: dict[str, dict]) -> str:
     low = min(r["score"] - r.get("se", 0) for r in shown.values())
     high = max(r["score"] + r.get("se", 0) for r in shown.values())
     scale = 360 / max(1e-9, high - low)
-    height = 40 + 20 * len(shown)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{height}" '
-        f'font-family="sans-serif" font-size="12"><rect width="600" height="{height}" '
-        'fill="white"/><text x="160" y="16">held-out score, with standard errors</text>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{40 + 20 * len(shown)}" '
+        'font-family="sans-serif" font-size="12" style="background: white">'
+        '<text x="160" y="16">held-out score, with standard errors</text>'
     ]
     for i, (name, r) in enumerate(shown.items()):
         x = 160 + scale * (r["score"] - low)
@@ -231,7 +230,7 @@ def page_data(run: Path, o: dict, folders: list[Path], results: dict, spent: lis
     """All that report.html shows but pairs and note; eval/report.html reads these names."""
     T = len(folders)
     changed = run / "changed.json"
-    manifests = [load_json(path) for path in finished_files(run, "**/*manifest.json")]
+    manifests = map(load_json, finished_files(run, "**/*manifest.json"))
     return {
         "run": run.resolve().name,
         "T": T,
@@ -400,13 +399,11 @@ def field_by_id(path: Path, field: str) -> dict:
 
 def plain(value):
     """A value as JSON can hold it: six digits of a number; None for NaN and infinity."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: plain(v) for name, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value
+    return json.loads(json.dumps(value), parse_float=six_digits, parse_constant=lambda name: None)
+
+
+def six_digits(number: str) -> float:
+    return float(f"{float(number):.6g}")
 
 
 def script(value, attributes: str) -> str:
