@@ -26,7 +26,7 @@ def place(o, name: str) -> Path:
 
 
 def need(path: Path | None, flag: str, what: str) -> Path:
-    """A data file or directory that the user must give; `what` says what it is and its source."""
+    """Check a data file or directory that the user must give; `what` says what it is."""
     if path is None:
         raise InputError(f"{flag}: missing; give {what}")
     if not path.exists():

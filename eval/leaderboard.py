@@ -4,7 +4,7 @@ ARC-challenge with 25 examples, HellaSwag 10, TruthfulQA 0, MMLU 5, Winogrande 5
 accuracy on multiple-choice questions (TruthfulQA: probability of the true answers) and on school
 maths. score is the mean over the tasks that ran, se its standard error over questions. A task
 whose data is missing is named and left out: compare scores of the same tasks only. Preference
-training hardly moves these numbers; they show what it has cost.
+training hardly raises these scores; a drop shows what it has harmed.
 
 DIR/*.jsonl -> OUT/TASK.json, one a task, up to date when the command runs again; OUT/tasks:
 lm_eval's definitions of the tasks
@@ -14,11 +14,11 @@ lm_eval's definitions of the tasks
 
 --data holds JSONL with the fields of the data sets on the Hub: arc_challenge_test,
 hellaswag_validation, truthfulqa_mc, mmlu_test (each question with its `subject`), winogrande_dev,
-gsm8k_test; a name may go on, as in mmlu_test_some.jsonl. Examples come from arc_challenge_train,
-hellaswag_train, mmlu_dev, winogrande_train and gsm8k_train, or, without such a file, from the
-other questions. On the Hub they are allenai/ai2_arc (ARC-Challenge), Rowan/hellaswag,
-truthfulqa/truthful_qa (multiple_choice), cais/mmlu, allenai/winogrande (winogrande_xl) and
-openai/gsm8k (main). Without --data, and for other tasks than these six, lm_eval downloads the
+gsm8k_test; names may have a suffix, as mmlu_test_some.jsonl. Examples come from
+arc_challenge_train, hellaswag_train, mmlu_dev, winogrande_train and gsm8k_train, or, without such
+a file, from the other questions. On the Hub they are allenai/ai2_arc (ARC-Challenge),
+Rowan/hellaswag, truthfulqa/truthful_qa (multiple_choice), cais/mmlu, allenai/winogrande
+(winogrande_xl) and openai/gsm8k (main). Without --data, and for other tasks than these six, lm_eval downloads the
 data from the Hub.
 """
 
@@ -85,7 +85,7 @@ class Options:
     limit: int = 0  # use only the first N questions of a task (MMLU: of a subject); 0: all
     subjects: int = 0  # use only the first N subjects of MMLU; 0: all
     chat: bool = False  # put questions into the chat template; the leaderboard does not
-    batch_tokens: int = 4096  # of a packed forward pass; tokens that questions share count once
+    batch_tokens: int = 4096  # per packed forward pass; tokens that questions share count once
     slots: int = 128  # max batch size of generation
 
 
@@ -93,7 +93,7 @@ class Options:
 
 
 def files_of(task: Task, o: Options) -> dict[str, Path]:
-    """Files of a task by split: `test` is asked, `train` shown. Empty without questions.
+    """Files of a task by split: `test` has questions, `train` examples. Empty without questions.
 
     NAME.jsonl, or else the first NAME*.jsonl.
     """
@@ -140,14 +140,14 @@ def split_subjects(files: dict[str, Path], folder: Path) -> dict[str, dict[str, 
 
 
 def definition(stock: Path, name: str, shots: int, files: dict[str, Path]) -> dict:
-    """lm_eval's definition of a task, with examples, on local files if there are any.
+    """lm_eval's definition of a task, with examples; on local files if there are any.
 
-    Where examples come from the questions, lm_eval leaves out the one that is asked.
+    Where examples are taken from the questions, lm_eval leaves out the one being asked.
     """
     if not stock.is_file():
         problem = "this version of lm_eval has no such task"
         raise InputError(f"{stock}: {problem}; pip install -r requirements-eval.txt")
-    # lm_eval reads its own definition, and what differs from it
+    # lm_eval's own definition, and what differs from it
     task = {"include": str(stock), "task": name, "tag": None, "num_fewshot": shots}
     if not files:
         return task
@@ -173,14 +173,14 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable[[], H
         out,
         run=o.run,
         model=o.model,
-        data=files or None,
+        data=files,
         limit=o.limit,
         subjects=o.subjects,
         chat=o.chat,
     )
     if stage.done:
         return out
-    # the definitions lie in files, as lm_eval reads no others
+    # lm_eval reads definitions from files only
     names = on_rank0(write_definitions, name, files, o)
     manager = task_manager(name, names, o)
     try:
@@ -193,7 +193,7 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable[[], H
 
 
 def write_definitions(name: str, files: dict[str, Path], o: Options) -> list[str]:
-    """Write OUT/tasks/NAME/*.yaml; returns the tasks' names, none for one of lm_eval's own."""
+    """Write OUT/tasks/NAME/*.yaml; returns the names of its tasks, none if it is lm_eval's own."""
     definitions = define(name, files, o) if name in TASKS else {}
     for task, text in definitions.items():
         path = o.out / "tasks" / name / f"{task}.yaml"
@@ -202,7 +202,7 @@ def write_definitions(name: str, files: dict[str, Path], o: Options) -> list[str
 
 
 def task_manager(name: str, names: list[str], o: Options):
-    """lm_eval's TaskManager of our definitions, or, without any, of its own."""
+    """lm_eval's TaskManager for our definitions or, if there are none, for its own."""
     with optional():
         from lm_eval.tasks import TaskManager
     if names:
@@ -227,14 +227,14 @@ def write_results(found: dict, name: str, names: list[str], out: Path) -> dict:
 
 
 def headline(found: dict, task: str, metric: str) -> tuple[float, float]:
-    """Value and standard error of a metric; unless named, the last of which more is better."""
+    """Value and standard error of a metric: if none is named, the last where higher is better."""
     numbers = found["results"].get(task) or found["groups"][task]
     if not metric:
         better = found["higher_is_better"].get(task, {})
-        named = [key for key in numbers if "," in key and "_stderr" not in key]
-        high = [key for key in named if better.get(key.partition(",")[0])]
+        high = [key for key in numbers if better.get(key.partition(",")[0])]
         if not high:
-            raise InputError(f"--tasks {task}: lm_eval gives it no metric of which more is better")
+            problem = "lm_eval reports no metric for it where higher is better"
+            raise InputError(f"--tasks {task}: {problem}; leave it out")
         metric = high[-1]
     se = numbers.get(metric.replace(",", "_stderr,"))
     return numbers[metric], se if isinstance(se, float) else 0.0

@@ -41,7 +41,7 @@ try:
 except ImportError:  # Harness() reports it
     TemplateLM = object
 
-SHARE = 16  # a shorter shared prefix is computed again: cheaper than attention of its own
+SHARE = 16  # shorter shared prefixes are computed again: cheaper than separate attention
 CHUNK = 512  # rows of logits at a time
 
 
@@ -50,7 +50,7 @@ CHUNK = 512  # rows of logits at a time
 
 @contextmanager
 def optional():
-    """Around imports of packages that only evaluation needs."""
+    """Name a missing package; around imports that only evaluation needs."""
     try:
         yield
     except ImportError as error:
@@ -60,7 +60,7 @@ def optional():
 
 @contextmanager
 def lm_eval_seeds():
-    """Seed as lm_eval does; afterwards all random states are as before."""
+    """Seed as lm_eval does; restore all random states afterwards."""
     python_state = random.getstate()
     numpy_state = numpy.random.get_state()
     with torch.random.fork_rng():
@@ -170,7 +170,7 @@ Pair = tuple[list[int], list[int]]
 
 
 def cut(pairs: list[Pair], budget: int) -> list[list[int]]:
-    """Indices of pairs, sorted by what is read, in micro-batches of about `budget` tokens.
+    """Indices of pairs, sorted by the tokens they read, in micro-batches of about `budget` tokens.
 
     Shared tokens count once.
     """
@@ -179,7 +179,7 @@ def cut(pairs: list[Pair], budget: int) -> list[list[int]]:
     limit = 0
     last: list[int] = []
     for i in sorted(range(len(pairs)), key=lambda i: pairs[i]):
-        # what it adds to the micro-batch
+        # tokens that it adds to the micro-batch
         ids = pairs[i][0]
         new = len(ids) - shared_prefix(last, ids)
         if not batches or tokens + new > limit:
@@ -310,7 +310,7 @@ class Harness(TemplateLM):
         return self.chat.tokenizer.token_to_id(value) if value else None
 
     def weights(self, packed: bool) -> Model:
-        """The model as it is, for scoring, or packed, for generation; never both at a time."""
+        """The model as it is, for scoring, or packed, for generation; only one is in memory."""
         if self.model is None or self.packed != packed:
             self.model = None
             model = load(self.directory, self.run.torch_dtype, DEVICE)
@@ -371,9 +371,9 @@ class Harness(TemplateLM):
         return in_order(results)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows as long as the model's positions.
+        """Log-likelihood of whole texts, in windows of at most max_length tokens.
 
-        No token is predicted twice.
+        Every token is predicted once.
         """
         # windows of all texts, and how many of each
         windows = []

@@ -50,7 +50,7 @@ COLUMNS = {
     "score: R_t": ("eval_improver.json", "score"),
     "M_t ": ("eval.json", "score"),
 }
-# What the time of an iteration goes to: stage -> kind.
+# Where the time of an iteration goes: stage -> kind.
 KINDS = {
     "generator": "generator",
     "prompts": "prompts",
