@@ -18,8 +18,8 @@ gsm8k_test; names may have a suffix, as mmlu_test_some.jsonl. Examples come from
 arc_challenge_train, hellaswag_train, mmlu_dev, winogrande_train and gsm8k_train, or, without such
 a file, from the other questions. On the Hub they are allenai/ai2_arc (ARC-Challenge),
 Rowan/hellaswag, truthfulqa/truthful_qa (multiple_choice), cais/mmlu, allenai/winogrande
-(winogrande_xl) and openai/gsm8k (main). Without --data, and for other tasks than these six, lm_eval downloads the
-data from the Hub.
+(winogrande_xl) and openai/gsm8k (main). Without --data, and for other tasks than these six,
+lm_eval downloads the data from the Hub.
 """
 
 import json
