@@ -185,7 +185,7 @@ def test_every_wrong_fact_lowers_coverage_and_accuracy():
         fact = rng.choice([f for f in task.facts if f.kind != "word"])
         drawn = w._draw(task, rng)
         drawn[fact] = [rng.choice(fact.wrong), *drawn[fact][1:]]
-        text = w._tidy_text(task, drawn, w.FAMILIES[task.family].answer.split("|"), w.CLOSINGS[0])
+        text = w._tidy_text(task, drawn, [*w.FAMILIES[task.family].answer, w.CLOSINGS[0]])
         marks = score(task.prompt, text)
         assert marks["coverage"] < 1 and marks["accuracy"] < 1 and marks["form"] == 1, text
 
