@@ -848,18 +848,18 @@ def web_records(rng: Random, n: int, exclude: set[str]) -> list[dict]:
     return [{"prompt": task.prompt, "response": web_answer(task, rng)} for task in tasks]
 
 
-SCENES = (
-    "{n} the {j} dreamed of a(n) {a} at the {p}.",
-    "{n} found a(n) {t} on the way to the {p}.",
-    "{n} looked up from the {t} when the {a} came closer.",
-    "Yesterday {n} drew a picture of a(n) {a} and a(n) {t}.",
-    "After lunch, {n} talked with a(n) {j} about the {a}.",
-    "{n} bought {f} and walked slowly to the {p}.",
-    "The children asked {n} for {f} and a picture of the {a}.",
-    "Next week {n} wants to visit the {j} and see the {a}.",
-    "{n} read a book about the {a} and drank some tea.",
-    "The {j} showed {n} the {t} and told a story about {f}.",
-)
+SCENES = """
+{n} the {j} dreamed of a(n) {a} at the {p}.
+{n} found a(n) {t} on the way to the {p}.
+{n} looked up from the {t} when the {a} came closer.
+Yesterday {n} drew a picture of a(n) {a} and a(n) {t}.
+After lunch, {n} talked with a(n) {j} about the {a}.
+{n} bought {f} and walked slowly to the {p}.
+The children asked {n} for {f} and a picture of the {a}.
+Next week {n} wants to visit the {j} and see the {a}.
+{n} read a book about the {a} and drank some tea.
+The {j} showed {n} the {t} and told a story about {f}.
+""".strip().splitlines()
 
 
 def _scene(rng: Random, table: str, name: str) -> str:
@@ -900,8 +900,8 @@ def paragraphs(rng: Random, n: int) -> list[str]:
     return [_paragraph(rng) for _ in range(n)]
 
 
-USES = (
-    (
+USES = {  # by the number of words
+    2: (
         "The {} is near the {}.",
         "We saw the {} behind the {}.",
         "You can see the {} next to the {}.",
@@ -909,12 +909,12 @@ USES = (
         "My friend forgot the {} and found the {}.",
         "First we talked about the {}, then about the {}.",
     ),
-    (
+    3: (
         "The {} is between the {} and the {}.",
         "I dreamed of the {}, the {} and the {}.",
         "She drew the {}, the {} and then the {}.",
     ),
-)
+}
 NOUNS = [*TABLE_OF, *"river lamp garden table window friend book road house moon train".split()]
 # never keywords
 STOP = set(
@@ -941,7 +941,7 @@ def _use_words(rng: Random) -> tuple[str, str]:
     count = rng.choice((2, 2, 3))
     words = rng.sample(NOUNS, count)
     given = " and ".join([", ".join(words[:-1]), words[-1]])
-    sentence = rng.choice(USES[count - 2]).format(*words)
+    sentence = rng.choice(USES[count]).format(*words)
     return f"Use the words {given} in a sentence.", sentence
 
 
@@ -993,18 +993,13 @@ def practice_records(rng: Random, n: int, exclude: set[str] = frozenset()) -> li
 
 
 def main() -> None:
-    """Print examples: each family with its gold and web answers, paragraphs, practice."""
+    """Print a gold and a web answer of every family, then paragraphs and practice."""
     rng = Random(0)
     for name, family in FAMILIES.items():
-        task = make_task(name, rng.choice(family.keys), rng.randrange(3))
-        print(f"\n== {name}: {len(family.keys)} keys\n{task.prompt}\n  gold: {gold(task)}")
-        for _ in range(3):
-            text = web_answer(task, rng)
-            print(f"  web, score {rubric(task.prompt, text)['score']:.2f}: {text}")
+        task = make_task(name, rng.choice(family.keys), 0)
+        print(f"\n{task.prompt}\n  gold: {gold(task)}\n  web: {web_answer(task, rng)}")
     print("\n== corpus paragraphs", *paragraphs(rng, 6), sep="\n  ")
-    print("\n== practice")
-    for row in practice_records(rng, 12):
-        print(f"  {row['prompt']}\n    -> {row['response']}")
+    print("\n== practice", *practice_records(rng, 12), sep="\n  ")
 
 
 if __name__ == "__main__":
