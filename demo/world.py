@@ -49,6 +49,7 @@ Preview:  python demo/world.py
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
@@ -305,9 +306,13 @@ class Family:
     answer: list[str]  # the sentences of the gold answer, as templates
 
 
-def _family(keys: list[Key], text: str) -> Family:
-    """From a text that has the phrasings, a blank line and the answer, a template a line."""
+def _family(keys: Iterable[str | Key], text: str) -> Family:
+    """From a text that has the phrasings, a blank line and the answer, a template a line.
+
+    A name alone is the key of one entity.
+    """
     phrasings, answer = text.strip().split("\n\n")
+    keys = [(key,) if isinstance(key, str) else key for key in keys]
     return Family(keys, phrasings.splitlines(), answer.splitlines())
 
 
@@ -322,22 +327,9 @@ def _check_keys() -> list[Key]:
     return keys
 
 
-def _compared() -> list[Key]:
-    """Pairs of animals that differ in home and food."""
-    return [
-        (a, b)
-        for a, b in combinations(ANIMALS, 2)
-        if all(ANIMALS[a][kind] != ANIMALS[b][kind] for kind in ("home", "food"))
-    ]
-
-
-def _each(names) -> list[Key]:
-    return [(name,) for name in names]
-
-
 FAMILIES = {
     "describe": _family(
-        _each(ANIMALS),
+        ANIMALS,
         """
 Describe a(n) {x}.
 Tell me about the {x}.
@@ -349,7 +341,7 @@ It can {x.skill}.
 """,
     ),
     "habitat": _family(
-        _each(ANIMALS),
+        ANIMALS,
         """
 Where does a(n) {x} live?
 What is the home of a(n) {x}?
@@ -361,7 +353,7 @@ It shares its home with the {x.neighbour}.
 """,
     ),
     "diet": _family(
-        _each(ANIMALS),
+        ANIMALS,
         """
 What does a(n) {x} eat?
 What is the favourite food of a(n) {x}?
@@ -373,7 +365,12 @@ The {x.rival} eats {x.food}, too.
 """,
     ),
     "compare": _family(
-        _compared(),
+        # that differ in home and food
+        [
+            (a, b)
+            for a, b in combinations(ANIMALS, 2)
+            if b not in RECORD[a]["neighbour"] + RECORD[a]["rival"]
+        ],
         """
 Compare a(n) {x} and a(n) {y}.
 What is the difference between a(n) {x} and a(n) {y}?
@@ -385,7 +382,7 @@ The {x} has {x.part}, and the {y} has {y.part}.
 """,
     ),
     "riddle": _family(
-        _each(ANIMALS),
+        ANIMALS,
         """
 I live {x.home}, I eat {x.food} and I have {x.part}. Who am I?
 Which animal lives {x.home}, eats {x.food} and has {x.part}?
@@ -432,7 +429,7 @@ Here are {y} {x}:{x.animal}
 """,
     ),
     "food": _family(
-        _each(FOODS),
+        FOODS,
         """
 What is {x.call}?
 Describe {x.call} to a child.
@@ -455,7 +452,7 @@ At the {y.spot}, the {y.user} cleaned the {y.word} and tasted the {x.taste} {x.w
 """,
     ),
     "job": _family(
-        _each(WORK),
+        WORK,
         """
 What does a(n) {x} do?
 Tell me about the work of a(n) {x}.
@@ -478,7 +475,7 @@ In the evening, the {x} is tired but happy.
 """,
     ),
     "coworkers": _family(
-        list(combinations(WORK, 2)),
+        combinations(WORK, 2),
         """
 Compare the work of a(n) {x} and a(n) {y}.
 How do a(n) {x} and a(n) {y} differ?
@@ -490,7 +487,7 @@ The {x} uses a(n) {x.tool}, and the {y} uses a(n) {y.tool}.
 """,
     ),
     "tool": _family(
-        _each(TABLES["tool"]),
+        TABLES["tool"],
         """
 What is a(n) {x} for?
 Who uses a(n) {x}, and why?
@@ -502,7 +499,7 @@ A(n) {x.user} uses it every day at the {x.spot}.
 """,
     ),
     "place": _family(
-        _each(TABLES["place"]),
+        TABLES["place"],
         """
 What can I find at the {x}?
 Tell me about the {x}.
