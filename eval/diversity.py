@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
+from eval.answers import words
 from eval.lm_eval_adapter import optional
-from eval.stats import mean, plane
+from eval.stats import plane, rounded
 from eval.table import table
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import DEVICE, on_rank0, print0
@@ -89,9 +90,8 @@ def distinct(texts: list[str], n: int) -> float:
     """Share of distinct n-grams of words among all, none across texts."""
     grams = []
     for text in texts:
-        words = re.findall(r"\w+", text.lower())
-        for i in range(len(words) - n + 1):
-            grams.append(tuple(words[i : i + n]))
+        found = re.findall(r"\w+", text.lower())
+        grams += [tuple(found[i : i + n]) for i in range(len(found) - n + 1)]
     return len({*grams}) / max(1, len(grams))
 
 
@@ -111,34 +111,30 @@ def read_sources(paths: list[Path], o: Options) -> dict[str, list[str]]:
 def measure(paths: list[Path], o: Options, out: Path) -> dict[str, float]:
     """Measure files of prompts; writes scores.json and map.json, returns all numbers."""
     sources = read_sources(paths, o)
-    sizes = [len(texts) for texts in sources.values()]
-    embeddings = embed([text for texts in sources.values() for text in texts])
+    labelled = [(name, text) for name, texts in sources.items() for text in texts]
+    embeddings = embed([text for _, text in labelled])
+
+    # the scores
     rows = []
-    for (name, texts), part in zip(sources.items(), embeddings.split(sizes), strict=True):
+    numbers = {}
+    parts = embeddings.split([len(texts) for texts in sources.values()])
+    for (name, texts), part in zip(sources.items(), parts, strict=True):
         row = {
-            "source": name,
             "prompts": len(texts),
             "similarity": similarity(part),
             **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
-            "words": mean([len(text.split()) for text in texts]),
+            "words": words(texts),
         }
-        rows.append(row)
+        rows.append({"source": name, **row})
+        numbers |= {f"{name}.{key}": value for key, value in row.items()}
     write_json(out / "scores.json", rows)
 
     # the map
-    labels = [(name, text) for name, texts in sources.items() for text in texts]
     points = []
-    for (name, text), (x, y) in zip(labels, plane(embeddings)[0].tolist(), strict=True):
-        point = {"prompt": text, "source": name, "x": round(x, 4), "y": round(y, 4)}
-        points.append(point)
+    for (name, text), (x, y) in zip(labelled, plane(embeddings)[0].tolist(), strict=True):
+        points.append({"prompt": text, "source": name, **rounded({"x": x, "y": y})})
     write_text(out / "map.json", json.dumps(points))
-
-    # all numbers by source
-    numbers = {"score": 1 - rows[0]["similarity"]}
-    for row in rows:
-        name = row.pop("source")
-        numbers |= {f"{name}.{key}": value for key, value in row.items()}
-    return {name: round(value, 4) for name, value in numbers.items()}
+    return rounded({"score": 1 - rows[0]["similarity"], **numbers})
 
 
 def map_prompts(paths: list[Path], o: Options, out: Path) -> Path:
@@ -156,7 +152,7 @@ def main(o: Options) -> dict:
         raise InputError(f"--prompts is missing: give {what}")
     out = o.out or paths[0].parent / "diversity"
     counts = on_rank0(counts_of, map_prompts(paths, o, out / "map.json"))
-    print0(table(on_rank0(load_json, out / "scores.json")))
+    print0(table(load_json(out / "scores.json")))
     return {name: value for name, value in counts.items() if name != "seconds"}
 
 
