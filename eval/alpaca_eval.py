@@ -3,10 +3,10 @@
 score is the length-controlled win rate in percent, win_rate the plain mean preference (a draw
 counts one half). The former is fitted: logit P(win) = theta * tanh((len_baseline - len_model) /
 std of that difference) + psi * difficulty + phi, then averaged with the length term at 0. Without
---difficulty there is no psi, and a model far from the baseline comes out too high: by 6.9 points
-on average over 11 published models (at most 22.7), by 0.7 (1.8) with estimated difficulties
-(--annotations prints it). For prompts of your own choose a baseline of similar length, and look
-at the win rate too.
+--difficulty there is no psi, and the score of a model far from the baseline is too high: by 6.9
+points on average over 11 published models (at most 22.7), by 0.7 (1.8) with estimated difficulties
+(--annotations prints these errors). For your own prompts, choose a baseline of similar length, and
+look at the win rate too.
 
 What differs from the official evaluator: both orders of a pair are judged, and their mean is the
 preference (official: one order, drawn at random); the fit is a plain logistic regression, without
@@ -78,7 +78,7 @@ def length_controlled(preference, len_model, len_baseline, difficulty=0.0) -> fl
     preference (N,) in [0, 1]; lengths (N,) in characters; difficulty (N,), or 0 where unknown.
     """
     gap = np.subtract(len_baseline, len_model)
-    # a constant gap cannot be told from skill
+    # a constant gap cannot be separated from skill
     length = np.tanh(gap / gap.std()) if gap.std() else 0 * gap
     X = np.column_stack(np.broadcast_arrays(length, 1.0, difficulty))  # (N, 3)
     b = logistic(X, preference)
@@ -86,7 +86,7 @@ def length_controlled(preference, len_model, len_baseline, difficulty=0.0) -> fl
 
 
 def statistics(preference, len_model, len_baseline, difficulty=0.0) -> dict[str, float]:
-    """All numbers of a model; the standard error of score is from 100 bootstraps over prompts."""
+    """All numbers of a model; the standard error of score is from 100 bootstrap resamples."""
     columns = np.broadcast_arrays(preference, len_model, len_baseline, difficulty)
     return {
         "score": length_controlled(*columns),
@@ -135,7 +135,7 @@ def reproduce(o: Options) -> dict[str, float]:
     difficulty = read_difficulty(o.difficulty)
     rows = []
     for published in read_csv(o.leaderboard, *PUBLISHED):
-        # our numbers of one model, whose preferences lie between 1 and 2
+        # our numbers for one model; published preferences are between 1 and 2
         name = next(iter(published.values()))
         mine = [[float(row[c]) for c in ANNOTATED] for row in annotations if row["model"] == name]
         if not mine:
@@ -144,7 +144,7 @@ def reproduce(o: Options) -> dict[str, float]:
         index, preference, theirs, ours = np.array(mine).T
         s = statistics(preference - 1, ours, theirs, [difficulty[i] for i in index])
 
-        # beside the published ones
+        # beside the published numbers
         win_rate, se, lc = (float(published[column]) for column in PUBLISHED)
         row = {
             "model": name,
@@ -206,7 +206,7 @@ def main(o: Options) -> dict:
     rows = [{"index": i, "model_first": a, "baseline_first": b} for i, (a, b) in enumerate(games)]
     on_rank0(write_jsonl, out / "games.jsonl", rows)
 
-    # a lone comparison would count the bias of its position
+    # a comparison in one order only would count the judge's position bias
     judged = [i for i, pair in enumerate(games) if None not in pair]
     if not judged:
         problem = "no pair has verdicts in both orders"
@@ -231,8 +231,13 @@ def write_official(path: Path, name: str, baseline: list[dict], ours: list[str])
     """The file of outputs that alpaca_eval's own judging reads."""
     rows = []
     for row, text in zip(baseline, ours, strict=True):
-        official = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
-        rows.append({**official, "output": text, "generator": name})
+        official = {
+            "dataset": row.get("dataset", ""),
+            "instruction": row["instruction"],
+            "output": text,
+            "generator": name,
+        }
+        rows.append(official)
     write_text(path, json.dumps(rows, indent=1, ensure_ascii=False))
 
 
@@ -241,7 +246,7 @@ def show(o: Options, result: dict) -> None:
     numbers = {key: result[key] for key in (*shown, "malformed")}
     print0(table([{"AlpacaEval 2": o.model.name, "LC win rate": result["score"], **numbers}]))
     if not o.difficulty and not 30 <= result["win_rate"] <= 77:
-        problem = "the length-controlled win rate is several points off outside of 30 to 77 %"
+        problem = "the length-controlled win rate is several points off outside 30 to 77 %"
         print0(f"Without --difficulty {problem}.")
 
 

@@ -4,12 +4,12 @@ score is the win rate in percent: two comparisons per prompt with positions swap
 answer ([[A>>B]]) counts three times, a tie as half a win. As every comparison is with the
 baseline, this weighted mean is the win rate of the official Bradley-Terry fit. style_score is a
 Bradley-Terry fit with the difference in style held at 0: length, headers, lists, bold. Intervals
-are of 100 bootstraps.
+are from 100 bootstrap resamples.
 
-What differs from the official evaluator: bootstraps draw prompts, as the comparisons of one
-prompt are not independent; style is held at the baseline's (official: at the mean over all models
-on the board, so a score depends on who else is there); lengths are counted in words; the judge's
-prompt is our own unless --judge-prompt gives the official one, and only with that and the
+What differs from the official evaluator: the bootstrap resamples prompts, as the comparisons of
+one prompt are not independent; style is held at the baseline's (official: at the mean over all
+models on the board, so a score depends on who else is there); lengths are counted in words; the
+judge's prompt is our own unless --judge-prompt gives the official one, and only with that and the
 official judge are scores comparable with the leaderboard's. A comparison without a verdict is
 left out, as in the official v0.1 (later versions leave out the prompt), and counted as malformed.
 
@@ -119,7 +119,7 @@ def statistics(games: list[tuple], ours: list[str], theirs: list[str]) -> dict[s
     }
     for prefix, (statistic, *columns) in rates.items():
         resampled = bootstrap(statistic, *columns)
-        # nan: a resample may hold no comparison with a verdict
+        # nan where a resample holds no comparison with a verdict
         low, high = np.nanquantile(resampled, (0.025, 0.975)).tolist()
         numbers |= {
             f"{prefix}score": statistic(*columns),
@@ -141,7 +141,7 @@ def read_answers(path: Path | None) -> dict[str, str]:
     path = need(path, "--baseline", f"the baseline's answers, {SOURCE}model_answer/")
     answers = {}
     for number, row in enumerate(read_lines(path), 1):
-        # anything that is not there is an error of the file
+        # a missing field is an error in the file
         try:
             turns = row["messages"] if "messages" in row else row["choices"][0]["turns"][:1]
             said = turns[-1]["content"]

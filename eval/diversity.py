@@ -1,6 +1,6 @@
-"""How different prompts are from each other: by sentence embeddings, and by their words.
+"""Diversity of prompts, by sentence embeddings and by their words.
 
-Takes files of prompts instead of a model. For each source: similarity, the mean over prompts of
+Reads files of prompts instead of a model. For each source: similarity, the mean over prompts of
 the mean cosine to all others, as SynPO measures diversity (lower is more diverse); distinct-1, -2
 and -3, the share of distinct words, pairs and triples of words among all (it falls as a source
 grows: compare sources of one size); and the mean number of words. score is 1 - similarity of the
@@ -57,7 +57,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def name_sources(paths: list[Path]) -> list[str]:
-    """File names without suffix; as many parent folders as it takes to tell them apart."""
+    """File names without suffix, with as many parent folders as it takes to tell them apart."""
     for depth in range(1, 9):
         names = ["/".join(path.resolve().with_suffix("").parts[-depth:]) for path in paths]
         if len({*names}) == len(names):
@@ -81,7 +81,7 @@ def similarity(embeddings: torch.Tensor) -> float:
     """Mean over rows of the mean cosine to all other rows; (N, C) of length 1."""
     n = len(embeddings)
     total = embeddings.double().sum(0)
-    # the squared length of the sum is the sum over all pairs, of a row with itself too
+    # the squared length of the sum is the sum over all pairs, those of a row with itself included
     pairs = float(total @ total - embeddings.double().pow(2).sum())
     return pairs / (n * (n - 1))
 

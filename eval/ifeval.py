@@ -59,7 +59,7 @@ def read_prompts(path: Path | None, limit: int) -> list[dict]:
     """Records with `id`, `prompt`, `instruction_id_list` and `kwargs`, the lists equally long."""
     need(path, "--data", "IFEval's input_data.jsonl; --help says where it is")
     rows = read_jsonl(path, "prompt")
-    # the checkers would fail on anything else
+    # the checkers fail on anything else
     for number, row in enumerate(rows, 1):
         names = row.get("instruction_id_list")
         values = row.get("kwargs")
@@ -74,11 +74,11 @@ def read_prompts(path: Path | None, limit: int) -> list[dict]:
 
 @contextmanager
 def checkers(nltk_data: str = ""):
-    """lm_eval's process_results(doc, [answer]), deterministic; restores every global state."""
+    """lm_eval's process_results(doc, [answer]), made deterministic; restores all global state."""
     with optional():
         import nltk
         from langdetect import DetectorFactory
-    # what is changed of them
+    # the state to restore
     path = [*nltk.data.path]
     seed = DetectorFactory.seed
     if nltk_data:
@@ -95,7 +95,7 @@ def checkers(nltk_data: str = ""):
             ) from None
         with optional():
             from lm_eval.tasks.ifeval.utils import process_results
-        with lm_eval_seeds():  # a checker without arguments draws them
+        with lm_eval_seeds():  # a checker without arguments samples them
             yield process_results
     finally:
         nltk.data.path[:] = path

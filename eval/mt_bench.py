@@ -3,8 +3,8 @@
 score is the mean over all judged turns; se is that of the mean over questions, as the two turns
 of one are not independent. The second turn is generated after the first; math, reasoning and
 coding are graded against a reference answer. Prompts and references are the official files;
-comparable with published grades only where the judge is the same. As officially, a turn whose
-verdict has no grade is left out, and counted as malformed.
+comparable with published grades only where the judge is the same. As in the official code, a turn
+whose verdict has no grade is left out, and counted as malformed.
 
 --data holds three files of fastchat/llm_judge/data in the repository lm-sys/FastChat:
 mt_bench/question.jsonl, judge_prompts.jsonl, and mt_bench/reference_answer/gpt-4.jsonl under the
@@ -55,13 +55,16 @@ class Options(JudgedOptions):
     data: Path | None = None  # directory of three official files, see above
     out: Path | None = None  # directory to write; empty: MODEL/eval/mt_bench
     limit: int = 0  # use only N questions, evenly spread over the categories; 0: all
-    temperature: float = -1.0  # of all answers; below 0: by category, as officially
+    temperature: float = -1.0  # of all answers; below 0: the official one of each category
     max_new_tokens: int = 1024  # limit per answer
     judge_tokens: int = 2048  # max tokens of a verdict with reasons
 
 
 def read_data(o: Options) -> tuple[list[dict], dict[str, dict]]:
-    """Questions, where they need one with a `ref_answer` of two texts; judge's prompts by name."""
+    """Questions, and the judge's prompts by name.
+
+    A question that is graded against a reference gets the field `ref_answer`, two texts.
+    """
     if o.judge_prompt:
         raise InputError("--judge-prompt: MT-Bench's prompts are those of --data; leave it out")
     # the three files
@@ -76,7 +79,7 @@ def read_data(o: Options) -> tuple[list[dict], dict[str, dict]]:
     number = len(first(questions, o.limit))
     questions = [questions[i * len(questions) // number] for i in range(number)]
 
-    # what a file lacks that another one asks for
+    # each file must hold what the others refer to
     for row in questions:
         number = row["question_id"]
         if len(row["turns"]) != 2:
@@ -129,10 +132,10 @@ def to_request(prompts: dict, row: dict, turn: int, answers: list[str]) -> Reque
     reference = row.get("ref_answer", ())
     kind = "single-math-v1" if reference else "single-v1"
     prompt = prompts[kind + ("-multi-turn" if turn == 2 else "")]
-    # a prompt has places for some of these
+    # a prompt uses some of these
     texts = {"question": row["turns"][0], "answer": answers[0]}
-    by_turn = {"question": row["turns"], "answer": answers, "ref_answer": reference}
-    for name, turns in by_turn.items():
+    by_turn = (("question", row["turns"]), ("answer", answers), ("ref_answer", reference))
+    for name, turns in by_turn:
         texts |= {f"{name}_{number}": text for number, text in enumerate(turns, 1)}
     system = {"role": "system", "content": prompt["system_prompt"]}
     user = {"role": "user", "content": fill_in(prompt["prompt_template"], texts)}
@@ -140,7 +143,7 @@ def to_request(prompts: dict, row: dict, turn: int, answers: list[str]) -> Reque
 
 
 def read_grade(reply: dict) -> float | None:
-    """The first [[grade]] of the text, or [grade] where there is none; None outside of 1 to 10."""
+    """The first [[grade]] of the text, or [grade] where there is none; None outside 1 to 10."""
     text = reply["text"]
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
     if not found or not 1 <= float(found[1]) <= 10:

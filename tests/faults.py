@@ -698,8 +698,8 @@ FAULTS = [
     Fault(
         "population-error",
         "eval/stats.py",
-        old="values.std(ddof=1) / len(values)",
-        new="values.std(ddof=0) / len(values)",
+        old="np.std(values, ddof=1) / len(values)",
+        new="np.std(values, ddof=0) / len(values)",
         tests=("eval/test_stats.py",),
     ),
     Fault(
