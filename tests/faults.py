@@ -652,7 +652,7 @@ FAULTS = [
     # eval/ and bench/
     Fault(
         "draw-is-a-loss",
-        "eval/heldout.py",
+        "eval/stats.py",
         old="0.5 if a == b else float(a > b)",
         new="float(a > b)",
         tests=("eval/test_heldout.py::test_win_rate_against_itself_is_one_half",),
@@ -667,8 +667,8 @@ FAULTS = [
     Fault(
         "length-not-controlled",
         "eval/alpaca_eval.py",
-        old="sigmoid(rest @ b[1:])",
-        new="sigmoid(rest @ b[1:] + length * b[0])",
+        old="sigmoid(X[:, 1:] @ b[1:])",
+        new="sigmoid(X @ b)",
         tests=(
             "eval/test_alpaca_eval.py::"
             "test_length_controlled_win_rate_takes_out_a_planted_effect_of_length",
@@ -698,8 +698,8 @@ FAULTS = [
     Fault(
         "population-error",
         "eval/stats.py",
-        old="values.std(ddof=1) / len(values)",
-        new="values.std(ddof=0) / len(values)",
+        old="np.std(values, ddof=1) / len(values)",
+        new="np.std(values, ddof=0) / len(values)",
         tests=("eval/test_stats.py",),
     ),
     Fault(
