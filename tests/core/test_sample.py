@@ -219,12 +219,15 @@ def test_static_shapes_and_recorded_steps_write_the_same(tiny, monkeypatch, chan
         return step(self, state, live)
 
     monkeypatch.setattr(sample_module, "Graph", Replayed)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_module, "DEVICE", torch.device("cuda"))  # so the option is accepted
+        recorded = SampleOptions(slots=6, cuda_graph=True, ignore_eos=True)
     monkeypatch.setattr(Engine, "step", watched)
     model = random_model(llama_config(**changes))
     written = {}
     for static in (False, True):
         shapes.clear()
-        o = SampleOptions(slots=6, cuda_graph=static, ignore_eos=True)
+        o = recorded if static else SampleOptions(slots=6, ignore_eos=True)
         engine = Engine(model, Chat(tiny), o)
         written[static] = []
         # the second run has a cache, and so a graph, of its own
