@@ -225,7 +225,8 @@ def train_policy(
     pairs: list[Path],  # JSONL files of {"prompt", "chosen", "rejected"}
     out: Path,  # checkpoint directory to write
     o: PolicyOptions,
-    reference: Checkpoint | None = None,  # frozen; ignored by losses without; default: the model
+    reference: Checkpoint
+    | None = None,  # frozen; unused if the loss reads none; default: the model
     cache: Path | None = None,  # folder of reference log-probs; default: OUT.reference
 ) -> Path:
     """Optimise a checkpoint on pairs against a frozen reference."""
