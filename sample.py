@@ -45,7 +45,7 @@ class SampleOptions:
     run: RunOptions = RunOptions()
     temperature: float = 0.7  # 0 is greedy
     top_p: float = 1.0  # nucleus: the fewest tokens with this probability; below 1 costs a sort
-    max_new_tokens: int = 512  # limit per response; a record's own max_new_tokens wins
+    max_new_tokens: Count = 512  # limit per response; a record's own max_new_tokens wins
     ignore_eos: bool = False  # go on to the limit
     stop: str = ""  # also end a response once it contains this text
     slots: Count = 128  # max batch size; reduced if the KV cache would exceed half of free memory
@@ -150,17 +150,6 @@ class Engine:
         self.cache = None  # of one run
         self.graph = None
         self.stop_token_ids = set() if o.ignore_eos else chat.stop_token_ids
-        self.stop_ends = self.tokens_that_end_stop()
-
-    def tokens_that_end_stop(self) -> set[int]:
-        """Tokens after which the stop text may be complete: they hold its last character, or the
-        last of its bytes.
-        """
-        if not self.o.stop:
-            return set()
-        endings = {self.o.stop[-1], "\ufffd"}
-        vocabulary = range(self.chat.tokenizer.get_vocab_size())
-        return {token for token in vocabulary if endings & set(self.chat.text([token]))}
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> None:
@@ -263,12 +252,9 @@ class Engine:
             self.progress.update(len(tokens))
 
     def has_stop(self, r: Request) -> bool:
-        """Whether the stop text is complete. Its last tokens, one a byte at most, are all that need
-        be looked at.
-        """
-        if r.output[-1] not in self.stop_ends:
-            return False
-        return self.o.stop in self.chat.text(r.output[-len(self.o.stop.encode()) :])
+        """Whether the stop text is complete; its last tokens, one a byte at most, can tell."""
+        stop = self.o.stop
+        return stop != "" and stop in self.chat.text(r.output[-len(stop.encode()) :])
 
 
 # ---------------------------------------------------------------------------------- files to files
