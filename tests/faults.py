@@ -470,8 +470,8 @@ FAULTS = [
     Fault(
         "worst-of-n",
         "improve.py",
-        old='best = max(candidates[draft["id"]], key=rank)',
-        new='best = min(candidates[draft["id"]], key=rank)',
+        old="if rank > highest:",
+        new="if not highest or rank < highest:",
         tests=("core/test_improve.py::test_scorer_decides_among_the_finished",),
     ),
     Fault(
@@ -487,8 +487,8 @@ FAULTS = [
     Fault(
         "prefix-off-by-one",
         "gen_prompts.py",
-        old="shingles[: len(shingles) - int(",
-        new="shingles[: len(shingles) - 1 - int(",
+        old="shingles[: n - (shared - 1)]",
+        new="shingles[: n - shared]",
         tests=("core/test_gen_prompts.py::test_prefix_filtering_equals_brute_force",),
     ),
     Fault(
@@ -594,8 +594,8 @@ FAULTS = [
     Fault(
         "config-wins",
         "plumbing/options.py",
-        old="argv = without_entries(command, flags, argv) + argv",
-        new="argv = argv + without_entries(command, flags, argv)",
+        old="argv = given + argv",
+        new="argv = argv + given",
         tests=("core/test_options.py::test_config_file_gives_options_and_flags_win",),
     ),
     Fault(
@@ -608,8 +608,8 @@ FAULTS = [
     Fault(
         "damage-unseen",
         "plumbing/stage.py",
-        old="if not same and hash_file(path) != known_hash:",
-        new="if status.st_size != known[0]:",
+        old="if touched and hash_file(path) != known_hash:",
+        new="if status.st_size != size:",
         tests=("core/test_stage.py::test_a_damaged_result_is_made_again",),
     ),
     Fault(
