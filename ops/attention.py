@@ -47,7 +47,7 @@ class Packed:
         self.lengths = lengths
         self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,)
         self.starts = torch.tensor([0, *lengths]).cumsum(0)  # (S + 1,) on the CPU
-        self.cu_seqlens = self.starts.to(torch.int32).to(device)
+        self.cu_seqlens = self.starts.to(device, torch.int32)
         self.last = (self.starts[1:] - 1).to(device)  # (S,) index of each sequence's last token
 
     def attend(self, layer: int, q, k, v, window: int | None):

@@ -78,8 +78,7 @@ class Pointer:
         if x.dtype is self.dtype and x.is_cpu and contiguous:
             return ctypes.c_void_p(x.data_ptr())
         wanted = "contiguous rows" if self.rows else "a contiguous tensor"
-        found = f"{x.dtype} on {x.device}, shape {tuple(x.shape)}, strides {x.stride()}"
-        raise TypeError(f"needs {wanted} of {self.dtype} on the CPU, got {found}")
+        raise TypeError(f"needs {wanted} of {self.dtype} on the CPU, got {x.dtype}, {x.stride()}")
 
 
 TYPES = {

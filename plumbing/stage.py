@@ -7,10 +7,10 @@
     return stage.finish(records=17)
 
 The first statement of a stage says all that decides its result: `o`, an options object, and any
-other values by name. A Path, or a list or dict of them, is compared by content; every other value,
-and every field of `o` that is not compare=False, as it is. A manifest beside the result records
-them, so the same command skips what is up to date, resumes what is half done, and refuses to mix
-results of other inputs or options.
+other values by name. A Path, or a list or dict of them, is compared by content, every other value
+as it is; fields of `o` with compare=False are left out. A manifest beside the result records them,
+so the same command skips what is up to date, resumes what is half done, and refuses to mix results
+of other inputs or options.
 
 OUT.partial/ holds the identity, the lock and all parts of an unfinished result. It is cleared when
 the identity differs, and removed by finish().
