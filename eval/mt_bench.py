@@ -59,6 +59,11 @@ class Options(JudgedOptions):
     max_new_tokens: int = 1024  # limit per answer
     judge_tokens: int = 2048  # max tokens of a verdict with reasons
 
+    def __post_init__(self):
+        # below 0 is no temperature of the sampler; answer() checks its options once more
+        if self.temperature >= 0:
+            super().__post_init__()
+
 
 def read_data(o: Options) -> tuple[list[dict], dict[str, dict]]:
     """Questions, and the judge's prompts by name.
