@@ -225,7 +225,7 @@ def train_policy(
     pairs: list[Path],  # JSONL files of {"prompt", "chosen", "rejected"}
     out: Path,  # checkpoint directory to write
     o: PolicyOptions,
-    reference: Checkpoint | None = None,  # frozen; ignored by losses without one; default: MODEL
+    reference: Checkpoint | None = None,  # frozen; only for losses that read one; default: model
     cache: Path | None = None,  # folder of reference log-probs; default: OUT.reference
 ) -> Path:
     """Optimise a checkpoint on pairs against a frozen reference."""

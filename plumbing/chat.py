@@ -91,8 +91,10 @@ class Chat:
 def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.is_file():
-        fix = "check the path, or save the tokenizer with the checkpoint"
-        raise InputError(f"{directory}: no tokenizer.json in it; {fix}")
+        raise InputError(
+            f"{directory}: no tokenizer.json in it; check the path, or save the tokenizer with the "
+            "checkpoint"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()  # trainers leave such settings in the file

@@ -288,7 +288,8 @@ def cli(function, default_config: str = "") -> None:
             print0(json.dumps({**result, "seconds": round(time.perf_counter() - start, 2)}))
         except (InputError, OSError) as error:
             rank = f"[rank {RANK}] " if RANK else ""
-            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+            fix = "; check the path, or give another one" if isinstance(error, OSError) else ""
+            print(f"{rank}error: {error}{fix}", file=sys.stderr, flush=True)
             # torchrun ends all ranks as soon as one has ended: rank 0 must say its error first
             time.sleep(10 if RANK else 0)
             sys.exit(2)

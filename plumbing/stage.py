@@ -247,8 +247,10 @@ def read_manifest(out: str | Path, refuse: bool = True) -> dict | None:
     if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
         return manifest
     if refuse:
-        fix = "give another --out, or use that version"
-        raise InputError(f"{path}: written by another version of this program; {fix}")
+        raise InputError(
+            f"{path}: written by another version of this program; give another --out, or use that "
+            "version"
+        )
     return None
 
 

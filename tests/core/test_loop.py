@@ -866,7 +866,7 @@ BAD = {
         corpus_of("The the of and.\n\nIt is so."),
         "corpus.txt: none of its 2 paragraphs .*; give",
     ),
-    "a file in the way": (file_as_out, "file: File exists; .*give another"),
+    "a file in the way": (file_as_out, "File exists: .*/file'; .*give another"),
     # the model
     "no model": (given("--model", ""), "--model is needed"),
     "no checkpoint": (folder_as_model, "model.safetensors: missing; complete the checkpoint"),

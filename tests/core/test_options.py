@@ -470,6 +470,7 @@ def test_a_file_error_is_one_line(monkeypatch, capsys, tmp_path):
     assert errors.count("\n") == 1
     assert errors.startswith("error: ")
     assert f"'{tmp_path / 'file'}" in errors
+    assert "give another one" in errors
     assert "Not a directory" in errors or "File exists" in errors
 
     def no_space(o: Options) -> dict:
