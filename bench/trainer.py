@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from statistics import median
 
@@ -60,11 +60,22 @@ class Watch:
         setattr(module, name, watched)
 
 
-def peak_flops(n: int = 2048) -> float:
-    """Peak FLOP/s of this process: the best of several large bf16 matmuls."""
-    a = torch.randn(n, n).bfloat16()
-    best = min(timed(lambda: a @ a) for _ in range(30))
-    return 2 * n**3 / best
+def peak_flops() -> float:
+    """Peak FLOP/s of this process: the best bf16 matmul of about a second of them.
+
+    Their size doubles until one takes 10 ms: large on a fast CPU, and soon done on one without
+    bf16. Training has all three layouts; such a CPU is many times faster in some than in others.
+    """
+    best = 0.0
+    n = 128
+    start = time.perf_counter()
+    while time.perf_counter() < start + 1:
+        a = torch.randn(n, n).bfloat16()
+        seconds = [timed(partial(torch.mm, *pair)) for pair in ((a, a), (a, a.T), (a.T, a))]
+        best = max(best, 2 * n**3 / min(seconds))
+        if max(seconds) < 0.01:
+            n *= 2
+    return best
 
 
 def run_ours(model: str, pairs: str, method: str, steps: int, batch: int, **shared) -> dict:

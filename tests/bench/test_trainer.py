@@ -1,11 +1,14 @@
 """bench/trainer.py on a tiny model: a comparison runs, and its figures are those of its runs."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from bench_helpers import run_bench
-from conftest import last_json, read_rows, tiny_checkpoint, write_rows
+from conftest import ROOT, last_json, read_rows, tiny_checkpoint, write_rows
 
 from bench import peers, trainer
 from checkpoint import load_config
@@ -103,6 +106,23 @@ def test_growth(given, asked):
     assert [one["steps"] for one in arguments[-3:]] == [50, 500, 5000]
     layers = [load_config(one["model"]).num_hidden_layers for one in arguments[3:7]]
     assert layers == [1, 8, 32, 1]
+
+
+@pytest.mark.slow
+def test_the_peak_is_soon_measured_without_bf16_instructions():
+    older = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    code = "import time; from bench.trainer import peak_flops; start = time.perf_counter(); "
+    code += "print(peak_flops(), time.perf_counter() - start)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, **older},
+    )
+    peak, seconds = map(float, done.stdout.split())
+    assert peak > 1e8 and seconds < 20
 
 
 def test_long_pairs_are_joined_ones(given):
