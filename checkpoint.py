@@ -5,13 +5,14 @@ llama3, biases, quantised weights, attention dropout. Weights are read from safe
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -138,8 +139,7 @@ def require(settings: dict, names: tuple[str, ...], path) -> None:
 def norm_epsilon(raw: dict, path) -> float:
     """rms_norm_eps as a float: a 0 would divide by zero wherever a row is all zeros."""
     value = raw.get("rms_norm_eps", 1e-6)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < float("inf"):
+    if type(value) not in (int, float) or not 0 < value < math.inf:
         problem = f"rms_norm_eps must be a positive number, got {value!r}"
         raise InputError(f"{path}: {problem}; correct it (the default is 1e-6)")
     return float(value)
@@ -282,13 +282,18 @@ def save(
     not at all.
     """
     out = Path(out)
-    files = split_into_files(model, dtype, shard_bytes)
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        sizes[name] = torch.empty(parameter.shape, dtype=dtype, device="meta")
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
 
     # gather the parameters of one file after the other, and write each beside its final name
-    for file, parameters in files.items():
+    for file, names in split.filename_to_tensors.items():
         tensors = {}
-        for name, parameter in parameters.items():
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        for name in names:
+            full = model.get_parameter(name)
+            if isinstance(full, DTensor):
+                full = full.full_tensor()
             if writer:
                 tensors[name] = full.detach().to(dtype).cpu().contiguous()
         if writer:
@@ -297,12 +302,12 @@ def save(
         return
 
     # all files are there: give them their names; an index of an earlier save must not survive
-    for file in files:
+    for file in split.filename_to_tensors:
         os.replace(out / f"{file}.tmp", out / file)
     (out / INDEX).unlink(missing_ok=True)
-    if len(files) > 1:
-        weight_map = {name: file for file, parameters in files.items() for name in parameters}
-        write_json(out / INDEX, {"metadata": {}, "weight_map": weight_map})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(out / INDEX, index)
 
     # the rest of the directory
     for name in TOKENIZER_FILES:
@@ -311,23 +316,6 @@ def save(
             shutil.copy(source, out / name)
     write_text(out / "chat_template.jinja", chat_template)
     write_text(out / "config.json", json.dumps(saved_config(model.config.raw, dtype), indent=2))
-
-
-def split_into_files(model: Model, dtype: torch.dtype, shard_bytes: int) -> dict[str, dict]:
-    """{file name: {parameter name: parameter}}; a larger parameter gets a file of its own."""
-    files = [{}]
-    size = 0
-    for name, parameter in model.named_parameters():
-        bytes_ = parameter.numel() * dtype.itemsize
-        if files[-1] and size + bytes_ > shard_bytes:
-            files.append({})
-            size = 0
-        files[-1][name] = parameter
-        size += bytes_
-    if len(files) == 1:
-        return {"model.safetensors": files[0]}
-    total = len(files)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": file for i, file in enumerate(files, 1)}
 
 
 def saved_config(raw: dict, dtype: torch.dtype) -> dict:

@@ -20,6 +20,7 @@ pairs.jsonl {prompt | messages, chosen, rejected} -> DIR: an HF checkpoint and i
 import gc
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ import torch
 from checkpoint import Checkpoint, load
 from losses import Loss, differences, loss_defaults, pair_logps, preference_of, resolve_loss
 from plumbing.chat import Chat
-from plumbing.options import cli, plugin_files
+from plumbing.options import Count, cli, plugin_files
 from plumbing.ranks import DEVICE, RANK, WORLD, gather, on_rank0, print0
 from plumbing.records import InputError, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage, fingerprint
@@ -53,20 +54,17 @@ class PolicyOptions(TrainOptions):
     nll: float = 0.0  # weight of the chosen response's mean negative log-prob, added to the loss
     lr: float = 5e-7  # peak learning rate
     epochs: int = 1  # passes over the pairs
-    batch: int = 128  # pairs per optimizer step, over all processes
-    # not compared as paths but by their content: train_policy gives them to its Stage
-    second_reference: Checkpoint | None = field(default=None, compare=False)  # for mrpo
-    self_samples: Path | None = field(
-        default=None, compare=False
-    )  # responses by id, for selm and xpo
+    batch: Count = 128  # pairs per optimizer step, over all processes
+    second_reference: Checkpoint | None = None  # for mrpo
+    self_samples: Path | None = None  # responses by id, for selm and xpo
 
 
 # -------------------------------------------------------------------------------- what a loss sees
 
 
 def policy_loss(o: PolicyOptions) -> Loss:
-    """The loss with its parameters; InputError where it needs an input that is not given, or does
-    not read a given one.
+    """The loss with its parameters; InputError if an input that it reads is missing, or if one is
+    given that it does not read.
     """
     loss = resolve_loss(o.loss, o.loss_parameters)
     inputs = (
@@ -89,7 +87,7 @@ def make_example(
     does not fit.
     """
     texts = [row["chosen"], row["rejected"]]
-    if sample is not None:
+    if sample:
         texts.append(sample["response"])
     sequences = [make_sequence(chat, row, text, o) for text in texts]
     if None in sequences:
@@ -167,11 +165,11 @@ def reference_logps(
     cached = on_rank0(read_cache, folder)
 
     # what is missing, each sequence once
+    known = set(cached)
     missing = []
-    computed: set[str] = set()
     for group in groups:
-        new = {key(s): s for s in group if key(s) not in cached and key(s) not in computed}
-        computed |= new.keys()
+        new = {key(s): s for s in group if key(s) not in known}
+        known |= new.keys()
         if new:
             missing.append(new)
     if missing:
@@ -190,8 +188,8 @@ def reference_logps(
     if wrong:
         problem = f"{len(wrong)} of {len(keys)} reference log-probs are missing or not finite"
         raise InputError(f"{folder}: {problem}; delete the folder to compute them again")
-    counts = f"{len(keys) - len(computed):,} cached  {len(computed):,} computed"
-    print0(f"  reference log-probs          {counts}")
+    computed = sum(map(len, missing))
+    print0(f"  reference log-probs          {len(keys) - computed:,} cached  {computed:,} computed")
     return cached
 
 
@@ -227,19 +225,18 @@ def train_policy(
     pairs: list[Path],  # JSONL files of {"prompt", "chosen", "rejected"}
     out: Path,  # checkpoint directory to write
     o: PolicyOptions,
-    reference: Checkpoint | None = None,  # frozen, if the loss reads one; default: the model
+    reference: Checkpoint | None = None,  # frozen; ignored by losses without one; default: MODEL
     cache: Path | None = None,  # folder of reference log-probs; default: OUT.reference
 ) -> Path:
     """Optimise a checkpoint on pairs against a frozen reference."""
-    stage = Stage(  # cache is addressed by content
+    # without the cache, which is addressed by content
+    stage = Stage(
         out,
         o,
         model=model,
         reference=reference or model,
         pairs=pairs,
         loss_file=plugin_files(o.loss),
-        second_reference=o.second_reference,
-        self_samples=o.self_samples,
     )
     if stage.done:
         return out
@@ -251,10 +248,8 @@ def train_policy(
     # reference log-probs of what the loss reads, in the micro-batches of training
     cache = cache or out.with_name(out.name + ".reference")
     groups = training_groups(examples, o)
-    for name, prefix, frozen in (
-        ("reference", "ref_", reference),
-        ("reference2", "ref2_", o.second_reference),
-    ):
+    references = (("reference", "ref_", reference), ("reference2", "ref2_", o.second_reference))
+    for name, prefix, frozen in references:
         reads = [field for field in loss.reads if field.startswith(prefix)]
         if reads:
             check_vocabulary(frozen, model, o)
@@ -263,8 +258,11 @@ def train_policy(
             for example in examples:
                 example.extra[name] = [logps[key(s)] for s in example.sequences]
 
-    same = "reference" in examples[0].extra and on_rank0(same_content, model, reference)
-    check = StartCheck(stage.out, cache, o) if same else None
+    # where training starts from the reference, the two must agree at step 0
+    check = None
+    same_model = on_rank0(fingerprint, model) == on_rank0(fingerprint, reference)
+    if same_model and "reference" in examples[0].extra:
+        check = partial(check_start, out=out, cache=cache, o=o)
     counts = fit(model, examples, preference_loss(loss, o), stage, o, check)
     return stage.finish(pairs=len(rows), too_long=len(rows) - len(examples), **counts)
 
@@ -312,41 +310,27 @@ def training_groups(examples: list[Example], o: PolicyOptions) -> list[list[Sequ
 
 def check_vocabulary(reference: Path, model: Path, o: PolicyOptions) -> None:
     """Raise InputError unless two checkpoints share their tokens."""
-    chats = [Chat(path, o.run.chat_template) for path in (reference, model)]
-    theirs, ours = (chat.tokenizer.get_vocab() for chat in chats)
-    if theirs != ours:
+    theirs = Chat(reference, o.run.chat_template)
+    ours = Chat(model, o.run.chat_template)
+    if theirs.tokenizer.get_vocab() != ours.tokenizer.get_vocab():
         problem = f"its tokenizer differs from that of {model}, so log-probs are of other tokens"
         raise InputError(f"{reference}: {problem}")
 
 
-def same_content(a: Path, b: Path) -> bool:
-    return fingerprint(a) == fingerprint(b)
-
-
-@dataclass
-class StartCheck:
-    """Policy and reference are the same model at step 0: any difference is a fault in how they are
-    scored.
-
-    DPO's loss is then ln 2, to the rounding of the dtype.
+def check_start(metrics: dict, out: Path, cache: Path, o: PolicyOptions) -> None:
+    """Raise InputError where policy and reference, the same model, differ at step 0: a fault in how
+    they are scored. DPO's loss is then ln 2, to the rounding of the dtype.
     """
-
-    out: Path
-    cache: Path
-    o: PolicyOptions
-
-    def __call__(self, line: dict) -> None:
-        known = f" (ln 2 = {math.log(2):.6f})" if self.o.loss == "dpo" else ""
-        loss = line["preference_loss"]
-        print0(f"  step 0: loss {loss:.6f}{known}, margin {line['rewards/margins']:+.6f}")
-        # in bf16 not exactly 0 where an earlier iteration filled the cache: other batches round
-        # otherwise
-        allowed = 1e-4 if self.o.run.dtype == "float32" else 2e-2
-        if line["drift"] > allowed:
-            apart = f"are {line['drift']:.4f} nats a token apart at step 0"
-            problem = f"policy and reference, the same model, {apart}"
-            fix = f"delete the cache {self.cache}, which does not fit"
-            raise InputError(f"{self.out}: {problem} (loss {loss:.4f}{known}); {fix}")
+    known = f" (ln 2 = {math.log(2):.6f})" if o.loss == "dpo" else ""
+    loss = metrics["preference_loss"]
+    print0(f"  step 0: loss {loss:.6f}{known}, margin {metrics['rewards/margins']:+.6f}")
+    # in bf16 not exactly 0 if an earlier iteration filled the cache, from batches of other shapes
+    allowed = 1e-4 if o.run.dtype == "float32" else 2e-2
+    if metrics["drift"] > allowed:
+        apart = f"are {metrics['drift']:.4f} nats a token apart at step 0"
+        problem = f"policy and reference, the same model, {apart}"
+        fix = f"delete the cache {cache}, which does not fit"
+        raise InputError(f"{out}: {problem} (loss {loss:.4f}{known}); {fix}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ corpus.txt (paragraphs with a blank line between) -> DIR/prompts.jsonl {id, prom
         --corpus corpus.txt --out DIR --prompts.lists 64000
 """
 
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -183,10 +184,14 @@ class Novelty:
         return sorted({digest(*trigram) for trigram in trigrams})
 
     def prefix(self, shingles: list[str]) -> list[str]:
-        """Two sets of similarity >= near share one of these first shingles (prefix filtering,
-        exact).
+        """Those first shingles of which two near-duplicates share at least one.
+
+        A set of n has at least near * n shingles in common with a near-duplicate, so all but one of
+        these may be left out. 1e-9 is for rounding.
         """
-        return shingles[: len(shingles) - int(self.near * len(shingles) - 1e-9)]
+        n = len(shingles)
+        shared = math.ceil(self.near * n - 1e-9)
+        return shingles[: n - (shared - 1)]
 
     def repeats(self, text: str) -> tuple[str, bool] | None:
         """(label, whether word for word) of a text that this one repeats, or None."""

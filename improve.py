@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
-from plumbing.options import RunOptions, cli
+from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
 from plumbing.records import InputError, conversation_text, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage
@@ -48,7 +48,7 @@ Rewritten answer:"""
 
 @dataclass(frozen=True, kw_only=True)
 class ImproverOptions(TrainOptions):
-    drafts: int = 1  # sampled responses per seed to train on
+    drafts: Count = 1  # sampled responses per seed to train on
     threshold: float = 0.0  # train only where score(gold) - score(draft) exceeds this
     scorer: str = "none"  # of that rule; none keeps all; see scorers/load.py
     template: str = TEMPLATE  # what R reads; {prompt} and {draft} stand for the texts
@@ -57,7 +57,7 @@ class ImproverOptions(TrainOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteOptions(SampleOptions):
-    best_of: int = 1  # rewrites sampled per draft; the scorer picks one
+    best_of: Count = 1  # rewrites sampled per draft; the scorer picks one
     scorer: str = "none"  # picks the best candidate; none takes the first; see scorers/load.py
     draft_competes: bool = False  # the draft is a candidate beside its rewrites
 
@@ -177,34 +177,27 @@ def pick(
     """Records {id, prompt | messages, draft, response, finish_reason}: the best candidate of each
     draft.
     """
-    # the candidates of each draft, rewrites first
-    asked = {}
-    candidates: dict[str, list[dict]] = {}
-    for row in drafts:
-        asked[row["id"]] = {k: row[k] for k in ("id", "prompt", "messages") if k in row}
-        candidates[row["id"]] = []
-    for row in rewrites + (drafts if o.draft_competes else []):
-        kept = {name: row[name] for name in ("response", "finish_reason")}
-        candidates[row["id"]].append({**asked[row["id"]], **kept})
-
-    # scores of all, in one call
-    flat = [candidate for some in candidates.values() for candidate in some]
-    scores = scorer(flat) if scorer else [0.0] * len(flat)
-    for candidate, score in zip(flat, scores, strict=True):
-        candidate["score"] = score
+    # a draft's candidates stand together, rewrites first
+    place = {row["id"]: i for i, row in enumerate(drafts)}
+    competing = rewrites + drafts if o.draft_competes else rewrites
+    candidates = []
+    for row in sorted(competing, key=lambda row: place[row["id"]]):
+        draft = drafts[place[row["id"]]]
+        candidate = {name: draft[name] for name in ("id", "prompt", "messages") if name in draft}
+        candidate["draft"] = draft["response"]
+        candidate |= {name: row[name] for name in ("response", "finish_reason")}
+        candidates.append(candidate)
 
     # the first of the best: an empty or cut-off text only where there is no other
-    rows = []
-    for draft in drafts:
-        best = max(candidates[draft["id"]], key=rank)
-        kept = {name: best[name] for name in ("response", "finish_reason")}
-        rows.append({**asked[draft["id"]], "draft": draft["response"], **kept})
-    return rows
-
-
-def rank(candidate: dict) -> tuple:
-    complete = candidate["finish_reason"] == "stop"
-    return bool(candidate["response"]), complete, candidate["score"]
+    scores = scorer(candidates) if scorer else [0.0] * len(candidates)
+    best = {}
+    for candidate, score in zip(candidates, scores, strict=True):
+        complete = candidate["finish_reason"] == "stop"
+        rank = (bool(candidate["response"]), complete, score)
+        highest, _ = best.get(candidate["id"], ((), None))
+        if rank > highest:
+            best[candidate["id"]] = (rank, candidate)
+    return [candidate for _, candidate in best.values()]
 
 
 # ------------------------------------------------------------------------------------- the command

@@ -19,7 +19,7 @@ import shutil
 import time
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint import Checkpoint, Weights, load_config
@@ -38,9 +38,9 @@ from gen_prompts import (
 from improve import ImproverOptions, RewriteOptions, rewrite, train_improver
 from pairs import PairOptions, make_pairs
 from plumbing.chat import Chat
-from plumbing.options import RunOptions, as_dict, cli, flags_of, load_function
+from plumbing.options import Count, RunOptions, as_dict, cli, flags_of, load_function
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, load_json, read_jsonl, write_json, write_jsonl
+from plumbing.records import InputError, flatten, load_json, read_jsonl, write_json, write_jsonl
 from plumbing.stage import Refusal, discard
 from sample import SampleOptions, make_request, sample
 from scorers.load import load_scorer
@@ -49,7 +49,7 @@ from train import TrainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: RunOptions = RunOptions()
+    run: RunOptions = RunOptions()  # on a command line those of every section too
     out: Path = Path("runs/demo")  # run directory; rerun the same command to resume
     prepare: str = ""  # FILE.py:FUNCTION that makes model, seeds, corpus and held-out data first
     model: Checkpoint | None = None  # M_0: checkpoint directory or Hub id of a chat model
@@ -61,7 +61,7 @@ class Options:
     evaluate: str = ""  # FILE.py:FUNCTION that scores responses to --heldout
     eval: str = ""  # benchmarks to run on M_0 and every M_t, such as alpaca_eval,ifeval
     eval_options: str = ""  # JSON file of their options, by name: see eval/benchmark.py
-    iters: int = 4  # T
+    iters: Count = 4  # T
     rejected: typing.Literal["base", "previous"] = "base"  # whose response: M_0's or M_{t-1}'s
     start: typing.Literal["base", "previous"] = "base"  # what M_t starts from: M_0 or M_{t-1}
     data: typing.Literal["cumulative", "fresh"] = "cumulative"  # pairs of all iterations, or one's
@@ -76,13 +76,6 @@ class Options:
     pairs: PairOptions = PairOptions()  # the filter
     policy: PolicyOptions = PolicyOptions()  # M_t
     seed_sft: TrainOptions = TrainOptions()  # the control SFT on the seeds (methods/controls.py)
-
-    def __post_init__(self):
-        """Every section refers to the one RunOptions."""
-        for field in fields(self):
-            section = getattr(self, field.name)
-            if hasattr(section, "run"):
-                object.__setattr__(self, field.name, replace(section, run=self.run))
 
     def at_once(self) -> "Options":
         """The same budget of keyword lists, prompts and pairs in a single iteration."""
@@ -257,11 +250,10 @@ def score(run: Run, answers: Path, out: Path, model: Path | None) -> None:
 
 
 def check(run: Run, needs_corpus: bool) -> str:
-    """Raise InputError for whatever would stop the run later; write the run's own copies of its
-    inputs.
+    """Raise InputError for whatever would stop the run later; write the run's copies of its inputs.
 
-    Checked are files, tokenizer, template, weights, options and disk. Returns how options differ
-    from config.json.
+    Checked are files, tokenizer, template, weights, options and disk space. Returns how options
+    differ from config.json.
     """
     o, out = run.o, run.out
     needed = ("model", "seeds", "corpus") if needs_corpus else ("model", "seeds")
@@ -270,8 +262,6 @@ def check(run: Run, needs_corpus: bool) -> str:
             raise InputError(
                 f"--{name} is needed (see --help; without options loop.py runs the demo)"
             )
-    if o.iters < 1:
-        raise InputError(f"--iters must be at least 1, got {o.iters}")
     if o.evaluate and not o.heldout:
         raise InputError("--evaluate scores responses to held-out prompts; give --heldout")
     if o.evaluate:
@@ -307,9 +297,7 @@ def keep_options(run: Run) -> None:
 
 
 def copy_records(path: Path, limit: int, copy: Path, o: Options) -> None:
-    """Check every record of a user's file, and write the first `limit` of them to the run
-    directory.
-    """
+    """Check every record of a user's file; copy the first `limit` of them to the run directory."""
     rows = read_jsonl(path, "prompt", "response")
     chat = Chat(o.model, o.run.chat_template)
     positions = load_config(o.model).max_positions
@@ -357,16 +345,6 @@ def differences(before: dict, now: dict, config: Path) -> str:
     old, new = flatten(before), flatten(now)
     changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
     return f" (options that differ from {config}: {', '.join(changes)})" if changes else ""
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 # ------------------------------------------------------------------------------------- the command

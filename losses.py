@@ -16,8 +16,9 @@ Defaults are the published values or, where a paper names none, those of its aut
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -84,49 +85,39 @@ def pair_logps(examples: list, logps: list[list[torch.Tensor]]) -> PairLogps:
     with as many sums or lists of token log-probs; `differs`, two lists of bools; `preference`.
     """
     device = logps[0][0].device
+    chosen = [row[0] for row in logps]
+    rejected = [row[1] for row in logps]
+    sample = [row[2] for row in logps] if len(logps[0]) > 2 else None
 
-    def known(name: str) -> dict[str, list[torch.Tensor]]:
-        rows = [e.extra[name] for e in examples if name in e.extra]
-        return by_side([[torch.tensor(x, device=device) for x in row] for row in rows])
+    def known(name: str, i: int) -> list[torch.Tensor] | None:
+        """Of each example extra[name][i]: chosen, rejected, self-sample; None if there is none."""
+        if i >= len(examples[0].extra.get(name, ())):
+            return None
+        return [torch.as_tensor(e.extra[name][i], device=device) for e in examples]
 
-    def count(tensors: list[torch.Tensor]) -> torch.Tensor:
-        return torch.tensor([len(t) for t in tensors], device=device)  # (B,)
-
-    # tensors by side: chosen, rejected, sample
-    policy = by_side(logps)
-    reference = known("reference")
-    reference2 = known("reference2")
-    differs = known("differs")
     preference = None
     if "preference" in examples[0].extra:
         preference = torch.tensor([e.extra["preference"] for e in examples], device=device)
 
-    # a field for each that is known
     return PairLogps(
-        chosen=total(policy["chosen"]),
-        rejected=total(policy["rejected"]),
-        chosen_tokens=count(policy["chosen"]),
-        rejected_tokens=count(policy["rejected"]),
-        ref_chosen=total(reference.get("chosen")),
-        ref_rejected=total(reference.get("rejected")),
-        ref2_chosen=total(reference2.get("chosen")),
-        ref2_rejected=total(reference2.get("rejected")),
-        sample=total(policy.get("sample")),
-        ref_sample=total(reference.get("sample")),
+        chosen=total(chosen),
+        rejected=total(rejected),
+        chosen_tokens=torch.tensor([len(t) for t in chosen], device=device),
+        rejected_tokens=torch.tensor([len(t) for t in rejected], device=device),
+        ref_chosen=total(known("reference", 0)),
+        ref_rejected=total(known("reference", 1)),
+        ref2_chosen=total(known("reference2", 0)),
+        ref2_rejected=total(known("reference2", 1)),
+        sample=total(sample),
+        ref_sample=total(known("reference", 2)),
         preference=preference,
-        chosen_token_logp=policy["chosen"],
-        rejected_token_logp=policy["rejected"],
-        ref_chosen_token_logp=reference.get("chosen"),
-        ref_rejected_token_logp=reference.get("rejected"),
-        chosen_differs=differs.get("chosen"),
-        rejected_differs=differs.get("rejected"),
+        chosen_token_logp=chosen,
+        rejected_token_logp=rejected,
+        ref_chosen_token_logp=known("reference", 0),
+        ref_rejected_token_logp=known("reference", 1),
+        chosen_differs=known("differs", 0),
+        rejected_differs=known("differs", 1),
     )
-
-
-def by_side(rows: list[list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """The columns of rows by name; {} for no rows."""
-    columns = map(list, zip(*rows, strict=True))
-    return dict(zip(("chosen", "rejected", "sample"), columns, strict=False))  # perhaps no sample
 
 
 def total(tensors: list[torch.Tensor] | None) -> torch.Tensor | None:
@@ -512,7 +503,6 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 class Loss:
     """A loss with its parameters, resolved once for a whole training: loss(p) -> (B,)."""
 
-    name: str  # what --loss gives
     function: Callable[..., torch.Tensor]
     parameters: dict[str, float]  # all of them, defaults included
     reads: frozenset[str]  # fields of PairLogps that the function reads, also by properties
@@ -529,18 +519,8 @@ def resolve_loss(spec: str, parameters: dict | None = None) -> Loss:
     read first, then decide.
     """
     function = find_function(spec)
-    defaults = defaults_of(spec, function)
-
-    # given values over defaults
-    chosen = dict(defaults)
-    for name, value in (parameters or {}).items():
-        if name not in defaults:
-            has = ", ".join(defaults) or "none"
-            raise InputError(f"--loss {spec} has no parameter {name}; its parameters: {has}")
-        chosen[name] = checked(spec, name, value, defaults[name])
-
-    # try it
-    return Loss(spec, function, chosen, fields_read(spec, function, chosen))
+    chosen = {**defaults_of(spec, function), **(parameters or {})}
+    return Loss(function, chosen, fields_read(spec, function, chosen))
 
 
 def loss_defaults(spec: str) -> dict[str, float]:
@@ -572,107 +552,79 @@ def defaults_of(spec: str, function: Callable[..., torch.Tensor]) -> dict[str, f
     return defaults
 
 
-def checked(spec: str, name: str, value, default) -> float:
-    """value, if it is of the default's type; a float parameter also takes a whole number."""
-    wanted = type(default)
-    if wanted is float and type(value) is int:
-        return float(value)
-    if type(value) is not wanted:
-        raise InputError(
-            f"--loss {spec}: parameter {name} must be a {wanted.__name__}, got {value!r}"
-        )
-    return value
+@dataclass(frozen=True, kw_only=True)
+class Recorder(PairLogps):
+    """Pairs that remember which of their fields were read, also by their properties."""
+
+    read: set[str] = field(default_factory=set)
+
+    def __getattribute__(self, name: str):
+        if name in PairLogps.__dataclass_fields__:
+            self.read.add(name)
+        return super().__getattribute__(name)
 
 
-class Recorder:
-    """Stands in for PairLogps and remembers which of its fields were read."""
-
-    def __init__(self, pairs: PairLogps):
-        self.pairs = pairs
-        self.read = set()
-
-    def __getattr__(self, name: str):
-        own = getattr(PairLogps, name, None)
-        if isinstance(own, property):
-            return own.fget(self)  # reads fields in its turn
-        value = getattr(self.pairs, name)
-        self.read.add(name)
-        return value
-
-
-def made_up_pairs() -> PairLogps:
+def made_up_pairs() -> Recorder:
     """Three pairs with every field; gradients reach the policy's token log-probs."""
-    # token log-probs; the reference's differ from the policy's and get no gradient
-    chosen_tokens = (2, 3, 4)
-    rejected_tokens = (4, 2, 3)
-    chosen = [-(torch.arange(n) + 1.0) / (n + 1) for n in chosen_tokens]
-    rejected = [-(torch.arange(n) + 2.0) / (n + 2) for n in rejected_tokens]
-    ref_chosen = [t * 1.1 for t in chosen]
-    ref_rejected = [t * 1.1 for t in rejected]
-    for t in chosen + rejected:
-        t.requires_grad_()
-
-    # every field, each with other values
-    return PairLogps(
-        chosen=total(chosen),
-        rejected=total(rejected),
-        chosen_tokens=torch.tensor(chosen_tokens),
-        rejected_tokens=torch.tensor(rejected_tokens),
-        ref_chosen=total(ref_chosen),
-        ref_rejected=total(ref_rejected),
-        ref2_chosen=total(ref_chosen) * 1.05,
-        ref2_rejected=total(ref_rejected) * 0.95,
-        sample=total(chosen) * 0.9,
-        ref_sample=total(ref_chosen) * 0.8,
-        preference=torch.tensor([0.5, 0.7, 0.9]),
-        chosen_token_logp=chosen,
-        rejected_token_logp=rejected,
-        ref_chosen_token_logp=ref_chosen,
-        ref_rejected_token_logp=ref_rejected,
-        chosen_differs=[t > -0.5 for t in ref_chosen],
-        rejected_differs=[t > -0.5 for t in ref_rejected],
-    )
+    examples = []
+    logps = []
+    for n in (2, 3, 4):
+        chosen = -torch.arange(1.0, n + 1) / (n + 1)  # n tokens
+        rejected = -torch.arange(2.0, n + 3) / (n + 3)  # n + 1 tokens
+        reference = [1.1 * chosen, 1.2 * rejected, 0.8 * chosen]
+        extra = {
+            "reference": reference,
+            "reference2": [1.05 * t for t in reference],
+            "differs": [chosen > -0.5, rejected > -0.5],
+            "preference": 0.2 * n,
+        }
+        examples.append(SimpleNamespace(extra=extra))
+        policy = [chosen.requires_grad_(), rejected.requires_grad_()]
+        logps.append([*policy, 0.9 * chosen])
+    return Recorder(**vars(pair_logps(examples, logps)))
 
 
 def fields_read(spec: str, function: Callable[..., torch.Tensor], parameters: dict) -> frozenset:
-    """Which fields of PairLogps a loss reads, found by calling it on made-up pairs.
+    """What a loss reads of PairLogps, found by calling it on made-up pairs.
 
     InputError unless it returns one finite number a pair, with finite gradients of which some reach
     the policy's log-probs.
     """
+
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            raise InputError(f"--loss {spec}: {problem}")
+
     # call it
     pairs = made_up_pairs()
-    recorder = Recorder(pairs)
     try:
-        loss = function(recorder, **parameters)
+        loss = function(pairs, **parameters)
     except Exception as error:  # whatever a user's function may raise
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"--loss {spec}: calling it on three pairs failed: {why}") from None
+    reads = frozenset(pairs.read)
 
     # one number a pair
-    if not isinstance(loss, torch.Tensor) or loss.shape != (3,):
-        what = type(loss).__name__
-        if isinstance(loss, torch.Tensor):
-            what = f"a tensor of shape {tuple(loss.shape)}"
-        raise InputError(
-            f"--loss {spec}: returned {what} for three pairs; return one loss a pair, shape (3,)"
-        )
+    is_tensor = isinstance(loss, torch.Tensor)
+    returned = f"a tensor of shape {tuple(loss.shape)}" if is_tensor else type(loss).__name__
+    require(
+        is_tensor and loss.shape == (3,),
+        f"returned {returned} for three pairs; return one loss a pair, shape (3,)",
+    )
 
     # finite, and so are its gradients, of which some reach the policy
     tokens = pairs.chosen_token_logp + pairs.rejected_token_logp
     gradients = []
     if loss.requires_grad:
-        gradients = torch.autograd.grad(loss.sum(), tokens, allow_unused=True)
-    gradients = [g for g in gradients if g is not None]
+        found = torch.autograd.grad(loss.sum(), tokens, allow_unused=True)
+        gradients = [gradient for gradient in found if gradient is not None]
     given = ", ".join(f"{name} = {value}" for name, value in parameters.items())
-    if not all(torch.isfinite(x).all() for x in [loss, *gradients]):
-        raise InputError(
-            f"--loss {spec}: it or its gradient is not finite for three plain pairs with {given}: "
-            f"{loss.tolist()}"
-        )
-    if not any(g.any() for g in gradients):
-        raise InputError(
-            f"--loss {spec}: no gradient reaches the policy's log-probs with {given}; "
-            "do not detach them"
-        )
-    return frozenset(recorder.read)
+    require(
+        all(x.isfinite().all() for x in [loss, *gradients]),
+        f"it or its gradient is not finite for three plain pairs with {given}: {loss.tolist()}",
+    )
+    require(
+        any(gradient.any() for gradient in gradients),
+        f"no gradient reaches the policy's log-probs with {given}; do not detach them",
+    )
+    return reads

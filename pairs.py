@@ -25,7 +25,7 @@ from pathlib import Path
 from checkpoint import Checkpoint
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, digest, read_jsonl, rng, write_jsonl
+from plumbing.records import InputError, JsonlPath, digest, read_jsonl, rng, write_jsonl
 from plumbing.stage import Stage
 from scorers.base import is_pairwise, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
@@ -44,20 +44,23 @@ class PairOptions:
 def make_pairs(
     chosen: Path,  # JSONL of responses {"prompt", "response"}
     rejected: Path,  # JSONL of responses to the same prompts, joined by id (and sample)
-    out: Path,  # JSONL of pairs to write
+    out: JsonlPath,  # JSONL of pairs to write
     o: PairOptions,
     base: Checkpoint | None = None,  # M_0: the model that `likelihood` scores under
     t: int = 1,  # iteration: recorded in the pairs
 ) -> Path:
     """D += (x, chosen, rejected) where the filter agrees; counts say why others were dropped."""
-    files = scorer_files(o.scorer)
     stage = Stage(
-        out, o, chosen=chosen, rejected=rejected, base=base, iteration=t, scorer_files=files
+        out,
+        o,
+        chosen=chosen,
+        rejected=rejected,
+        base=base,
+        iteration=t,
+        scorer_files=scorer_files(o.scorer),
     )
     if stage.done:
         return out
-    if out.suffix != ".jsonl":
-        raise InputError(f"--out {out}: the name must end in .jsonl")
 
     # join both sides and score them
     scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores")
@@ -84,12 +87,10 @@ def make_pairs(
         kept = [kept[i] for i in sorted(drawn)]
     on_rank0(write_jsonl, out, kept)
     counts = {"candidates": len(pairs), **dropped, "valid": valid, "pairs": len(kept)}
-    return stage.finish(
-        **counts,
-        mean_gap=mean(gaps),
-        chosen_words=mean([len(row["chosen"].split()) for row in kept]),
-        rejected_words=mean([len(row["rejected"].split()) for row in kept]),
-    )
+    counts["mean_gap"] = mean(gaps)
+    for side in ("chosen", "rejected"):
+        counts[f"{side}_words"] = mean([len(row[side].split()) for row in kept])
+    return stage.finish(**counts)
 
 
 def join(chosen: list[dict], rejected: list[dict]) -> list[tuple[dict, dict]]:

@@ -19,7 +19,6 @@ prompts.jsonl {prompt | messages} -> out.jsonl {id, prompt, response, finish_rea
 """
 
 import gc
-import json
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +34,9 @@ from ops.attention import Cache, Decode, Prefill
 from ops.cuda_graph import Graph
 from ops.pack import pack
 from plumbing.chat import Chat
-from plumbing.options import RunOptions, cli
+from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import DEVICE, RANK, gather, on_rank0, work_queue
-from plumbing.records import InputError, digest, read_jsonl, write_jsonl
+from plumbing.records import InputError, JsonlPath, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 
 
@@ -46,13 +45,21 @@ class SampleOptions:
     run: RunOptions = RunOptions()
     temperature: float = 0.7  # 0 is greedy
     top_p: float = 1.0  # nucleus: the fewest tokens with this probability; below 1 costs a sort
-    max_new_tokens: int = 512  # limit per response; a record's own max_new_tokens wins
+    max_new_tokens: Count = 512  # limit per response; a record's own max_new_tokens wins
     ignore_eos: bool = False  # go on to the limit
     stop: str = ""  # also end a response once it contains this text
-    slots: int = 128  # max batch size; reduced if the KV cache would exceed half of free memory
-    chunk: int = 256  # consecutive requests per unit of work
+    slots: Count = 128  # max batch size; reduced if the KV cache would exceed half of free memory
+    chunk: Count = 256  # consecutive requests per unit of work
     prefill_tokens: int = 2048  # prompts are read in packed micro-batches of about this size
     cuda_graph: bool = False  # GPU: replay the recorded decode step (not yet measured)
+
+    def __post_init__(self):
+        if self.cuda_graph and DEVICE.type != "cuda":
+            raise InputError("--cuda-graph: there is no GPU; leave it out")
+        if self.temperature < 0:
+            raise InputError(f"--temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p must be in (0, 1], got {self.top_p}")
 
 
 # --------------------------------------------------------------------------------- drawing a token
@@ -75,7 +82,7 @@ def shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
-@cpu.compiled(cpu.sample_token)
+@cpu.compiled(cpu.sample_token, multiple=1)
 def sample_token(
     logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
 ) -> torch.Tensor:
@@ -140,23 +147,9 @@ class Engine:
         self.chat = chat
         self.o = o
         self.progress = progress
-        weight = next(model.parameters())
-        self.dtype = weight.dtype
-        self.device = weight.device
         self.cache = None  # of one run
         self.graph = None
         self.stop_token_ids = set() if o.ignore_eos else chat.stop_token_ids
-        self.stop_ends = self.tokens_that_end_stop()
-
-    def tokens_that_end_stop(self) -> set[int]:
-        """Tokens after which the stop text may be complete: they hold its last character, or the
-        last of its bytes.
-        """
-        if not self.o.stop:
-            return set()
-        endings = {self.o.stop[-1], "\ufffd"}
-        vocabulary = range(self.chat.tokenizer.get_vocab_size())
-        return {token for token in vocabulary if endings & set(self.chat.text([token]))}
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> None:
@@ -181,7 +174,8 @@ class Engine:
         slots = min(self.o.slots, len(requests), Cache.most_rows(self.model, longest))
         self.cache = None  # that of the last run is freed before there is another
         self.graph = None
-        self.cache = Cache(self.model.config, slots, longest, self.dtype, self.device)
+        dtype = next(self.model.parameters()).dtype
+        self.cache = Cache(self.model.config, slots, longest, dtype, DEVICE)
         return slots
 
     def prefill(self, rows: list[Request], queue: deque[Request], slots: int) -> None:
@@ -195,10 +189,10 @@ class Engine:
             tokens += len(rows[-1].ids)
         new = rows[first:]
         lengths = [len(r.ids) for r in new]
-        context = Prefill(self.cache, list(range(first, len(rows))), lengths, self.device)
-        ids = torch.tensor([token for r in new for token in r.ids], device=self.device)  # (N,)
+        context = Prefill(self.cache, list(range(first, len(rows))), lengths, DEVICE)
+        ids = torch.tensor([token for r in new for token in r.ids], device=DEVICE)  # (N,)
         logits = self.model(ids, context, context.last)  # (B, V)
-        seeds = torch.tensor([r.seed for r in new], device=self.device)
+        seeds = torch.tensor([r.seed for r in new], device=DEVICE)
         self.append(rows, first, self.choose(logits, seeds, torch.zeros_like(seeds)))
 
     def decode(self, rows: list[Request]) -> None:
@@ -209,11 +203,11 @@ class Engine:
         written = [len(r.output) for r in rows]
         state = torch.tensor([last, cached, seeds, written])  # (4, B)
         if not self.o.cuda_graph:
-            tokens = self.step(state.to(self.device), max(cached) + 1)
+            tokens = self.step(state.to(DEVICE), max(cached) + 1)
         else:
             # a graph has one shape; dead rows write to free slots
             slots, length = self.cache.k.shape[1:3]
-            state = F.pad(state, (0, slots - len(rows))).to(self.device)
+            state = F.pad(state, (0, slots - len(rows))).to(DEVICE)
             if self.graph is None:
                 self.graph = Graph(lambda state: self.step(state, length), state)
             tokens = self.graph(state)[: len(rows)]
@@ -227,7 +221,7 @@ class Engine:
         """
         ids, lengths, seeds, written = state
         context = Decode(self.cache, lengths, live, self.model.config.sliding_window)
-        logits = self.model(ids, context, torch.arange(len(ids), device=self.device))  # (B, V)
+        logits = self.model(ids, context, torch.arange(len(ids), device=DEVICE))  # (B, V)
         return self.choose(logits, seeds, written)
 
     def choose(self, logits, seeds, written) -> torch.Tensor:
@@ -258,12 +252,9 @@ class Engine:
             self.progress.update(len(tokens))
 
     def has_stop(self, r: Request) -> bool:
-        """Whether the stop text is complete. Its last tokens, one a byte at most, are all that need
-        be looked at.
-        """
-        if r.output[-1] not in self.stop_ends:
-            return False
-        return self.o.stop in self.chat.text(r.output[-len(self.o.stop.encode()) :])
+        """Whether the stop text is complete; its last tokens, one a byte at most, can tell."""
+        stop = self.o.stop
+        return stop != "" and stop in self.chat.text(r.output[-len(stop.encode()) :])
 
 
 # ---------------------------------------------------------------------------------- files to files
@@ -272,9 +263,9 @@ class Engine:
 def sample(
     model: Checkpoint,  # a chat model
     prompts: Path,  # JSONL of {"prompt"} or {"messages"}
-    out: Path,  # JSONL to write
+    out: JsonlPath,  # JSONL to write
     o: SampleOptions,
-    samples: int = 1,  # responses per prompt
+    samples: Count = 1,  # responses per prompt
     purpose: str = "",  # tells the random numbers of this use of a prompt from those of another
 ) -> Path:
     """Answer every prompt of a file; writes records {id, prompt | messages, response,
@@ -286,10 +277,6 @@ def sample(
     stage = Stage(out, o, model=model, prompts=prompts, samples=samples, purpose=purpose)
     if stage.done:
         return out
-    if out.suffix != ".jsonl":
-        raise InputError(f"--out {out}: the name must end in .jsonl")
-    if samples < 1:
-        raise InputError(f"--samples must be at least 1, got {samples}")
     rows = repeat(read_jsonl(prompts, "prompt"), samples)
     counts = generate(model, rows, out, o, stage.scratch, purpose, prompts)
     return stage.finish(records=len(rows) // samples, **counts)
@@ -316,7 +303,6 @@ def generate(
     Chunks lie in the folder scratch; those an earlier call left there are kept. source names rows
     in errors. Every rank calls it.
     """
-    check_options(o)
     chat = Chat(model, o.run.chat_template)
     positions = load_config(model).max_positions
     requests = []
@@ -327,12 +313,10 @@ def generate(
         request.seed = seed_of(o.run.seed, purpose, row["id"], row.get("sample", 0))
         requests.append(request)
 
-    # a chunk is a file; those that are there are finished, and the longest of the others comes
-    # first
-    starts = range(0, len(rows), o.chunk)
-    parts = {start: scratch / f"chunk{start}.jsonl" for start in starts}
-    finished = on_rank0(finished_files, scratch)
-    pending = [start for start in starts if parts[start].name not in finished]
+    # a chunk is a file; those that exist are finished, and the longest of the others comes first
+    parts = {start: scratch / f"chunk{start}.jsonl" for start in range(0, len(rows), o.chunk)}
+    finished = on_rank0(sorted, scratch.glob("*.jsonl"))
+    pending = [start for start, part in parts.items() if part not in finished]
     pending.sort(
         key=lambda start: -sum(r.max_new_tokens for r in requests[start : start + o.chunk])
     )
@@ -354,13 +338,9 @@ def generate(
     return {**on_rank0(merge, rows, list(parts.values()), out), "fresh": fresh}
 
 
-def finished_files(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.jsonl")}
-
-
 def merge(rows: list[dict], parts: list[Path], out: Path) -> dict:
     """Join chunks into one file; returns counts."""
-    answers = [json.loads(line) for part in parts for line in open(part, encoding="utf-8")]
+    answers = [answer for part in parts for answer in read_jsonl(part)]
     wanted = [(row["id"], row.get("sample", 0)) for row in rows]
     found = [(answer["id"], answer.get("sample", 0)) for answer in answers]
     assert found == wanted, "every record must come exactly once"
@@ -370,19 +350,6 @@ def merge(rows: list[dict], parts: list[Path], out: Path) -> dict:
         "tokens": sum(answer["tokens"] for answer in answers),
         "cut_off": sum(answer["finish_reason"] == "length" for answer in answers),
     }
-
-
-def check_options(o: SampleOptions) -> None:
-    """Raise InputError where an option is out of its range."""
-    if o.cuda_graph and DEVICE.type != "cuda":
-        raise InputError("--cuda-graph: there is no GPU; leave it out")
-    if o.temperature < 0:
-        raise InputError(f"--temperature must be at least 0, got {o.temperature}")
-    if not 0 < o.top_p <= 1:
-        raise InputError(f"--top-p must be in (0, 1], got {o.top_p}")
-    for name in ("slots", "chunk"):
-        if getattr(o, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(o, name)}")
 
 
 def seed_of(*parts) -> int:

@@ -46,7 +46,7 @@ from checkpoint import Checkpoint, load_config, load_weights, save
 from model import Config, Model
 from ops.attention import Packed
 from plumbing.chat import Chat
-from plumbing.options import RunOptions, cli
+from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import DEVICE, LOCAL_WORLD, RANK, WORLD, gather, on_rank0
 from plumbing.records import InputError, read_jsonl, rng, write_text
 from plumbing.stage import Stage
@@ -57,19 +57,15 @@ class TrainOptions:
     run: RunOptions = RunOptions()
     lr: float = 1e-6  # peak learning rate
     epochs: int = 3  # passes over the data
-    batch: int = 32  # examples (responses, or pairs) per optimizer step, over all processes
+    batch: Count = 32  # examples (responses, or pairs) per optimizer step, over all processes
     max_length: int = 2048  # tokens of prompt and response; what is longer loses its end
     micro_batch_tokens: int = 4096  # per process; bounds memory, changes no more than rounding
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     loss_on_prompt: bool = False  # train on the prompt's tokens too
-    activation_checkpointing: bool = field(
-        default=False, compare=False
-    )  # less memory, 1/3 more compute
-    save_every: int = field(
-        default=0, compare=False
-    )  # steps between checkpoints to resume from; 0: none
+    activation_checkpointing: bool = field(default=False, compare=False)  # less memory, 1/3 slower
+    save_every: int = field(default=0, compare=False)  # steps between saves to resume from; 0: none
 
 
 Sequence = tuple[list[int], int]  # token ids, and how many of them precede the first scored one
@@ -131,7 +127,8 @@ def score_sequences(
     results: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
     if not sequences:
         return results
-    for [micro_batch] in pack_micro_batches([len(ids) for ids, _ in sequences], 1, budget):
+    for ranks in pack_micro_batches([len(ids) for ids, _ in sequences], 1, budget):
+        micro_batch = ranks[0]  # the only one
         scores = response_logps(model, [sequences[i] for i in micro_batch])
         for i, logps in zip(micro_batch, scores, strict=True):
             results[i] = logps.cpu()
@@ -247,8 +244,12 @@ def fit(
     del model, optimizer
     gc.collect()
     tokens = [sum(example.tokens for example in batch) for batch in batches]
-    counts = {"examples": len(examples), "steps": steps, "tokens": sum(tokens)}
-    return {**counts, "fresh": sum(tokens[first:])}
+    return {
+        "examples": len(examples),
+        "steps": steps,
+        "tokens": sum(tokens),
+        "fresh": sum(tokens[first:]),
+    }
 
 
 def make_batches(examples: list, o: TrainOptions) -> list[list]:
@@ -302,8 +303,8 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     merged: Counter = Counter()
-    for one in gather(dict(sums)):
-        merged.update(one)
+    for of_one_rank in gather(sums):
+        merged.update(of_one_rank)
     metrics = {name: value / total for name, value in merged.items()}
     metrics["grad_norm"] = norm.full_tensor().item()  # waits for a GPU
     metrics["lr"] = optimizer.param_groups[0]["lr"]
@@ -395,12 +396,10 @@ def keep_metrics(stage: Stage) -> None:
     stage.out.mkdir(parents=True, exist_ok=True)
     if stage.scratch in WRITERS:
         WRITERS.pop(stage.scratch).close()
-    if (stage.scratch / "metrics.jsonl").is_file():
-        shutil.copy(stage.scratch / "metrics.jsonl", stage.out / "metrics.jsonl")
-    if (stage.scratch / "tensorboard").is_dir():
-        shutil.copytree(
-            stage.scratch / "tensorboard", stage.out / "tensorboard", dirs_exist_ok=True
-        )
+    shutil.copy(stage.scratch / "metrics.jsonl", stage.out)
+    board = stage.scratch / "tensorboard"
+    if board.is_dir():
+        shutil.copytree(board, stage.out / board.name, dirs_exist_ok=True)
 
 
 # --------------------------------------------------------------------------- stopping and resuming
@@ -456,7 +455,8 @@ def sft_loss(
     examples: list[Example], logps: list[list[torch.Tensor]]
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Sum of the negative log-probs of all scored tokens."""
-    return -torch.stack([one.sum() for [one] in logps]).sum(), {}
+    # an example has one sequence
+    return -torch.stack([sequences[0].sum() for sequences in logps]).sum(), {}
 
 
 def sft(model: str | Path, rows: list[dict], stage: Stage, o: TrainOptions) -> dict:

@@ -6,39 +6,41 @@ A variant is the recipe with the flags of VARIANTS, run by loop.py in a process 
 thread; its output is OUT/seedS/VARIANT.log. All variants of a random seed start from one M_0. What
 no flag of a variant can change is hard-linked from the base's run: loop.py finds it up to date by
 its manifest, or refuses if it would have been different. Killed at any time, rerun the same command
-to resume. As many variants run at once as there are cores: for a model as small as the demo's that
-gets more done than one variant on all of them.
+to resume. As many variants run at once as there are cores: for a model as small as the demo's, that
+is faster than one variant on all cores.
 """
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
-import time
-from argparse import Namespace
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from argparse import ArgumentTypeError, Namespace
+from collections import defaultdict
+from fnmatch import fnmatch
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mean, stdev
 
 from bench.command import ROOT, finish, make_parser
 from bench.tables import add_json_flag, write_figures
 from eval.table import table
-from plumbing.options import in_project
-from plumbing.records import InputError, load_json, read_text, write_json
+from plumbing.records import load_json, write_json
 from plumbing.stage import counts_of
 
 # Files of the base's run: those that follow from M_0 and the seeds alone, from the generator too,
-# and so on.
+# and so on. A star matches folders as well.
 IMPROVER = (
-    "iter0",
+    "iter0/*",
     "iter1/seed_answers*",
-    "iter1/improver",
+    "iter1/improver/*",
     "iter1/*_improver*",
     "iter1/heldout_rewrites*",
 )
-REWRITES = (*IMPROVER, "generator", "iter*/prompts*", "iter*/base_answers*", "iter1/rewrites*")
+REWRITES = (*IMPROVER, "generator/*", "iter*/prompts*", "iter*/base_answers*", "iter1/rewrites*")
 PAIRS = (*REWRITES, "iter1/pairs*")
-RUN = ("config.json", "*.jsonl", "generator", "reference", "iter*")
+RUN = ("config.json", "*.jsonl", "generator/*", "reference/*", "iter*")
 SIMPO = "--policy.loss simpo --policy.beta 10 --policy.gamma 1.6 --policy.lr 2e-4 "
 
 VARIANTS = {  # name -> flags of loop.py, files shared with the base
@@ -56,24 +58,38 @@ VARIANTS = {  # name -> flags of loop.py, files shared with the base
     "simpo + nll": (SIMPO + "--policy.nll 0.5", PAIRS),
     "controls": ("", RUN),  # methods/controls.py on a copy of the base's finished run
 }
-CONTROLS = {  # row -> its checkpoint and its evaluation, below controls/
-    "seeds: SFT": ("seed_sft", "seed_sft_eval.json"),
-    "seeds: pairs": ("seed_pairs", "seed_pairs_eval.json"),
-    "one shot": ("one_shot/iter1/policy", "one_shot/iter1/eval.json"),
+CONTROLS = {  # row -> its evaluation, and what counted its pairs, below controls/
+    "seeds: SFT": ("seed_sft_eval.json", ()),
+    "seeds: pairs": ("seed_pairs_eval.json", ("seed_pairs",)),
+    "one shot": ("one_shot/iter1/eval.json", ("one_shot/iter1/policy",)),
 }
+Job = tuple[str, int]  # a variant and a random seed
 
 
 def parse(argv: list[str]) -> Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="of all runs")
-    parser.add_argument("--recipe", default="recipes/demo.toml", help="what all variants share")
-    parser.add_argument("--seeds", default="0,1,2", help="random seeds")
-    parser.add_argument("--variants", default="", help="names; base always runs (default: all)")
-    parser.add_argument("--iters", type=int, default=3, help="T")
-    workers = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=workers, help="variants that run at once")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/ablations"), help="directory of all runs")
+    add("--recipe", default="recipes/demo.toml", help="what all variants share")
+    add("--seeds", type=numbers, default="0,1,2", help="random seeds")
+    help_text = "names; base always runs (default: all)"
+    add("--variants", type=variants, default=list(VARIANTS), help=help_text)
+    add("--iters", type=int, default=3, help="number of iterations, T")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="variants that run at once")
     add_json_flag(parser)
     return parser.parse_args(argv)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def variants(text: str) -> list[str]:
+    """Comma-separated names -> these and the base, in VARIANTS' order."""
+    wanted = {name.strip() for name in text.split(",")} | {"base"}
+    for name in wanted - VARIANTS.keys():
+        raise ArgumentTypeError(f"no variant {name!r}; there are {', '.join(VARIANTS)}")
+    return [name for name in VARIANTS if name in wanted]
 
 
 # ---------------------------------------------------------------------------------- one run
@@ -81,11 +97,7 @@ def parse(argv: list[str]) -> Namespace:
 
 def run_of(name: str, seed: int, o: Namespace) -> Path:
     """The directory of a run."""
-    return o.out / f"seed{seed}" / slug(name)
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
+    return o.out / f"seed{seed}" / re.sub(r"\W", "_", name)
 
 
 def flags(name: str, seed: int, o: Namespace) -> list[str]:
@@ -107,33 +119,25 @@ def link(base: Path, run: Path, patterns: tuple[str, ...]) -> None:
     """
     # an improver whose weights the variant has already discarded must not get them back
     finished = {path.parent for path in run.rglob("manifest.json")}
-    shared = [path for pattern in patterns for path in base.glob(pattern)]
-    for path in shared:
-        for file in [path, *path.rglob("*")]:
-            target = run / file.relative_to(base)
-            if file.is_file() and not target.exists() and target.parent not in finished:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(file, target)
+    for file in base.rglob("*"):
+        name = str(file.relative_to(base))
+        target = run / name
+        if not file.is_file() or target.exists() or target.parent in finished:
+            continue
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, target)
 
 
-def run_variant(name: str, seed: int, o: Namespace, lock) -> dict:
-    """Run a variant to its end, unless it is up to date.
-
-    Returns {"rows": row of the table -> figures, "seconds"}, or {"failed": why, "seconds"}.
-    """
+def run_variant(job: Job, o: Namespace, lock) -> tuple[Job, dict[str, dict], str]:
+    """Run a variant to its end; returns it with its rows of the table, or with why it failed."""
+    name, seed = job
     run = run_of(name, seed, o)
-    kept = run.with_suffix(".json")
-    what = {"recipe": read_text(in_project(o.recipe)), "iters": o.iters, "flags": VARIANTS[name][0]}
-    if kept.is_file() and load_json(kept)["what"] == what:
-        return {**load_json(kept), "seconds": 0}
-
-    # what the base has made already, then the command
-    start = time.time()
     run.mkdir(parents=True, exist_ok=True)
     link(run_of("base", seed, o), run, VARIANTS[name][1])
-    command = [str(ROOT / "loop.py"), *flags(name, seed, o)]
-    if name == "controls":
-        command = ["-m", "methods.controls", "--run", str(run)]
+    command = ["-m", "methods.controls", "--run", str(run)]
+    if name != "controls":
+        command = [str(ROOT / "loop.py"), *flags(name, seed, o)]
     log = run.with_suffix(".log")
     with open(log, "w") as file:
         code = subprocess.run(
@@ -143,81 +147,59 @@ def run_variant(name: str, seed: int, o: Namespace, lock) -> dict:
             stdout=file,
             stderr=subprocess.STDOUT,
         ).returncode
-    result = {"seconds": round(time.time() - start, 1)}
     if code:
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        why = lines[-1] if lines else f"exit code {code}"
-        return {**result, "failed": f"{log}: {why}"}
-
-    result["rows"] = control_rows(run) if name == "controls" else rows_of(name, run, o.iters)
-    write_json(kept, {**result, "what": what})
-    return result
+        text = log.read_text().strip() or f"exit code {code}"
+        return job, {}, f"{log}: {text.splitlines()[-1]}"
+    return job, rows_of(name, run, o.iters), ""
 
 
 def rows_of(name: str, run: Path, T: int) -> dict[str, dict]:
-    """Figures of a finished run: scores and pairs by iteration, words of M_T's responses."""
-    evals = [load_json(run / f"iter{t}/eval.json") for t in range(T + 1)]
-    pairs = [counts_of(run / f"iter{t}/pairs.jsonl")["pairs"] for t in range(1, T + 1)]
-    rows = {name: {**last_of(evals[T], pairs), "first": evals[1]["score"]}}
-    # M_0 is evaluated in the base's run
-    return {"M_0": last_of(evals[0], []), **rows} if name == "base" else rows
+    """Row of the table -> figures of a finished run."""
+    if name == "controls":
+        rows = {}
+        for row, (evaluation, counted) in CONTROLS.items():
+            pairs = [run / "controls" / path for path in counted]
+            rows[row] = figures_of(run / "controls" / evaluation, pairs)
+        return rows
+    pairs = [run / f"iter{t}/pairs.jsonl" for t in range(1, T + 1)]
+    figures = figures_of(run / f"iter{T}/eval.json", pairs)
+    figures["first"] = load_json(run / "iter1/eval.json")["score"]
+    if name == "base":
+        # M_0 is evaluated in the base's run only
+        return {"M_0": figures_of(run / "iter0/eval.json", []), name: figures}
+    return {name: figures}
 
 
-def last_of(evaluation: dict, pairs: list[int]) -> dict:
-    return {"last": evaluation["score"], "words": evaluation["words"], "pairs": pairs}
-
-
-def control_rows(run: Path) -> dict[str, dict]:
-    """Figures of the controls: a score, words, and the pairs that each was trained on."""
-    rows = {}
-    for row, (checkpoint, evaluation) in CONTROLS.items():
-        pairs = counts_of(run / "controls" / checkpoint).get("pairs")
-        found = load_json(run / "controls" / evaluation)
-        rows[row] = last_of(found, [pairs] if pairs else [])
-    return rows
+def figures_of(evaluation: Path, pairs: list[Path]) -> dict:
+    """Score and words of the last model's responses, and the pairs that it was trained on."""
+    found = load_json(evaluation)
+    numbers_of_pairs = [counts_of(path)["pairs"] for path in pairs]
+    return {"last": found["score"], "words": found["words"], "pairs": numbers_of_pairs}
 
 
 # ---------------------------------------------------------------------------------- all of them
 
 
-def run_all(jobs: list[tuple[str, int]], o: Namespace, lock) -> dict[tuple[str, int], dict]:
-    """(variant, random seed) -> result. A seed's base runs before its variants; a line per run."""
-    results = {}
-    running = {}
-    with ThreadPoolExecutor(o.workers) as pool:
+def run_all(jobs: list[Job], o: Namespace, lock) -> tuple[dict[Job, dict], dict[str, str]]:
+    """Run all variants, and print a line when one ends; returns the rows by job, and failures."""
+    done = {}
+    failed = {}
+    with ThreadPool(o.workers) as pool:
 
-        def submit(chosen: list[tuple[str, int]]) -> None:
-            for name, seed in chosen:
-                running[pool.submit(run_variant, name, seed, o, lock)] = (name, seed)
+        def run_each(some: list[Job]) -> None:
+            for job, rows, why in pool.imap_unordered(partial(run_variant, o=o, lock=lock), some):
+                name, seed = job
+                done[job] = rows
+                if why:
+                    failed[f"{name}, seed {seed}"] = why
+                scores = "  ".join(f"{row} {r['last']:.3f}" for row, r in rows.items())
+                progress = f"{len(done):>2} of {len(jobs)}"
+                print(f"seed {seed}  {name:<18} {progress}   {why or scores}", flush=True)
 
         # the bases first: what they make is linked into their variants
-        submit([job for job in jobs if job[0] == "base"])
-        try:
-            while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    job = running.pop(future)
-                    results[job] = future.result()
-                    if job[0] == "base" and "rows" in results[job]:
-                        submit([one for one in jobs if one[1] == job[1] and one[0] != "base"])
-                    show_run(job, results, len(jobs), o)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
-
-
-def show_run(job: tuple[str, int], results: dict, total: int, o: Namespace) -> None:
-    """A line for a run that has ended, and how long the others may take."""
-    name, seed = job
-    result = results[job]
-    spent = [one["seconds"] for one in results.values() if one["seconds"]]
-    minutes = (total - len(results)) * mean(spent or [0]) / o.workers / 60
-    figures = result.get("failed")
-    if not figures:
-        figures = "  ".join(f"{row} {r['last']:.3f}" for row, r in result["rows"].items())
-    progress = f"{len(results):>2} of {total}, about {minutes:.0f} min left"
-    seconds = f"{result['seconds']:5.0f} s"
-    print(f"seed {seed}  {name:<18} {seconds}  {progress}   {figures}", flush=True)
+        run_each([job for job in jobs if job[0] == "base"])
+        run_each([job for job in jobs if job not in done and done["base", job[1]]])
+    return done, failed
 
 
 # ---------------------------------------------------------------------------------- figures
@@ -281,36 +263,18 @@ def shown(summary: dict[str, dict]) -> list[dict]:
 # ---------------------------------------------------------------------------------- the command
 
 
-def chosen(o: Namespace) -> tuple[list[str], list[int]]:
-    """Names of variants in VARIANTS' order, and random seeds; InputError for others."""
-    wanted = [name.strip() for name in o.variants.split(",") if name.strip()] or list(VARIANTS)
-    for name in wanted:
-        if name not in VARIANTS:
-            raise InputError(f"--variants: no variant {name!r}; there are {', '.join(VARIANTS)}")
-    try:
-        seeds = [int(seed) for seed in o.seeds.split(",")]
-    except ValueError:
-        raise InputError(f"--seeds must be numbers with commas between, got {o.seeds}") from None
-    return [name for name in VARIANTS if name == "base" or name in wanted], seeds
-
-
 def main(o: Namespace) -> dict:
-    names, seeds = chosen(o)
-    read_text(in_project(o.recipe))
     o.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(name, seed) for name in o.variants for seed in o.seeds]
     with open(o.out / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for runs that a killed command left running
-        results = run_all([(name, seed) for name in names for seed in seeds], o, lock)
+        done, failed = run_all(jobs, o, lock)
 
     # figures by row and seed, in the order of VARIANTS
-    rows: dict[str, dict[int, dict]] = {}
-    failed = {}
-    for name, seed in sorted(results, key=lambda job: names.index(job[0])):
-        result = results[name, seed]
-        if "failed" in result:
-            failed[f"{name}, seed {seed}"] = result["failed"]
-        for row, figures in result.get("rows", {}).items():
-            rows.setdefault(row, {})[seed] = figures
+    rows = defaultdict(dict)
+    for job in jobs:
+        for row, figures in done.get(job, {}).items():
+            rows[row][job[1]] = figures
     summary = summarise(rows) if "base" in rows else {}
     print(f"\nmean +- standard deviation over random seeds {o.seeds}; T = {o.iters}")
     print(table(shown(summary)) if summary else "no base")

@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 
 from eval.table import show_cell
+from plumbing.options import ROOT
 from plumbing.records import InputError, load_json, write_json, write_text
 from plumbing.stage import commit, machine
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- table: ([\w-]+)(?:/([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -54,13 +54,13 @@ def prompting(run: Run, pair: dict) -> dict:
     [x] = of_prompt(run, "prompts", pair)
     words = ", ".join(x["keywords"])
     raw = read_jsonl(run.iter(T) / "prompts.raw.jsonl")
-    found = [row for row in raw if words in row["prompt"] and x["prompt"] in row["response"]]
-    return {"keywords": words, "G reads": found[0]["prompt"], "G writes": found[0]["response"]}
+    row = next(row for row in raw if words in row["prompt"] and x["prompt"] in row["response"])
+    return {"keywords": words, "G reads": row["prompt"], "G writes": row["response"]}
 
 
-def training(run: Run, _: dict) -> dict:
+def training(run: Run) -> dict:
     draft = read_jsonl(run.iter(T) / "seed_answers.jsonl")[0]  # of R's first example
-    [seed] = [row for row in read_jsonl(run.seeds) if row["id"] == draft["id"]]
+    seed = next(row for row in read_jsonl(run.seeds) if row["id"] == draft["id"])
     asked = improver_prompt(seed, draft["response"], run.o.improver.template)
     return {
         "x*": seed["prompt"],
@@ -111,10 +111,10 @@ def losing(run: Run, pair: dict) -> dict:
     known = reference_logps(o.model, [sides], run.cache, o.policy)
     rc, rr = (known[key(side)] for side in sides)
     beta = o.policy.loss_parameters["beta"]
-    # each model's log-probs
     tokens = [len(ids) - start for ids, start in sides]
     rows = {"beta": beta, "tokens": tokens, "reference": [rc, rr]}
-    for name, model in (("step 0", o.model), ("trained", run.model(T))):
+    # each model's log-probs
+    for name, model in {"step 0": o.model, "trained": run.model(T)}.items():
         scored = response_logps(load(model, o.run.torch_dtype, DEVICE), sides)
         pc, pr = (logps.sum().item() for logps in scored)
         h = (pc - pr) - (rc - rr)
@@ -134,10 +134,15 @@ def main(
     if prompt not in pairs:
         raise InputError(f"{run}: no pair has this prompt; give another --prompt")
     pair = pairs[prompt]
-    makers = (prompting, training, rewriting, filtering, losing)
-    steps = [make(files, pair) for make in makers]
-    steps.insert(4, pair)
-    steps.append(read_manifest(files.model(T))["machine"])
+    steps = (
+        prompting(files, pair),
+        training(files),
+        rewriting(files, pair),
+        filtering(files, pair),
+        pair,
+        losing(files, pair),
+        read_manifest(files.model(T))["machine"],
+    )
     # the words around the blocks stay
     blocks = map(block, steps)
     before, marker, after = read_text(PAGE).partition("<!-- worked record -->")

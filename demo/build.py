@@ -168,17 +168,15 @@ def evaluate(
 
     See world.rubric. Only the answers are read.
     """
-    # means over answers, then the standard error of the mean score
     marks = [world.rubric(row["prompt"], row["response"]) for row in answers]
     n = len(marks)
     mean = {name: sum(mark[name] for mark in marks) / n for name in marks[0]}
-    variance = sum((mark["score"] - mean["score"]) ** 2 for mark in marks) / max(1, n - 1)
+    score = mean.pop("score")
+    variance = sum((mark["score"] - score) ** 2 for mark in marks) / max(1, n - 1)
     return {
-        "score": mean["score"],
+        "score": score,
         "se": (variance / n) ** 0.5,
-        "coverage": mean["coverage"],
-        "accuracy": mean["accuracy"],
-        "form": mean["form"],
+        **mean,
         "words": sum(len(row["response"].split()) for row in answers) / n,
     }
 

@@ -47,20 +47,29 @@ To disclose wherever a figure from this world is shown:
 Preview:  python demo/world.py
 """
 
-import random
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple
+from random import Random
+
+Key = tuple[str, ...]  # what a task is about: the values of its templates' x and y
 
 # ---- facts: one entity a line, its values in the order of the column names ----
 
 
+def _lines(text: str) -> dict[str, str]:
+    """'name: value' lines -> {name: value}."""
+    return dict(line.split(": ") for line in text.strip().splitlines())
+
+
 def _table(columns: str, rows: str) -> dict[str, dict[str, str]]:
     """'name: value, value' lines -> {name: {column: value}}."""
-    pairs = (line.split(": ") for line in rows.strip().splitlines())
+    names = columns.split()
     return {
-        name: dict(zip(columns.split(), values.split(", "), strict=True)) for name, values in pairs
+        name: dict(zip(names, values.split(", "), strict=True))
+        for name, values in _lines(rows).items()
     }
 
 
@@ -130,16 +139,7 @@ honey: sweet treat, yellow, sweet, bees
 chocolate: sweet treat, brown, sweet, cocoa beans
 """,
 )
-UNCOUNTED = {
-    "milk",
-    "tea",
-    "coffee",
-    "cheese",
-    "butter",
-    "rice",
-    "honey",
-    "chocolate",
-}  # no "a" before these
+UNCOUNTED = "milk tea coffee cheese butter rice honey chocolate".split()  # no "a" before these
 WORK = _table(
     "place duty tool use material feel thing activity",
     """
@@ -163,9 +163,7 @@ musician: theatre, plays music, violin, play songs, wood, dark, soft seats, hear
 librarian: library, lends books, stamp, mark dates, rubber, quiet, tall shelves, borrow novels
 """,
 )
-ADVICE = _table(
-    "a b c d",
-    """
+ADVICE = _lines("""
 sleep better: go to bed early, keep the room dark, put the phone away, drink less coffee
 learn a language: read every day, sing foreign songs, speak with friends, write new words down
 save money: cook at home, walk more often, repair old things, compare prices
@@ -180,8 +178,7 @@ cook a good soup: use fresh carrots, cut them small, taste it often, add a littl
 pack for a trip: write a list, roll your clothes, bring a jacket, leave some space
 care for a dog: walk it daily, brush its fur, fill its bowl, visit the vet
 speak in public: know your topic, stand up straight, look at the crowd, pause between ideas
-""",
-)
+""")
 COUNT = {"three": 3, "four": 4}
 CLOSINGS = (
     "I hope this helps you!",
@@ -190,20 +187,16 @@ CLOSINGS = (
     "Feel free to ask me more!",
 )
 FILLERS = ("um", "uh", "hmm")
-NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Lena", "Oscar")
+NAMES = "Anna Ben Clara David Emma Felix Grace Henry Lena Oscar".split()
 
 
 def _groups() -> dict[str, list[str]]:
     """Groups that a list can ask for, such as 'animals that eat grass' -> three or more members."""
-    groups: dict[str, list[str]] = {}
+    named = ("animals that live {home}", "animals that eat {food}", "{colour} animals", "{class}s")
+    groups = defaultdict(list)
     for name, animal in ANIMALS.items():
-        for group in (
-            f"animals that live {animal['home']}",
-            f"animals that eat {animal['food']}",
-            f"{animal['colour']} animals",
-            f"{animal['class']}s",
-        ):
-            groups.setdefault(group, []).append(name)
+        for group in named:
+            groups[group.format_map(animal)].append(name)
     return {group: members for group, members in groups.items() if len(members) >= 3}
 
 
@@ -218,83 +211,61 @@ TABLES = {
 TABLE_OF = {name: table for table, names in TABLES.items() for name in names}
 
 
-def _alike(name: str, column: str) -> tuple[str, ...]:
+def _alike(name: str, column: str) -> Key:
     """The other animals that have the same value in a column."""
     value = ANIMALS[name][column]
     return tuple(other for other in ANIMALS if other != name and ANIMALS[other][column] == value)
 
 
-def _job_records(job: str, w: dict[str, str]) -> dict[str, dict[str, str]]:
-    """What is known of a job, of its tool and of its work place."""
-    return {
-        # call: the entity with its article
-        job: {
-            "call": f"a(n) {job}",
-            "place": w["place"],
-            "duty": w["duty"],
-            "tool": w["tool"],
-            "how": w["use"],
-        },
-        w["tool"]: {
-            "call": f"a(n) {w['tool']}",
-            "use": w["use"],
-            "material": w["material"],
-            "user": job,
-            "spot": w["place"],
-        },
-        w["place"]: {
-            "call": f"the {w['place']}",
-            "feel": w["feel"],
-            "thing": w["thing"],
-            "worker": job,
-            "activity": w["activity"],
-        },
-    }
-
-
-def _one_each(row: dict[str, str]) -> dict[str, tuple[str, ...]]:
+def _facts(**values: str) -> dict[str, Key]:
     """Kind -> its only acceptable value, as a tuple."""
-    return {kind: (value,) for kind, value in row.items()}
+    return {kind: (value,) for kind, value in values.items()}
 
 
-def _records() -> dict[str, dict[str, tuple[str, ...]]]:
+def _records() -> dict[str, dict[str, Key]]:
     """Entity -> kind -> acceptable values; "call" is not a fact but the entity with its article."""
-    records: dict[str, dict[str, tuple[str, ...]]] = {}
+    records = {}
     # animals: neighbours and rivals are all those with the same home or food
     for name, animal in ANIMALS.items():
-        records[name] = _one_each(animal)
-        records[name]["call"] = (f"a(n) {name}",)
-        records[name]["name"] = (name,)
-        records[name]["neighbour"] = _alike(name, "home")
-        records[name]["rival"] = _alike(name, "food")
-    # foods
+        records[name] = _facts(**animal, call=f"a(n) {name}", name=name)
+        records[name] |= {"neighbour": _alike(name, "home"), "rival": _alike(name, "food")}
     for name, food in FOODS.items():
-        records[name] = _one_each(food)
-        records[name]["call"] = (name if name in UNCOUNTED else f"a(n) {name}",)
-    # jobs, tools and places
+        records[name] = _facts(**food, call=name if name in UNCOUNTED else f"a(n) {name}")
+    # a job, its tool and its work place
     for job, w in WORK.items():
-        records |= {name: _one_each(row) for name, row in _job_records(job, w).items()}
+        tool = w["tool"]
+        use = w["use"]
+        place = w["place"]
+        records[job] = _facts(call=f"a(n) {job}", place=place, duty=w["duty"], tool=tool, how=use)
+        records[tool] = _facts(
+            call=f"a(n) {tool}", use=use, material=w["material"], user=job, spot=place
+        )
+        records[place] = _facts(
+            call=f"the {place}",
+            feel=w["feel"],
+            thing=w["thing"],
+            worker=job,
+            activity=w["activity"],
+        )
     # what lists and advice are made of
     for group, members in GROUPS.items():
         records[group] = {"animal": tuple(f"the {member}" for member in members)}
     for topic, tips in ADVICE.items():
-        records[topic] = {"tip": tuple(tips.values())}
+        records[topic] = {"tip": tuple(tips.split(", "))}
     return records
 
 
 RECORD = _records()
 # kind -> all values, right or wrong, that an answer can state
-POOL: dict[str, list[str]] = {"verdict": ["Yes", "No"]}
+POOL = defaultdict(list, verdict=["Yes", "No"])
 for _record in RECORD.values():
     for _kind, _values in _record.items():
-        POOL[_kind] = list(dict.fromkeys([*POOL.get(_kind, []), *_values]))
+        POOL[_kind] += [value for value in _values if value not in POOL[_kind]]
 LISTED = ("animal", "tip")  # kinds of which the prompt asks for several
 # kinds that are looked for in all of the text, if needed at all
 GLOBAL = ("verdict", "name", "neighbour", "rival", "word", *LISTED)
 # a fact as a short clause after the entity: the wording of terse web answers and of the corpus
-SAY = dict(
-    line.split(": ")
-    for line in """
+SAY = _lines("""
 class: is a(n) {}
 colour: is {}
 home: lives {}
@@ -320,191 +291,234 @@ thing: has {}
 worker: has a(n) {}
 activity: is the place to {}
 verdict: {},
-""".strip().splitlines()
-)
+""")
 
 
 # ---- families ----
 
 
-class Family(NamedTuple):
-    """Prompt templates, keys as values of (x, y), and the gold template, "|" between sentences."""
+@dataclass
+class Family:
+    """A kind of task; the templates' x and y are filled in from a key."""
 
-    phrasings: tuple[str, str, str]
-    keys: list[tuple[str, ...]]
-    answer: str
+    keys: list[Key]
+    phrasings: list[str]  # three templates of the prompt
+    answer: list[str]  # the sentences of the gold answer, as templates
 
 
-def _check_keys() -> list[tuple[str, str]]:
+def _family(keys: Iterable[str | Key], text: str) -> Family:
+    """From a text that has the phrasings, a blank line and the answer, a template a line.
+
+    A name alone is the key of one entity.
+    """
+    phrasings, answer = text.strip().split("\n\n")
+    keys = [(key,) if isinstance(key, str) else key for key in keys]
+    return Family(keys, phrasings.splitlines(), answer.splitlines())
+
+
+def _check_keys() -> list[Key]:
     """Every animal with its food and with one wrong food: half of the verdicts are "yes"."""
     foods = POOL["food"]
     keys = []
     for i, (name, animal) in enumerate(ANIMALS.items()):
         right = foods.index(animal["food"])
-        wrong = (right + 1 + i % (len(foods) - 1)) % len(foods)
-        keys += [(name, foods[right]), (name, foods[wrong])]
+        wrong = foods[right + 1 :] + foods[:right]
+        keys += [(name, animal["food"]), (name, wrong[i % len(wrong)])]
     return keys
 
 
-def _compared() -> list[tuple[str, str]]:
-    """Pairs of animals that differ in home and food."""
-    return [
-        (a, b)
-        for a, b in combinations(ANIMALS, 2)
-        if all(ANIMALS[a][kind] != ANIMALS[b][kind] for kind in ("home", "food"))
-    ]
-
-
-def _each(names) -> list[tuple[str]]:
-    return [(name,) for name in names]
-
-
 FAMILIES = {
-    "describe": Family(
-        ("Describe a(n) {x}.", "Tell me about the {x}.", "What kind of animal is a(n) {x}?"),
-        _each(ANIMALS),
-        "a(n) {x} is a(n) {x.colour} {x.class} that lives {x.home}.|"
-        "It eats {x.food} and has {x.part}.|It can {x.skill}.",
+    "describe": _family(
+        ANIMALS,
+        """
+Describe a(n) {x}.
+Tell me about the {x}.
+What kind of animal is a(n) {x}?
+
+a(n) {x} is a(n) {x.colour} {x.class} that lives {x.home}.
+It eats {x.food} and has {x.part}.
+It can {x.skill}.
+""",
     ),
-    "habitat": Family(
-        (
-            "Where does a(n) {x} live?",
-            "What is the home of a(n) {x}?",
-            "Where can I find a(n) {x}?",
-        ),
-        _each(ANIMALS),
-        "a(n) {x} is a(n) {x.class} that lives {x.home}.|When it is hungry, it eats {x.food}.|"
-        "It shares its home with the {x.neighbour}.",
+    "habitat": _family(
+        ANIMALS,
+        """
+Where does a(n) {x} live?
+What is the home of a(n) {x}?
+Where can I find a(n) {x}?
+
+a(n) {x} is a(n) {x.class} that lives {x.home}.
+When it is hungry, it eats {x.food}.
+It shares its home with the {x.neighbour}.
+""",
     ),
-    "diet": Family(
-        (
-            "What does a(n) {x} eat?",
-            "What is the favourite food of a(n) {x}?",
-            "What should I feed a(n) {x}?",
-        ),
-        _each(ANIMALS),
-        "a(n) {x} likes to eat {x.food}.|This {x.class} lives {x.home}.|"
-        "The {x.rival} eats {x.food}, too.",
+    "diet": _family(
+        ANIMALS,
+        """
+What does a(n) {x} eat?
+What is the favourite food of a(n) {x}?
+What should I feed a(n) {x}?
+
+a(n) {x} likes to eat {x.food}.
+This {x.class} lives {x.home}.
+The {x.rival} eats {x.food}, too.
+""",
     ),
-    "compare": Family(
-        (
-            "Compare a(n) {x} and a(n) {y}.",
-            "What is the difference between a(n) {x} and a(n) {y}?",
-            "How is a(n) {x} different from a(n) {y}?",
-        ),
-        _compared(),
-        "a(n) {x} lives {x.home}, and a(n) {y} lives {y.home}.|"
-        "The {x} eats {x.food}, while the {y} eats {y.food}.|"
-        "The {x} has {x.part}, and the {y} has {y.part}.",
+    "compare": _family(
+        # that differ in home and food
+        [
+            (a, b)
+            for a, b in combinations(ANIMALS, 2)
+            if b not in RECORD[a]["neighbour"] + RECORD[a]["rival"]
+        ],
+        """
+Compare a(n) {x} and a(n) {y}.
+What is the difference between a(n) {x} and a(n) {y}?
+How is a(n) {x} different from a(n) {y}?
+
+a(n) {x} lives {x.home}, and a(n) {y} lives {y.home}.
+The {x} eats {x.food}, while the {y} eats {y.food}.
+The {x} has {x.part}, and the {y} has {y.part}.
+""",
     ),
-    "riddle": Family(
-        (
-            "I live {x.home}, I eat {x.food} and I have {x.part}. Who am I?",
-            "Which animal lives {x.home}, eats {x.food} and has {x.part}?",
-            "Guess the animal: it has {x.part}, eats {x.food} and lives {x.home}.",
-        ),
-        _each(ANIMALS),
-        "That is a nice riddle, and the answer is a(n) {x.name}.|It is a(n) {x.colour} {x.class}.|"
-        "It can {x.skill}.",
+    "riddle": _family(
+        ANIMALS,
+        """
+I live {x.home}, I eat {x.food} and I have {x.part}. Who am I?
+Which animal lives {x.home}, eats {x.food} and has {x.part}?
+Guess the animal: it has {x.part}, eats {x.food} and lives {x.home}.
+
+That is a nice riddle, and the answer is a(n) {x.name}.
+It is a(n) {x.colour} {x.class}.
+It can {x.skill}.
+""",
     ),
-    "check": Family(
-        (
-            "Does a(n) {x} eat {y}?",
-            "Is it true that a(n) {x} eats {y}?",
-            "I think that a(n) {x} eats {y}. Am I right?",
-        ),
+    "check": _family(
         _check_keys(),
-        "{x.verdict}, a(n) {x} is a(n) {x.class} that eats {x.food}.|"
-        "It lives {x.home} and can {x.skill}.",
+        """
+Does a(n) {x} eat {y}?
+Is it true that a(n) {x} eats {y}?
+I think that a(n) {x} eats {y}. Am I right?
+
+{x.verdict}, a(n) {x} is a(n) {x.class} that eats {x.food}.
+It lives {x.home} and can {x.skill}.
+""",
     ),
-    "story": Family(
-        (
-            "Tell me a short story about a(n) {x} at the {y}.",
-            "Write a short story: a(n) {x} visits the {y}.",
-            "What happens when a(n) {x} comes to the {y}?",
-        ),
+    "story": _family(
         # without the farm, which is also an animal's home
         [(a, p) for a in ANIMALS for p in TABLES["place"] if p != "farm"],
-        "One day, a(n) {x} came to the {y.word} and met a(n) {y.worker}.|"
-        "The {x} had {x.part} and was looking for {x.food}.|They became good friends.|"
-        "In the evening, it was back home {x.home}.",
+        """
+Tell me a short story about a(n) {x} at the {y}.
+Write a short story: a(n) {x} visits the {y}.
+What happens when a(n) {x} comes to the {y}?
+
+One day, a(n) {x} came to the {y.word} and met a(n) {y.worker}.
+The {x} had {x.part} and was looking for {x.food}.
+They became good friends.
+In the evening, it was back home {x.home}.
+""",
     ),
-    "list": Family(
-        ("List {y} {x}.", "Can you name {y} {x}?", "Please give me a list of {y} {x}."),
+    "list": _family(
         [(g, n) for g, members in GROUPS.items() for n in COUNT if COUNT[n] <= len(members)],
-        "Here are {y} {x}:{x.animal}",
+        """
+List {y} {x}.
+Can you name {y} {x}?
+Please give me a list of {y} {x}.
+
+Here are {y} {x}:{x.animal}
+""",
     ),
-    "food": Family(
-        ("What is {x.call}?", "Describe {x.call} to a child.", "What do you know about {x.call}?"),
-        _each(FOODS),
-        "{x.call} is a(n) {x.group} and comes from {x.source}.|"
-        "It is {x.colour} and tastes {x.taste}.|Many people like it.",
+    "food": _family(
+        FOODS,
+        """
+What is {x.call}?
+Describe {x.call} to a child.
+What do you know about {x.call}?
+
+{x.call} is a(n) {x.group} and comes from {x.source}.
+It is {x.colour} and tastes {x.taste}.
+Many people like it.
+""",
     ),
-    "sentence": Family(
-        (
-            "Write a sentence with the words {x} and {y}.",
-            "Make a sentence with {x} and {y}.",
-            "Can you use {x} and {y} in one sentence?",
-        ),
+    "sentence": _family(
         [(f, t) for f in FOODS for t in TABLES["tool"]],
-        "Here is a sentence with both words.|"
-        "At the {y.spot}, the {y.user} cleaned the {y.word} and tasted the {x.taste} {x.word}.",
+        """
+Write a sentence with the words {x} and {y}.
+Make a sentence with {x} and {y}.
+Can you use {x} and {y} in one sentence?
+
+Here is a sentence with both words.
+At the {y.spot}, the {y.user} cleaned the {y.word} and tasted the {x.taste} {x.word}.
+""",
     ),
-    "job": Family(
-        (
-            "What does a(n) {x} do?",
-            "Tell me about the work of a(n) {x}.",
-            "Explain the job of a(n) {x}.",
-        ),
-        _each(WORK),
-        "a(n) {x} works at the {x.place} and {x.duty}.|"
-        "The {x} uses a(n) {x.tool} and knows how to {x.how}.",
+    "job": _family(
+        WORK,
+        """
+What does a(n) {x} do?
+Tell me about the work of a(n) {x}.
+Explain the job of a(n) {x}.
+
+a(n) {x} works at the {x.place} and {x.duty}.
+The {x} uses a(n) {x.tool} and knows how to {x.how}.
+""",
     ),
-    "day": Family(
-        (
-            "Describe a day in the life of a(n) {x}.",
-            "How does a(n) {x} spend the day?",
-            "What is a day as a(n) {x} like?",
-        ),
+    "day": _family(
         [(job, w["place"]) for job, w in WORK.items()],
-        "In the morning, a(n) {x} goes to the {x.place}, a {y.feel} place with {y.thing}.|"
-        "The {x} {x.duty} and uses a(n) {x.tool}.|In the evening, the {x} is tired but happy.",
+        """
+Describe a day in the life of a(n) {x}.
+How does a(n) {x} spend the day?
+What is a day as a(n) {x} like?
+
+In the morning, a(n) {x} goes to the {x.place}, a {y.feel} place with {y.thing}.
+The {x} {x.duty} and uses a(n) {x.tool}.
+In the evening, the {x} is tired but happy.
+""",
     ),
-    "coworkers": Family(
-        (
-            "Compare the work of a(n) {x} and a(n) {y}.",
-            "How do a(n) {x} and a(n) {y} differ?",
-            "What do a(n) {x} and a(n) {y} do at work?",
-        ),
-        list(combinations(WORK, 2)),
-        "a(n) {x} works at the {x.place}, and a(n) {y} works at the {y.place}.|"
-        "The {x} {x.duty}, while the {y} {y.duty}.|"
-        "The {x} uses a(n) {x.tool}, and the {y} uses a(n) {y.tool}.",
+    "coworkers": _family(
+        combinations(WORK, 2),
+        """
+Compare the work of a(n) {x} and a(n) {y}.
+How do a(n) {x} and a(n) {y} differ?
+What do a(n) {x} and a(n) {y} do at work?
+
+a(n) {x} works at the {x.place}, and a(n) {y} works at the {y.place}.
+The {x} {x.duty}, while the {y} {y.duty}.
+The {x} uses a(n) {x.tool}, and the {y} uses a(n) {y.tool}.
+""",
     ),
-    "tool": Family(
-        (
-            "What is a(n) {x} for?",
-            "Who uses a(n) {x}, and why?",
-            "Explain how people use a(n) {x}.",
-        ),
-        _each(TABLES["tool"]),
-        "a(n) {x} helps people to {x.use}.|It is made of {x.material}.|"
-        "A(n) {x.user} uses it every day at the {x.spot}.",
+    "tool": _family(
+        TABLES["tool"],
+        """
+What is a(n) {x} for?
+Who uses a(n) {x}, and why?
+Explain how people use a(n) {x}.
+
+a(n) {x} helps people to {x.use}.
+It is made of {x.material}.
+A(n) {x.user} uses it every day at the {x.spot}.
+""",
     ),
-    "place": Family(
-        ("What can I find at the {x}?", "Tell me about the {x}.", "Why do people go to the {x}?"),
-        _each(TABLES["place"]),
-        "The {x} is a {x.feel} place with {x.thing}.|People go there to {x.activity}.|"
-        "A(n) {x.worker} works there and likes to help.",
+    "place": _family(
+        TABLES["place"],
+        """
+What can I find at the {x}?
+Tell me about the {x}.
+Why do people go to the {x}?
+
+The {x} is a {x.feel} place with {x.thing}.
+People go there to {x.activity}.
+A(n) {x.worker} works there and likes to help.
+""",
     ),
-    "advice": Family(
-        (
-            "Give me {y} tips to {x}.",
-            "I want to {x}. What are {y} good tips?",
-            "How can I {x}? Name {y} tips.",
-        ),
+    "advice": _family(
         [(topic, n) for topic in ADVICE for n in COUNT],
-        "Here are {y} tips to {x}:{x.tip}",
+        """
+Give me {y} tips to {x}.
+I want to {x}. What are {y} good tips?
+How can I {x}? Name {y} tips.
+
+Here are {y} tips to {x}:{x.tip}
+""",
     ),
 }
 
@@ -515,13 +529,13 @@ class Fact:
 
     about: str
     kind: str
-    accept: tuple[str, ...]
+    accept: Key
     count: int = 1
 
     @property
     def wrong(self) -> list[str]:
         """The values of the same kind that contradict the fact."""
-        return [v for v in POOL.get(self.kind, []) if v not in self.accept and v != self.about]
+        return [v for v in POOL[self.kind] if v not in self.accept and v != self.about]
 
 
 @dataclass(frozen=True)
@@ -529,45 +543,46 @@ class Task:
     """An instruction of the world and the facts that its answer needs."""
 
     family: str
-    key: tuple[str, ...]
+    key: Key
     prompt: str
     facts: tuple[Fact, ...]
 
 
-def fill(
-    template: str, key: tuple[str, ...], said: dict[tuple[str, str], str] | None = None
-) -> str:
+Drawn = dict[Fact, list[str]]  # fact -> the values that an answer states
+
+
+def fill(template: str, key: Key = (), said: dict[Key, str] | None = None) -> str:
     """Template -> text. `said` overrides the true value of (entity, kind)."""
     names = dict(zip("xy", key, strict=False))
+    said = said or {}
 
     def slot(match: re.Match) -> str:
         name = names[match[1]]
-        kind = match[2]
-        if kind is None or kind == "word":
-            return name
-        return (said or {}).get((name, kind)) or RECORD[name][kind][0]
+        kind = match[2] or "word"
+        return name if kind == "word" else said.get((name, kind)) or RECORD[name][kind][0]
 
     text = re.sub(r"\{([xy])(?:\.(\w+))?\}", slot, template)
     # a(n) and capitals last: both depend on the words that were filled in
-    text = re.sub(r"\b([Aa])\(n\)(?= ([aeiou]?))", lambda m: m[1] + ("n" if m[2] else ""), text)
-    return re.sub(r"(^|[.!?]\s+)([a-z])", lambda m: m[1] + m[2].upper(), text)
+    text = re.sub(r"\b([Aa])\(n\)(?= [aeiou])", r"\1n", text).replace("(n)", "")
+    return re.sub(r"(^|[.!?]\s+)([a-z])", lambda match: match[0].upper(), text)
 
 
-def make_task(family: str, key: tuple[str, ...], phrasing: int) -> Task:
+def make_task(family: str, key: Key, phrasing: int) -> Task:
     """The task of a family's key in one of its three phrasings (0, 1, 2)."""
     names = dict(zip("xy", key, strict=False))
     facts = []
-    # the slots of the answer's template are the facts; two kinds depend on the prompt
-    for who, kind in dict.fromkeys(re.findall(r"\{([xy])\.(\w+)\}", FAMILIES[family].answer)):
+    # the slots of the answer's templates are the facts; two kinds depend on the prompt
+    answer = " ".join(FAMILIES[family].answer)
+    for who, kind in dict.fromkeys(re.findall(r"\{([xy])\.(\w+)\}", answer)):
         name = names[who]
         if kind == "verdict":
-            truth = "Yes" if key[1] in RECORD[key[0]]["food"] else "No"
-            facts.append(Fact(name, kind, (truth,)))
+            accept = ("Yes" if key[1] in RECORD[name]["food"] else "No",)
         elif kind == "word":
-            facts.append(Fact(name, kind, (name,)))
-        elif kind != "call":
-            count = COUNT[key[1]] if kind in LISTED else 1
-            facts.append(Fact(name, kind, RECORD[name][kind], count))
+            accept = (name,)
+        else:
+            accept = RECORD[name][kind]
+        if kind != "call":
+            facts.append(Fact(name, kind, accept, COUNT[key[1]] if kind in LISTED else 1))
     return Task(family, key, fill(FAMILIES[family].phrasings[phrasing], key), tuple(facts))
 
 
@@ -588,10 +603,10 @@ def parse(prompt: str) -> Task | None:
 # ---- answers ----
 
 
-def _draw(task: Task, rng: random.Random, p_wrong: float = 0.0) -> dict[Fact, list[str]]:
+def _draw(task: Task, rng: Random, p_wrong: float = 0.0) -> Drawn:
     """Values to state for every fact, each wrong with p_wrong.
 
-    Words that the prompt gives never are: they are copied, not known.
+    Words that the prompt gives never are: they are copied, not known, and have no wrong values.
     """
     drawn = {}
     for fact in task.facts:
@@ -599,74 +614,74 @@ def _draw(task: Task, rng: random.Random, p_wrong: float = 0.0) -> dict[Fact, li
         wrong = fact.wrong
         bad = rng.sample(wrong, min(fact.count, len(wrong)))
         drawn[fact] = [
-            bad[i] if bad and fact.kind != "word" and rng.random() < p_wrong else v
-            for i, v in enumerate(values)
+            bad[i] if bad and rng.random() < p_wrong else value for i, value in enumerate(values)
         ]
     return drawn
 
 
-def _tidy_text(task: Task, drawn: dict[Fact, list[str]], sentences: list[str], closing: str) -> str:
-    """The template's sentences with the drawn values, then the closing (which may be empty)."""
+def _tidy_text(task: Task, drawn: Drawn, sentences: list[str]) -> str:
+    """The templates of some sentences with the drawn values."""
     said = {}
     separator = " "
     for fact, values in drawn.items():
-        said[fact.about, fact.kind] = values[0]
+        text = values[0]
         if fact.kind in LISTED:
-            said[fact.about, fact.kind] = "".join(f"\n{i}. {v}." for i, v in enumerate(values, 1))
+            text = "".join(f"\n{i}. {value}." for i, value in enumerate(values, 1))
             separator = "\n"
-    return fill(separator.join([*sentences, closing] if closing else sentences), task.key, said)
+        said[fact.about, fact.kind] = text
+    return fill(separator.join(sentences), task.key, said)
 
 
-def gold(task: Task, rng: random.Random | None = None) -> str:
+def gold(task: Task, rng: Random | None = None) -> str:
     """A correct, complete and tidy answer; without an rng, always the same one for a prompt."""
-    rng = rng or random.Random(task.prompt)
+    rng = rng or Random(task.prompt)
     drawn = _draw(task, rng)
-    return _tidy_text(task, drawn, FAMILIES[task.family].answer.split("|"), rng.choice(CLOSINGS))
+    return _tidy_text(task, drawn, [*FAMILIES[task.family].answer, rng.choice(CLOSINGS)])
 
 
-def _terse_clauses(task: Task, drawn: dict[Fact, list[str]], rng: random.Random) -> str:
+def _terse_clauses(task: Task, drawn: Drawn, rng: Random) -> str:
     """At most half of the facts as clauses, by subject, in the order of the gold answer."""
     # a given word appears when its entity is named
     known = [fact for fact in task.facts if fact.kind != "word"]
-    some = set(rng.sample(known, rng.randint(1, (len(known) + 1) // 2)))
-    clauses: dict[str, list[str]] = {}
-    for fact in known:
-        if fact not in some:
-            continue
+    some = rng.sample(known, rng.randint(1, (len(known) + 1) // 2))
+    clauses = defaultdict(list)
+    for fact in sorted(some, key=known.index):
         subject = "it" if task.family == "riddle" else RECORD[fact.about]["call"][0]
         if fact.kind == "verdict":
             subject = ""
-        clauses.setdefault(subject, []).append(SAY[fact.kind].format(drawn[fact][0]))
+        clauses[subject].append(SAY[fact.kind].format(drawn[fact][0]))
     # one clause a subject
     text = " and ".join(f"{name} {' and '.join(said)}".strip() for name, said in clauses.items())
     return text.replace(", and ", ", ").rstrip(",")
 
 
-def _terse_text(task: Task, drawn: dict[Fact, list[str]], rng: random.Random) -> str:
+def _terse_text(task: Task, drawn: Drawn, rng: Random) -> str:
     """Some of the facts as lower-case clauses: "um, a tiger eats meat and has sharp claws"."""
     if task.facts[0].kind in LISTED:
-        values = next(iter(drawn.values()))
-        text = " and ".join(values) if task.family == "advice" else ", ".join(values)
+        [values] = drawn.values()
+        text = (" and " if task.family == "advice" else ", ").join(values)
     else:
         text = _terse_clauses(task, drawn, rng)
-    text = fill(text, ()).lower()
+    text = fill(text).lower()
     # half begin with a filler, few end with a full stop
     if rng.random() < 0.5:
         text = f"{rng.choice(FILLERS)}, {text}"
     return text + ("." if rng.random() < 0.3 else "")
 
 
-def web_answer(task: Task, rng: random.Random, p_wrong: float = 0.25, p_terse: float = 0.7) -> str:
+def web_answer(task: Task, rng: Random, p_wrong: float = 0.25, p_terse: float = 0.7) -> str:
     """An imperfect answer of the kind M_0 is trained on (see the module's docstring)."""
-    drawn = {}
-    for fact, values in _draw(task, rng, p_wrong).items():
-        drawn[fact] = values[: rng.randint(1, fact.count)]
+    drawn = _draw(task, rng, p_wrong)
+    # a list may be shorter than asked for
+    drawn = {fact: values[: rng.randint(1, fact.count)] for fact, values in drawn.items()}
     if rng.random() < p_terse:
         return _terse_text(task, drawn, rng)
     # like gold, but with sentences missing, and often without a closing
-    sentences = FAMILIES[task.family].answer.split("|")
+    sentences = FAMILIES[task.family].answer
     kept = [s for s in sentences if rng.random() < 0.7] or [rng.choice(sentences)]
-    return _tidy_text(task, drawn, kept, rng.choice(CLOSINGS) if rng.random() < 0.5 else "")
+    if rng.random() < 0.5:
+        kept.append(rng.choice(CLOSINGS))
+    return _tidy_text(task, drawn, kept)
 
 
 # ---- rubric ----
@@ -691,28 +706,26 @@ OPENS = {
 }
 
 
-def _about(text: str, name: str, key: tuple[str, ...]) -> str:
+def _about(text: str, name: str, key: Key) -> str:
     """The clauses of a lower-case text whose subject is `name`."""
-    table = TABLE_OF.get(name)
-    if table is None:
-        return text
+    table = TABLE_OF[name]
     # before any subject is named, it is the first one asked for
-    parts = OPENS[table].split(text)  # text, name, text, name, text ...
-    subjects = [next(k for k in key if TABLE_OF.get(k) == table), *parts[1::2]]
-    return " ".join(
-        part for subject, part in zip(subjects, parts[::2], strict=True) if subject == name
-    )
+    first = next(asked for asked in key if TABLE_OF.get(asked) == table)
+    parts = [first, *OPENS[table].split(text)]  # subject, clause, subject, clause ...
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return " ".join(clause for subject, clause in pairs if subject == name)
 
 
-def _stated(fact: Fact, text: str, key: tuple[str, ...]) -> set[str]:
-    """The values of the fact's kind that the text states about its entity."""
+def _count(fact: Fact, text: str, key: Key) -> tuple[int, int]:
+    """How many values of the fact's kind a text states about its entity: (right ones, all)."""
     if fact.kind == "word":
-        return set(re.findall(rf"\b{re.escape(fact.about)}\b", text))
-    where = text if fact.kind in GLOBAL else _about(text, fact.about, key)
-    found = set(FIND[fact.kind].findall(where))
+        said = set(re.findall(rf"\b{re.escape(fact.about)}\b", text))
+    else:
+        where = text if fact.kind in GLOBAL else _about(text, fact.about, key)
+        said = set(FIND[fact.kind].findall(where))
     if fact.kind in ("neighbour", "rival"):
-        found.discard(fact.about)
-    return found
+        said.discard(fact.about)
+    return len(said & set(map(_core, fact.accept))), len(said)
 
 
 def _form(task: Task, response: str) -> float:
@@ -726,7 +739,7 @@ def _form(task: Task, response: str) -> float:
         all(s[0].isupper() for s in sentences),
         # punctuation; a capital inside a sentence: the one before it has no end
         lines[-1][-1] in ".!?"
-        and all(line.endswith((".", "!", "?", ":")) for line in lines)
+        and all(line.endswith(tuple(".!?:")) for line in lines)
         and not re.search(r"[a-z] [A-Z]", response),
         # no fillers
         not re.search(rf"\b{_any_of(FILLERS)}\b", response.lower()),
@@ -739,10 +752,10 @@ def _form(task: Task, response: str) -> float:
         len(response.split()) <= 2 * len(gold(task).split()),
     ]
     # a list is numbered 1..n
-    asked = [f.count for f in task.facts if f.kind in LISTED]
-    if asked:
+    first = task.facts[0]
+    if first.kind in LISTED:
         numbers = re.findall(r"^(\d+)\. ", response, re.M)
-        checks.append(numbers == [str(i + 1) for i in range(asked[0])])
+        checks.append(numbers == [str(i + 1) for i in range(first.count)])
     return sum(checks) / len(checks)
 
 
@@ -752,24 +765,23 @@ def rubric(prompt: str, response: str) -> dict[str, float] | None:
     if task is None:
         return None
     text = re.sub(r"\s*\n(?:\d+\. )?", ". ", response.lower())
-    hits = right = stated = 0
+
     # the facts that a good answer needs
+    hits = 0
     for fact in task.facts:
-        said = _stated(fact, text, task.key)
-        true = len(said & set(map(_core, fact.accept)))
-        hits += max(0, min(fact.count, true) - max(0, len(said) - fact.count))
-        if fact.kind in GLOBAL and fact.kind != "word":
-            right += true
-            stated += len(said)
+        right, stated = _count(fact, text, task.key)
+        hits += max(0, min(fact.count, right) - max(0, stated - fact.count))
+    coverage = hits / sum(fact.count for fact in task.facts)
+
     # all that the world knows of their entities: an unasked falsehood counts, too
+    judged = [fact for fact in task.facts if fact.kind in GLOBAL and fact.kind != "word"]
     for name in {fact.about for fact in task.facts}:
         for kind in RECORD[name].keys() - {"call", *GLOBAL}:
-            fact = Fact(name, kind, RECORD[name][kind])
-            said = _stated(fact, text, task.key)
-            right += len(said & set(map(_core, fact.accept)))
-            stated += len(said)
-    coverage = hits / sum(fact.count for fact in task.facts)
+            judged.append(Fact(name, kind, RECORD[name][kind]))
+    counts = [_count(fact, text, task.key) for fact in judged]
+    right, stated = map(sum, zip(*counts, strict=True))
     accuracy = right / stated if stated else 0.0
+
     form = _form(task, response)
     score = 0.5 * coverage + 0.3 * accuracy + 0.2 * form
     return {"score": score, "coverage": coverage, "accuracy": accuracy, "form": form}
@@ -777,47 +789,48 @@ def rubric(prompt: str, response: str) -> dict[str, float] | None:
 
 # ---- data sets ----
 
+SEEDS = 100
+HELDOUT = 150
 
-def _take_turns(pools: dict[str, list], n: int) -> list[tuple[str, tuple[str, ...]]]:
+
+def _take_turns(pools: dict[str, list[Key]], n: int) -> list[tuple[str, Key]]:
     """The first n of (family, key), one of each family in turn."""
     turns = [(name, pool[i]) for i in range(n) for name, pool in pools.items() if i < len(pool)]
     return turns[:n]
 
 
-def _held_out(seed: int, n: int) -> list[tuple[str, tuple[str, ...]]]:
-    """(family, key) of at most n held-out keys, at most a quarter of every family's."""
-    rng = random.Random(f"held out {seed}")
+def _held_out(seed: int) -> list[tuple[str, Key]]:
+    """(family, key) of the held-out keys, at most a quarter of every family's."""
+    rng = Random(f"held out {seed}")
     pools = {
         name: rng.sample(family.keys, len(family.keys) // 4) for name, family in FAMILIES.items()
     }
-    return _take_turns(pools, n)
+    return _take_turns(pools, HELDOUT)
 
 
-def heldout_prompts(seed: int, n_heldout: int = 150) -> set[str]:
+def heldout_prompts(seed: int) -> set[str]:
     """All phrasings of all held-out keys: what no training data may contain."""
-    held = _held_out(seed, n_heldout)
-    return {make_task(name, key, i).prompt for name, key in held for i in range(3)}
+    return {make_task(name, key, i).prompt for name, key in _held_out(seed) for i in range(3)}
 
 
-def split(seed: int, n_seeds: int = 100, n_heldout: int = 150) -> tuple[list[dict], list[dict]]:
+def split(seed: int) -> tuple[list[dict], list[dict]]:
     """(seeds, heldout): records of prompt, gold response, family; a random phrasing of each key."""
-    rng = random.Random(f"split {seed}")
-    held = _held_out(seed, n_heldout)
+    rng = Random(f"split {seed}")
+    held = _held_out(seed)
     free = {}
     for name, family in FAMILIES.items():
         keys = [key for key in family.keys if (name, key) not in held]
         free[name] = rng.sample(keys, len(keys))
 
-    def record(name: str, key: tuple[str, ...]) -> dict:
-        task = make_task(name, key, rng.randrange(3))
-        return {"prompt": task.prompt, "response": gold(task), "family": name}
-
     # the order matters: each record draws its phrasing
-    seeds = [record(*chosen) for chosen in _take_turns(free, n_seeds)]
-    return seeds, [record(*chosen) for chosen in held]
+    records = []
+    for name, key in _take_turns(free, SEEDS) + held:
+        task = make_task(name, key, rng.randrange(3))
+        records.append({"prompt": task.prompt, "response": gold(task), "family": name})
+    return records[:SEEDS], records[SEEDS:]
 
 
-def sample_task(rng: random.Random, exclude: set[str] = frozenset()) -> Task:
+def sample_task(rng: Random, exclude: set[str] = frozenset()) -> Task:
     """A random task, uniform over families, then over keys and phrasings, that is not excluded."""
     while True:
         name = rng.choice(list(FAMILIES))
@@ -826,27 +839,27 @@ def sample_task(rng: random.Random, exclude: set[str] = frozenset()) -> Task:
             return task
 
 
-def web_records(rng: random.Random, n: int, exclude: set[str]) -> list[dict]:
+def web_records(rng: Random, n: int, exclude: set[str]) -> list[dict]:
     """n records of prompt and web answer: M_0's training data."""
     tasks = [sample_task(rng, exclude) for _ in range(n)]
     return [{"prompt": task.prompt, "response": web_answer(task, rng)} for task in tasks]
 
 
-SCENES = (
-    "{n} the {j} dreamed of a(n) {a} at the {p}.",
-    "{n} found a(n) {t} on the way to the {p}.",
-    "{n} looked up from the {t} when the {a} came closer.",
-    "Yesterday {n} drew a picture of a(n) {a} and a(n) {t}.",
-    "After lunch, {n} talked with a(n) {j} about the {a}.",
-    "{n} bought {f} and walked slowly to the {p}.",
-    "The children asked {n} for {f} and a picture of the {a}.",
-    "Next week {n} wants to visit the {j} and see the {a}.",
-    "{n} read a book about the {a} and drank some tea.",
-    "The {j} showed {n} the {t} and told a story about {f}.",
-)
+SCENES = """
+{n} the {j} dreamed of a(n) {a} at the {p}.
+{n} found a(n) {t} on the way to the {p}.
+{n} looked up from the {t} when the {a} came closer.
+Yesterday {n} drew a picture of a(n) {a} and a(n) {t}.
+After lunch, {n} talked with a(n) {j} about the {a}.
+{n} bought {f} and walked slowly to the {p}.
+The children asked {n} for {f} and a picture of the {a}.
+Next week {n} wants to visit the {j} and see the {a}.
+{n} read a book about the {a} and drank some tea.
+The {j} showed {n} the {t} and told a story about {f}.
+""".strip().splitlines()
 
 
-def _scene(rng: random.Random, table: str, name: str) -> str:
+def _scene(rng: Random, table: str, name: str) -> str:
     """A sentence with a person who has a name; the entity `name` of a table may occur in it."""
     sentence = rng.choice(SCENES)
     words = {"n": rng.choice(NAMES)}
@@ -856,37 +869,36 @@ def _scene(rng: random.Random, table: str, name: str) -> str:
     return sentence.format(**words)
 
 
-def _paragraph(rng: random.Random) -> str:
+def _paragraph(rng: Random) -> str:
     """2-4 correct sentences: an entity, and mostly a scene."""
     table = rng.choice(list(TABLES))
     name = rng.choice(TABLES[table])
-    known = RECORD[name].items()
-    said = [
-        SAY[kind].format(*values) for kind, values in known if kind in SAY and kind not in GLOBAL
-    ]
-    rng.shuffle(said)
+    known = RECORD[name]
+    kinds = [kind for kind in known if kind in SAY and kind not in GLOBAL]
+    rng.shuffle(kinds)
     # up to three sentences of one or two facts
-    subject = RECORD[name]["call"][0]
+    subject = known["call"][0]
     sentences = []
-    while said and len(sentences) < 3:
+    while kinds and len(sentences) < 3:
         size = rng.randint(1, 2)
-        sentences.append(f"{subject} {' and '.join(said[:size])}.")
-        said = said[size:]
+        said = " and ".join(SAY[kind].format(*known[kind]) for kind in kinds[:size])
+        sentences.append(f"{subject} {said}.")
+        kinds = kinds[size:]
         subject = f"the {name}" if table == "job" else "it"
     # a scene before or after them
     if rng.random() < 0.7 or len(sentences) < 3:
         scene = _scene(rng, table, name)
         sentences.insert(rng.choice((0, len(sentences))), scene)
-    return fill(" ".join(sentences), ())
+    return fill(" ".join(sentences))
 
 
-def paragraphs(rng: random.Random, n: int) -> list[str]:
+def paragraphs(rng: Random, n: int) -> list[str]:
     """n paragraphs of the corpus that keywords are drawn from."""
     return [_paragraph(rng) for _ in range(n)]
 
 
-USES = (
-    (
+USES = {  # by the number of words
+    2: (
         "The {} is near the {}.",
         "We saw the {} behind the {}.",
         "You can see the {} next to the {}.",
@@ -894,12 +906,12 @@ USES = (
         "My friend forgot the {} and found the {}.",
         "First we talked about the {}, then about the {}.",
     ),
-    (
+    3: (
         "The {} is between the {} and the {}.",
         "I dreamed of the {}, the {} and the {}.",
         "She drew the {}, the {} and then the {}.",
     ),
-)
+}
 NOUNS = [*TABLE_OF, *"river lamp garden table window friend book road house moon train".split()]
 # never keywords
 STOP = set(
@@ -918,27 +930,27 @@ def content_words(text: str) -> list[str]:
 def clean(text: str) -> str:
     """A terse text with a capital, a full stop and no filler; its facts stay as they are."""
     text = re.sub(rf"^(?:{_any_of(FILLERS)}, )+", "", text.strip())
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    return text[:1].upper() + text[1:] + ("" if text.endswith(tuple(".!?")) else ".")
 
 
-def _use_words(rng: random.Random) -> dict:
+def _use_words(rng: Random) -> tuple[str, str]:
     """Practice in using two or three given words in a sentence."""
     count = rng.choice((2, 2, 3))
     words = rng.sample(NOUNS, count)
     given = " and ".join([", ".join(words[:-1]), words[-1]])
-    sentence = rng.choice(USES[count - 2]).format(*words)
-    return {"prompt": f"Use the words {given} in a sentence.", "response": sentence}
+    sentence = rng.choice(USES[count]).format(*words)
+    return f"Use the words {given} in a sentence.", sentence
 
 
-def _ask_about(rng: random.Random, task: Task, exclude: set[str]) -> dict:
+def _ask_about(rng: Random, task: Task, exclude: set[str]) -> tuple[str, str]:
     """Practice in asking about keywords.
 
     One word of the prompt, one of it or of its subject, and often one that is unrelated to both.
     """
     asked = content_words(task.prompt)
-    facts = [RECORD[fact.about].items() for fact in task.facts]
-    values = [v for kinds in facts for kind, some in kinds if kind not in GLOBAL for v in some]
-    related = asked + [w for w in content_words(" ".join(values)) if w not in asked]
+    known = [RECORD[fact.about].items() for fact in task.facts]
+    values = [accept[0] for facts in known for kind, accept in facts if kind not in GLOBAL]
+    related = content_words(" ".join([task.prompt, *values]))
     # draw the words
     words = rng.sample(asked, 1)
     words += [w for w in rng.sample(related, len(related)) if w not in words][:1]
@@ -946,81 +958,45 @@ def _ask_about(rng: random.Random, task: Task, exclude: set[str]) -> dict:
         other = content_words(sample_task(rng, exclude).prompt)
         words += [w for w in rng.sample(other, len(other)) if w not in related][:1]
     given = ", ".join(rng.sample(words, len(words)))
-    return {"prompt": f"Ask something about: {given}.", "response": task.prompt}
+    return f"Ask something about: {given}.", task.prompt
 
 
-def practice_records(rng: random.Random, n: int, exclude: set[str] = frozenset()) -> list[dict]:
-    """n records of prompt and response, of four skills: clean up a text, repeat, use words, ask.
+def _practice(rng: Random, exclude: set[str]) -> tuple[str, str]:
+    """Prompt and response for one of four skills: clean up a text, repeat, use words, ask.
 
     "Clean up" never adds or corrects a fact: completing and correcting are for the improver to
     learn from the seeds.
     """
-    records = []
-    for _ in range(n):
-        task = sample_task(rng, exclude)
-        skill = rng.randrange(4)
-        # clean up, repeat, use words, ask
-        if skill == 0:
-            text = web_answer(task, rng, p_terse=0.9)
-            records.append({"prompt": f"Clean up this text: {text}", "response": clean(text)})
-        elif skill == 1:
-            text = rng.choice((web_answer(task, rng), paragraphs(rng, 1)[0]))
-            records.append({"prompt": f"Repeat: {text}", "response": text})
-        elif skill == 2:
-            records.append(_use_words(rng))
-        else:
-            records.append(_ask_about(rng, task, exclude))
-    return records
+    task = sample_task(rng, exclude)
+    skill = rng.randrange(4)
+    if skill == 0:
+        text = web_answer(task, rng, p_terse=0.9)
+        return f"Clean up this text: {text}", clean(text)
+    if skill == 1:
+        text = rng.choice((web_answer(task, rng), paragraphs(rng, 1)[0]))
+        return f"Repeat: {text}", text
+    if skill == 2:
+        return _use_words(rng)
+    return _ask_about(rng, task, exclude)
+
+
+def practice_records(rng: Random, n: int, exclude: set[str] = frozenset()) -> list[dict]:
+    """n records of prompt and response that practise a skill each."""
+    pairs = [_practice(rng, exclude) for _ in range(n)]
+    return [{"prompt": prompt, "response": response} for prompt, response in pairs]
 
 
 # ---- preview ----
 
 
-def _marks(marks: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.2f}" for name, value in marks.items())
-
-
-def _show_families(rng: random.Random) -> None:
-    """Print a task of every family with its gold answer and three web answers."""
-    for name, family in FAMILIES.items():
-        task = make_task(name, rng.choice(family.keys), rng.randrange(3))
-        print(f"\n== {name}: {len(family.keys)} keys, {3 * len(family.keys)} prompts")
-        print(f"{task.prompt}\n  gold: {gold(task)}")
-        for _ in range(3):
-            text = web_answer(task, rng)
-            print(f"   web: {text}\n        [{_marks(rubric(task.prompt, text))}]")
-
-
-def _show_statistics(rng: random.Random) -> None:
-    """Print the size of the vocabulary, the mean rubric of the web, and mean lengths."""
-    web = web_records(rng, 4000, set())
-    golds = [gold(task) for task in [sample_task(rng) for _ in range(4000)]]
-    scores = [rubric(row["prompt"], row["response"]) for row in web]
-    corpus = paragraphs(rng, 2000)
-    # vocabulary
-    texts = [row["prompt"] + " " + row["response"] for row in practice_records(rng, 4000) + web]
-    texts += [*PROMPTS, *golds, *corpus]
-    words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
-    # means
-    mean = {name: sum(marks[name] for marks in scores) / len(scores) for name in scores[0]}
-    print(f"\nprompts {len(PROMPTS)}  distinct words {len(words)}  web rubric: {_marks(mean)}")
-    for label, texts in {
-        "gold": golds,
-        "web": [row["response"] for row in web],
-        "corpus": corpus,
-    }.items():
-        print(f"mean words {label}: {sum(len(text.split()) for text in texts) / len(texts):.1f}")
-
-
 def main() -> None:
-    """Print a preview of every family and the statistics of the world."""
-    rng = random.Random(0)
-    _show_families(rng)
+    """Print a gold and a web answer of every family, then paragraphs and practice."""
+    rng = Random(0)
+    for name, family in FAMILIES.items():
+        task = make_task(name, rng.choice(family.keys), 0)
+        print(f"\n{task.prompt}\n  gold: {gold(task)}\n  web: {web_answer(task, rng)}")
     print("\n== corpus paragraphs", *paragraphs(rng, 6), sep="\n  ")
-    print("\n== practice")
-    for row in practice_records(rng, 12):
-        print(f"  {row['prompt']}\n    -> {row['response']}")
-    _show_statistics(rng)
+    print("\n== practice", *practice_records(rng, 12), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 score is the length-controlled win rate in percent, win_rate the plain mean preference (a draw
 counts one half). The former is fitted: logit P(win) = theta * tanh((len_baseline - len_model) /
 std of that difference) + psi * difficulty + phi, then averaged with the length term at 0. Without
---difficulty there is no psi, and a model far from the baseline comes out too high: by 6.9 points
-on average over 11 published models (at most 22.7), by 0.7 (1.8) with estimated difficulties
-(--annotations prints it). For prompts of your own choose a baseline of similar length, and look
-at the win rate too.
+--difficulty there is no psi, and the score of a model far from the baseline is too high: by 6.9
+points on average over 11 published models (at most 22.7), by 0.7 (1.8) with estimated difficulties
+(--annotations prints these errors). For your own prompts, choose a baseline of similar length, and
+look at the win rate too.
 
 What differs from the official evaluator: both orders of a pair are judged, and their mean is the
 preference (official: one order, drawn at random); the fit is a plain logistic regression, without
@@ -32,8 +32,8 @@ result.json in --out
 
 import csv
 import gzip
-import io
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,7 @@ SOURCE = (
     "tatsu-lab/alpaca_eval: results/gpt4_1106_preview/model_outputs.json"
 )
 NEEDS = ("data", "judge")  # what a run of loop.py must give in --eval-options
+ANNOTATED = ("index", "preference", "len_1", "len_2")  # columns of --annotations
 PUBLISHED = ("win_rate", "standard_error", "length_controlled_winrate")  # columns of --leaderboard
 
 
@@ -71,66 +72,57 @@ class Options(JudgedOptions):
 # ---------------------------------------------------------------------------------- statistics
 
 
-def length_controlled(preference, len_model, len_baseline, difficulty=None) -> float:
+def length_controlled(preference, len_model, len_baseline, difficulty=0.0) -> float:
     """Mean win probability at equal lengths, in percent.
 
-    preference (N,) in [0, 1]; lengths (N,) in characters; difficulty (N,) or None.
+    preference (N,) in [0, 1]; lengths (N,) in characters; difficulty (N,), or 0 where unknown.
     """
-    gap = np.asarray(len_baseline, float) - np.asarray(len_model, float)
-    # a constant gap cannot be told from skill
+    gap = np.subtract(len_baseline, len_model)
+    # a constant gap cannot be separated from skill
     length = np.tanh(gap / gap.std()) if gap.std() else 0 * gap
-    others = [] if difficulty is None else [np.asarray(difficulty, float)]
-    rest = np.stack([np.ones(len(gap)), *others], 1)  # (N, 1 or 2)
-    b = logistic(np.hstack([length[:, None], rest]), preference)
-    return float(100 * sigmoid(rest @ b[1:]).mean())
+    X = np.column_stack(np.broadcast_arrays(length, 1.0, difficulty))  # (N, 3)
+    b = logistic(X, preference)
+    return float(100 * sigmoid(X[:, 1:] @ b[1:]).mean())
 
 
-def statistics(preference, len_model, len_baseline, difficulty=None) -> dict[str, float]:
-    """All numbers of a model; the standard error of score is by 100 bootstraps over prompts."""
-    # columns of equal length, so that a bootstrap takes the same rows of each
-    columns = [preference, len_model, len_baseline, difficulty]
-    columns = [np.asarray(column, float) for column in columns if column is not None]
-    preference = columns[0]
-
-    def score(i) -> float:
-        return length_controlled(*(column[i] for column in columns))
-
+def statistics(preference, len_model, len_baseline, difficulty=0.0) -> dict[str, float]:
+    """All numbers of a model; the standard error of score is from 100 bootstrap resamples."""
+    columns = np.broadcast_arrays(preference, len_model, len_baseline, difficulty)
     return {
         "score": length_controlled(*columns),
-        "se": float(bootstrap(score, len(preference)).std(ddof=1)),
-        "win_rate": 100 * float(preference.mean()),
+        "se": float(bootstrap(length_controlled, *columns).std(ddof=1)),
+        "win_rate": 100 * float(np.mean(preference)),
         "win_rate_se": 100 * standard_error(preference),
-        "characters": float(columns[1].mean()),
-        "baseline_characters": float(columns[2].mean()),
+        "characters": float(np.mean(len_model)),
+        "baseline_characters": float(np.mean(len_baseline)),
         "prompts": len(preference),
     }
 
 
-def read_csv(path: Path | None, *fields: str) -> list[dict]:
+def read_csv(path: Path | None, *fields: str) -> list[dict[str, str]]:
     """Rows of a CSV file, gzipped or not; the first column may have no name."""
     columns = "a CSV file with the columns " + ", ".join(fields)
     path = need(path, "--annotations, --leaderboard or --difficulty", columns)
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        raw = gzip.decompress(raw)
-    rows = list(csv.DictReader(io.StringIO(raw.decode())))
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     for name in fields:
         if not rows or name not in rows[0]:
             raise InputError(f"{path}: has no rows with the column {name!r}; give {columns}")
     return rows
 
 
-def read_difficulty(path: Path | None, n: int) -> np.ndarray | None:
-    """Difficulties (n,) by prompt, None without a file. n = 0: as many as there are."""
+def read_difficulty(path: Path | None, n: int = 0) -> dict[int, float]:
+    """Difficulty by index of the prompt, 0 without a file. n: the number of prompts, if known."""
     if path is None:
-        return None
+        return defaultdict(float)
     rows = read_csv(path, "index")
     name = next(column for column in rows[0] if column not in ("index", ""))
     values = {int(row["index"]): float(row[name]) for row in rows}
     if n and values.keys() != set(range(n)):
         problem = f"holds {len(values)} difficulties for {n} prompts"
         raise InputError(f"{path}: {problem}; give one for each, or none")
-    return np.array([values[i] for i in sorted(values)])
+    return values
 
 
 # ---------------------------------------------------------------------------------- reproduction
@@ -138,28 +130,33 @@ def read_difficulty(path: Path | None, n: int) -> np.ndarray | None:
 
 def reproduce(o: Options) -> dict[str, float]:
     """Our numbers from published annotations beside the published ones; returns their errors."""
-    annotations = read_csv(o.annotations, "model", "index", "preference", "len_1", "len_2")
+    annotations = read_csv(o.annotations, "model", *ANNOTATED)
     annotations = [row for row in annotations if row["preference"] not in ("", "nan")]
-    difficulty = read_difficulty(o.difficulty, 0)
+    difficulty = read_difficulty(o.difficulty)
     rows = []
     for published in read_csv(o.leaderboard, *PUBLISHED):
-        # of one model: our numbers from its annotations, whose preferences lie between 1 and 2
+        # our numbers for one model; published preferences are between 1 and 2
         name = next(iter(published.values()))
-        mine = [row for row in annotations if row["model"] == name]
+        mine = [[float(row[c]) for c in ANNOTATED] for row in annotations if row["model"] == name]
         if not mine:
             problem = f"holds no annotations of {name}, which {o.leaderboard} lists"
             raise InputError(f"{o.annotations}: {problem}")
-        preference = [float(row["preference"]) - 1 for row in mine]
-        ours, theirs = ([float(row[column]) for row in mine] for column in ("len_2", "len_1"))
-        indices = [int(row["index"]) for row in mine]
-        hard = None if difficulty is None else difficulty[indices]
-        s = statistics(preference, ours, theirs, hard)
+        index, preference, theirs, ours = np.array(mine).T
+        s = statistics(preference - 1, ours, theirs, [difficulty[i] for i in index])
 
-        # the published ones
+        # beside the published numbers
         win_rate, se, lc = (float(published[column]) for column in PUBLISHED)
-        row = {"model": name, "win rate": s["win_rate"], "published": win_rate}
-        row |= {"se": s["win_rate_se"], "published ": se}
-        row |= {"LC": s["score"], "LC se": s["se"], "published  ": lc, "error": s["score"] - lc}
+        row = {
+            "model": name,
+            "win rate": s["win_rate"],
+            "published": win_rate,
+            "se": s["win_rate_se"],
+            "published ": se,
+            "LC": s["score"],
+            "LC se": s["se"],
+            "published  ": lc,
+            "error": s["score"] - lc,
+        }
         rows.append(row)
     print0(table(rows))
     lc = [abs(row["error"]) for row in rows]
@@ -181,10 +178,10 @@ def read_baseline(path: Path | None) -> list[dict]:
     if not isinstance(rows, list):
         raise InputError(f"{path}: not a JSON list; give {SOURCE}")
     for number, row in enumerate(rows, 1):
-        for field in ("instruction", "output"):
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                where = f"{path}: record {number}"
-                raise InputError(f"{where}: field {field!r} is missing or not text; give {SOURCE}")
+        texts = [row.get("instruction"), row.get("output")] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            problem = "fields 'instruction' and 'output' must be texts"
+            raise InputError(f"{path}: record {number}: {problem}; give {SOURCE}")
     return rows
 
 
@@ -199,37 +196,33 @@ def main(o: Options) -> dict:
     judge = Judge(o, out)
 
     # answer, then judge both orders
-    prompts = [{"id": str(i), "prompt": row["instruction"]} for i, row in enumerate(baseline)]
+    questions = [row["instruction"] for row in baseline]
+    theirs = [row["output"] for row in baseline]
+    prompts = [{"id": str(i), "prompt": text} for i, text in enumerate(questions)]
     answers = answer(o, prompts, out / "answers.jsonl", [o.data])
     ours = [row["response"] for row in answers]
-    theirs = [row["output"] for row in baseline]
     on_rank0(write_official, out / "model_outputs.json", o.model.name, baseline, ours)
-    questions = [row["instruction"] for row in baseline]
     games = pairwise(judge, questions, ours, theirs, "choice")
-    on_rank0(
-        write_jsonl,
-        out / "games.jsonl",
-        [{"index": i, "model_first": a, "baseline_first": b} for i, (a, b) in enumerate(games)],
-    )
+    rows = [{"index": i, "model_first": a, "baseline_first": b} for i, (a, b) in enumerate(games)]
+    on_rank0(write_jsonl, out / "games.jsonl", rows)
 
-    # a lone comparison would count the bias of its position
+    # a comparison in one order only would count the judge's position bias
     judged = [i for i, pair in enumerate(games) if None not in pair]
     if not judged:
         problem = "no pair has verdicts in both orders"
         raise InputError(f"--judge {o.judge}: {problem}; see {judge.malformed_path}")
     result = statistics(
-        [sum(games[i]) / 2 for i in judged],
+        [mean(games[i]) for i in judged],
         [len(ours[i]) for i in judged],
         [len(theirs[i]) for i in judged],
-        None if difficulty is None else difficulty[judged],
+        [difficulty[i] for i in judged],
     )
-    torn = sum((games[i][0] > 0.5) != (games[i][1] > 0.5) for i in judged)
     result |= {
-        "order_decided": torn / len(judged),
+        "order_decided": mean([(games[i][0] > 0.5) != (games[i][1] > 0.5) for i in judged]),
         "left_out": len(games) - len(judged),
         **judge.usage(),
     }
-    show(o.model.name, result, difficulty is not None)
+    show(o, result)
     on_rank0(write_json, out / "result.json", result)
     return result
 
@@ -238,18 +231,22 @@ def write_official(path: Path, name: str, baseline: list[dict], ours: list[str])
     """The file of outputs that alpaca_eval's own judging reads."""
     rows = []
     for row, text in zip(baseline, ours, strict=True):
-        official = {"dataset": row.get("dataset", ""), "instruction": row["instruction"]}
-        rows.append({**official, "output": text, "generator": name})
+        official = {
+            "dataset": row.get("dataset", ""),
+            "instruction": row["instruction"],
+            "output": text,
+            "generator": name,
+        }
+        rows.append(official)
     write_text(path, json.dumps(rows, indent=1, ensure_ascii=False))
 
 
-def show(name: str, result: dict, has_difficulty: bool) -> None:
+def show(o: Options, result: dict) -> None:
     shown = ("se", "win_rate", "win_rate_se", "characters", "baseline_characters", "prompts")
-    row = {"AlpacaEval 2": name, "LC win rate": result["score"]}
-    row |= {key: result[key] for key in (*shown, "malformed")}
-    print0(table([row]))
-    if not has_difficulty and not 30 <= result["win_rate"] <= 77:
-        problem = "the length-controlled win rate is several points off outside of 30 to 77 %"
+    numbers = {key: result[key] for key in (*shown, "malformed")}
+    print0(table([{"AlpacaEval 2": o.model.name, "LC win rate": result["score"], **numbers}]))
+    if not o.difficulty and not 30 <= result["win_rate"] <= 77:
+        problem = "the length-controlled win rate is several points off outside 30 to 77 %"
         print0(f"Without --difficulty {problem}.")
 
 

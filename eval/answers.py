@@ -12,22 +12,10 @@ from scorers.llm_judge import JudgeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedOptions(JudgeOptions):
-    """Options of a benchmark with a judge: JudgeOptions, and the fields of SampleOptions.
-
-    Listed, not inherited, as a command has all of them as flags without a prefix; answer() reads
-    them.
-    """
+class JudgedOptions(SampleOptions, JudgeOptions):
+    """Options of a benchmark with a judge: of the sampler that answers, and of the judge."""
 
     temperature: float = SampleOptions.temperature  # of answers; 0 is greedy
-    top_p: float = SampleOptions.top_p  # nucleus: smallest set of tokens with this probability
-    max_new_tokens: int = SampleOptions.max_new_tokens  # limit per answer
-    ignore_eos: bool = SampleOptions.ignore_eos  # go on to the limit
-    stop: str = SampleOptions.stop  # also end an answer once it contains this text
-    slots: int = SampleOptions.slots  # max batch size
-    chunk: int = SampleOptions.chunk  # consecutive prompts per unit of work
-    prefill_tokens: int = SampleOptions.prefill_tokens  # micro-batches in which prompts are read
-    cuda_graph: bool = SampleOptions.cuda_graph  # GPU: replay the recorded decode step
 
 
 def place(o, name: str) -> Path:
@@ -38,7 +26,7 @@ def place(o, name: str) -> Path:
 
 
 def need(path: Path | None, flag: str, what: str) -> Path:
-    """A data file or directory that the user must give; `what` says what it is and its source."""
+    """Check a data file or directory that the user must give; `what` says what it is."""
     if path is None:
         raise InputError(f"{flag}: missing; give {what}")
     if not path.exists():
@@ -80,12 +68,12 @@ def answer(
 ) -> list[dict]:
     """Stage: answers to rows {id, prompt | messages}, in order; records {id, response, ...}.
 
-    o: a benchmark's options, among which are the fields of SampleOptions; changes win over them.
-    data: the files that rows come from. model: o.model unless given.
+    o: a benchmark's options, a subclass of SampleOptions; changes win over them. data: the files
+    that rows come from. model: o.model unless given.
     """
     # what answers follow from: the options of the sampler, not those of the judge
     sampling = {field.name: getattr(o, field.name) for field in fields(SampleOptions)}
-    options = SampleOptions(**{**sampling, **changes})
+    options = SampleOptions(**sampling | changes)
     model = model or o.model
     stage = Stage(out, options, model=model, data=data, limit=o.limit, purpose=purpose)
     if not stage.done:

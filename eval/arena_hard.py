@@ -4,12 +4,12 @@ score is the win rate in percent: two comparisons per prompt with positions swap
 answer ([[A>>B]]) counts three times, a tie as half a win. As every comparison is with the
 baseline, this weighted mean is the win rate of the official Bradley-Terry fit. style_score is a
 Bradley-Terry fit with the difference in style held at 0: length, headers, lists, bold. Intervals
-are of 100 bootstraps.
+are from 100 bootstrap resamples.
 
-What differs from the official evaluator: bootstraps draw prompts, as the comparisons of one
-prompt are not independent; style is held at the baseline's (official: at the mean over all models
-on the board, so a score depends on who else is there); lengths are counted in words; the judge's
-prompt is our own unless --judge-prompt gives the official one, and only with that and the
+What differs from the official evaluator: the bootstrap resamples prompts, as the comparisons of
+one prompt are not independent; style is held at the baseline's (official: at the mean over all
+models on the board, so a score depends on who else is there); lengths are counted in words; the
+judge's prompt is our own unless --judge-prompt gives the official one, and only with that and the
 official judge are scores comparable with the leaderboard's. A comparison without a verdict is
 left out, as in the official v0.1 (later versions leave out the prompt), and counted as malformed.
 
@@ -42,6 +42,11 @@ from scorers.llm_judge import Judge, pairwise
 
 SOURCE = "from the repository lmarena/arena-hard-auto: data/arena-hard-v0.1/"
 NEEDS = ("data", "baseline", "judge")  # what a run of loop.py must give in --eval-options
+MARKDOWN = {
+    "headers": r"^#{1,6}\s",
+    "list items": r"^\s*(?:[-*+]|\d+\.)\s",
+    "bold spans": r"\*\*[^*\n]+\*\*|__[^_\n]+__",
+}
 # P(the model is better) by verdict
 OUTCOMES = {"much_better": 1.0, "better": 0.75, "tie": 0.5, "worse": 0.25, "much_worse": 0.0}
 
@@ -61,84 +66,66 @@ class Options(JudgedOptions):
 # ---------------------------------------------------------------------------------- statistics
 
 
-def outcome(p: float | None) -> tuple[float, float]:
-    """(result, weight) of a comparison from P(the model is better); weight 0 without a verdict."""
-    if p is None:
-        return 0.0, 0.0
-    result = 0.5 + 0.5 * np.sign(p - 0.5)
-    weight = 3.0 if p in (0, 1) else 1.0
-    return result, weight
-
-
 def win_rate(result, weight) -> float:
     """Weighted mean in percent; nan where no comparison counts."""
     if not weight.any():
-        return float("nan")
-    wins = (result * weight).sum()
-    return 100 * float(wins / weight.sum())
+        return np.nan
+    return 100 * float((result * weight).sum() / weight.sum())
 
 
 def style(text: str) -> np.ndarray:
-    """(4,): words, headers, list items, bold spans; Markdown inside code blocks does not count."""
+    """(4,): number of words, and of each kind of Markdown outside code blocks."""
     plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    headers = re.findall(r"^#{1,6}\s", plain, re.MULTILINE)
-    items = re.findall(r"^\s*(?:[-*+]|\d+\.)\s", plain, re.MULTILINE)
-    bold = re.findall(r"\*\*[^*\n]+\*\*|__[^_\n]+__", plain, re.MULTILINE)
-    counts = [len(text.split()), len(headers), len(items), len(bold)]
-    return np.array(counts, float)
+    markdown = [len(re.findall(pattern, plain, re.MULTILINE)) for pattern in MARKDOWN.values()]
+    return np.array([len(text.split()), *markdown], float)
 
 
 def style_difference(ours: str, theirs: str) -> np.ndarray:
     """(4,): relative difference in length, and of Markdown per word."""
-    a = style(ours)
-    b = style(theirs)
-    length = (a[0] - b[0]) / max(1, a[0] + b[0])
-    density_a = a[1:] / max(1, a[0])
-    density_b = b[1:] / max(1, b[0])
-    markdown = (density_a - density_b) / (density_a + density_b + 1)
-    return np.array([length, *markdown])
+    a, b = style(ours), style(theirs)
+    for counts in (a, b):
+        counts[1:] /= max(1, counts[0])
+    # length relative to the sum of both, Markdown to that sum plus 1
+    return (a - b) / np.maximum(1, a + b + [0, 1, 1, 1])
 
 
 def styled_win_rate(result, weight, difference) -> float:
-    """Percent at equal style. result and weight (G,), difference (G, 4), all from the model's side.
+    """Percent at equal style. result and weight (P, 2), difference (P, 2, 4), of the model's side.
 
     A z-score over both positions of the pair: there every difference comes once with each sign,
     so its mean is 0, and from the model's side one divides by the root mean square. Centring here
     would remove what is measured.
     """
-    scale = np.sqrt((difference**2).mean(0))
-    scaled = difference / np.where(scale > 0, scale, 1)
-    ones = np.ones((len(result), 1))
-    b = logistic(np.hstack([ones, scaled]), result, weight)
+    X = difference.reshape(-1, 4)
+    scale = np.sqrt((X**2).mean(0))
+    X = np.column_stack([np.ones(len(X)), X / np.where(scale > 0, scale, 1)])
+    b = logistic(X, result.ravel(), weight.ravel())
     return float(100 * sigmoid(b[0]))
 
 
 def statistics(games: list[tuple], ours: list[str], theirs: list[str]) -> dict[str, float]:
     """All numbers of a model, from P(the model is better) in both comparisons of each prompt."""
-    # results and weights of P prompts by two comparisons, and their differences in style
-    outcomes = np.array([[outcome(p) for p in pair] for pair in games])  # (P, 2, 2)
-    result, weight = outcomes.transpose(2, 0, 1)  # (P, 2) each
+    p = np.array(games, float)  # (P, 2) for P prompts, nan without a verdict
+    result = np.nan_to_num(0.5 + 0.5 * np.sign(p - 0.5))  # (P, 2)
+    weight = np.select([np.isnan(p), np.isin(p, (0, 1))], [0.0, 3.0], 1.0)  # (P, 2)
     pairs = zip(ours, theirs, strict=True)
     difference = np.array([[style_difference(a, b)] * 2 for a, b in pairs])  # (P, 2, 4)
 
-    def plain(i) -> float:
-        return win_rate(result[i], weight[i])
-
-    def styled(i) -> float:
-        flat = difference[i].reshape(-1, 4)
-        return styled_win_rate(result[i].ravel(), weight[i].ravel(), flat)
-
     # score, standard error and 95 % interval of both
     numbers = {}
-    for prefix, statistic in (("", plain), ("style_", styled)):
-        resampled = bootstrap(statistic, len(games))
-        # nan: a resample may hold no comparison with a verdict
-        low, high = np.nanquantile(resampled, (0.025, 0.975))
+    rates = {
+        "": (win_rate, result, weight),
+        "style_": (styled_win_rate, result, weight, difference),
+    }
+    for prefix, (statistic, *columns) in rates.items():
+        resampled = bootstrap(statistic, *columns)
+        # nan where a resample holds no comparison with a verdict
+        low, high = np.nanquantile(resampled, (0.025, 0.975)).tolist()
         numbers |= {
-            f"{prefix}score": statistic(np.arange(len(games))),
+            f"{prefix}score": statistic(*columns),
             f"{prefix}se": float(np.nanstd(resampled, ddof=1)),
-            f"{prefix}low": float(low),
-            f"{prefix}high": float(high),
+            f"{prefix}low": low,
+            f"{prefix}high": high,
         }
     return {**numbers, "prompts": len(games), "games": int((weight > 0).sum())}
 
@@ -154,7 +141,7 @@ def read_answers(path: Path | None) -> dict[str, str]:
     path = need(path, "--baseline", f"the baseline's answers, {SOURCE}model_answer/")
     answers = {}
     for number, row in enumerate(read_lines(path), 1):
-        # anything that is not there is an error of the file
+        # a missing field is an error in the file
         try:
             turns = row["messages"] if "messages" in row else row["choices"][0]["turns"][:1]
             said = turns[-1]["content"]
@@ -186,9 +173,10 @@ def main(o: Options) -> dict:
     ours = [row["response"] for row in answers]
     theirs = [baseline[row["uid"]] for row in questions]
     games = pairwise(judge, [row["prompt"] for row in questions], ours, theirs, "verdict")
-    rows = []
-    for row, (a, b) in zip(questions, games, strict=True):
-        rows.append({"uid": row["uid"], "model_first": a, "baseline_first": b})
+    rows = [
+        {"uid": row["uid"], "model_first": a, "baseline_first": b}
+        for row, (a, b) in zip(questions, games, strict=True)
+    ]
     on_rank0(write_jsonl, out / "games.jsonl", rows)
 
     # count
@@ -206,19 +194,12 @@ def main(o: Options) -> dict:
 
 
 def show(name: str, result: dict) -> None:
+    counts = {key: result[key] for key in ("words", "baseline_words", "games", "malformed")}
     rows = []
     for label, prefix in ((name, ""), ("at equal style", "style_")):
-        low = result[f"{prefix}low"]
-        high = result[f"{prefix}high"]
+        score, low, high = (result[prefix + key] for key in ("score", "low", "high"))
         interval = f"{low:.1f} to {high:.1f}"
-        row = {
-            "Arena-Hard": label,
-            "score": result[f"{prefix}score"],
-            "95 % interval": interval,
-        }
-        for key in ("words", "baseline_words", "games", "malformed"):
-            row[key] = result[key]
-        rows.append(row)
+        rows.append({"Arena-Hard": label, "score": score, "95 % interval": interval, **counts})
     print0(table(rows))
     print0(table([{name: result[name] for name in OUTCOMES}]))
 
@@ -230,9 +211,14 @@ def write_official(out: Path, name: str, answers: list[dict]) -> None:
     for row in answers:
         question = {"role": "user", "content": row["prompt"]}
         said = {"role": "assistant", "content": {"answer": row["response"]}}
-        answer_id = digest(name, row["id"], row["response"])
-        official = {"uid": row["id"], "ans_id": answer_id, "model": name}
-        rows.append({**official, "messages": [question, said], "tstamp": written})
+        official = {
+            "uid": row["id"],
+            "ans_id": digest(name, row["id"], row["response"]),
+            "model": name,
+            "messages": [question, said],
+            "tstamp": written,
+        }
+        rows.append(official)
     write_jsonl(out / "model_answer.jsonl", rows)
 
 

@@ -1,6 +1,6 @@
 """Benchmarks inside a run: loop.py --eval NAME[,NAME] --eval-options FILE.json, on every M_t.
 
-FILE.json holds the flags that each command would be given, by name:
+FILE.json holds the flags of each command, by benchmark:
 {"alpaca_eval": {"data": ..., "judge": ...}, "ifeval": {"data": ...}}
 """
 
@@ -28,7 +28,7 @@ EXAMPLE = '{"ifeval": {"data": "input_data.jsonl"}}'
 
 
 def options_of(name: str, given: dict, run: RunOptions, **by_run):
-    """A benchmark's options as its command parses them; of by_run those that it has."""
+    """A benchmark's options as its command parses them, with those of by_run that it has."""
     options = BENCHMARKS[name].Options
     known = {field.name for field in fields(options)}
     by_run = {key: value for key, value in by_run.items() if key in known}
@@ -49,9 +49,8 @@ def check(evals: str, options: str) -> dict[str, dict]:
         if name not in BENCHMARKS:
             names = ", ".join(BENCHMARKS)
             raise InputError(f"--eval {name}: no such benchmark; there are {names}")
-    for name in sorted(given):
-        if name not in chosen:
-            raise InputError(f"{options}: options for {name}, which --eval does not name")
+    for name in sorted(given.keys() - chosen):
+        raise InputError(f"{options}: options for {name}, which --eval does not name")
     benchmarks = {name: given.get(name, {}) for name in chosen}
     for name, flags in benchmarks.items():
         check_options(name, flags, options)
@@ -78,7 +77,7 @@ def run(
 ) -> Path:
     """Stage: a benchmark on a checkpoint, or on files of prompts if it reads no model.
 
-    It encloses the benchmark's own stages, so that a finished benchmark asks for nothing again: no
+    It encloses the benchmark's own stages, so a finished benchmark needs nothing when rerun: no
     package, no judge's key, no scorer. Its numbers go to out/result.json.
     """
     # what it reads: the paths among its options
@@ -100,5 +99,5 @@ def run(
     if "model" in reads or prompts:
         numbers = BENCHMARKS[name].main(o)
     on_rank0(write_json, result, numbers)
-    counts = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
-    return stage.finish(**{key: round(value, 4) for key, value in counts.items()})
+    counts = {k: round(v, 4) for k, v in numbers.items() if isinstance(v, int | float)}
+    return stage.finish(**counts)

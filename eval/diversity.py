@@ -1,6 +1,6 @@
-"""How different prompts are from each other: by sentence embeddings, and by their words.
+"""Diversity of prompts, by sentence embeddings and by their words.
 
-Takes files of prompts instead of a model. For each source: similarity, the mean over prompts of
+Reads files of prompts instead of a model. For each source: similarity, the mean over prompts of
 the mean cosine to all others, as SynPO measures diversity (lower is more diverse); distinct-1, -2
 and -3, the share of distinct words, pairs and triples of words among all (it falls as a source
 grows: compare sources of one size); and the mean number of words. score is 1 - similarity of the
@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
+from eval.answers import words
 from eval.lm_eval_adapter import optional
-from eval.stats import mean, plane
+from eval.stats import plane, rounded
 from eval.table import table
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import DEVICE, on_rank0, print0
@@ -56,7 +57,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def name_sources(paths: list[Path]) -> list[str]:
-    """File names without suffix; as many parent folders as it takes to tell them apart."""
+    """File names without suffix, with as many parent folders as it takes to tell them apart."""
     for depth in range(1, 9):
         names = ["/".join(path.resolve().with_suffix("").parts[-depth:]) for path in paths]
         if len({*names}) == len(names):
@@ -80,7 +81,7 @@ def similarity(embeddings: torch.Tensor) -> float:
     """Mean over rows of the mean cosine to all other rows; (N, C) of length 1."""
     n = len(embeddings)
     total = embeddings.double().sum(0)
-    # the squared length of the sum is the sum over all pairs, of a row with itself too
+    # the squared length of the sum is the sum over all pairs, those of a row with itself included
     pairs = float(total @ total - embeddings.double().pow(2).sum())
     return pairs / (n * (n - 1))
 
@@ -89,9 +90,8 @@ def distinct(texts: list[str], n: int) -> float:
     """Share of distinct n-grams of words among all, none across texts."""
     grams = []
     for text in texts:
-        words = re.findall(r"\w+", text.lower())
-        for i in range(len(words) - n + 1):
-            grams.append(tuple(words[i : i + n]))
+        found = re.findall(r"\w+", text.lower())
+        grams += [tuple(found[i : i + n]) for i in range(len(found) - n + 1)]
     return len({*grams}) / max(1, len(grams))
 
 
@@ -111,34 +111,30 @@ def read_sources(paths: list[Path], o: Options) -> dict[str, list[str]]:
 def measure(paths: list[Path], o: Options, out: Path) -> dict[str, float]:
     """Measure files of prompts; writes scores.json and map.json, returns all numbers."""
     sources = read_sources(paths, o)
-    sizes = [len(texts) for texts in sources.values()]
-    embeddings = embed([text for texts in sources.values() for text in texts])
+    labelled = [(name, text) for name, texts in sources.items() for text in texts]
+    embeddings = embed([text for _, text in labelled])
+
+    # the scores
     rows = []
-    for (name, texts), part in zip(sources.items(), embeddings.split(sizes), strict=True):
+    numbers = {}
+    parts = embeddings.split([len(texts) for texts in sources.values()])
+    for (name, texts), part in zip(sources.items(), parts, strict=True):
         row = {
-            "source": name,
             "prompts": len(texts),
             "similarity": similarity(part),
             **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
-            "words": mean([len(text.split()) for text in texts]),
+            "words": words(texts),
         }
-        rows.append(row)
+        rows.append({"source": name, **row})
+        numbers |= {f"{name}.{key}": value for key, value in row.items()}
     write_json(out / "scores.json", rows)
 
     # the map
-    labels = [(name, text) for name, texts in sources.items() for text in texts]
     points = []
-    for (name, text), (x, y) in zip(labels, plane(embeddings)[0].tolist(), strict=True):
-        point = {"prompt": text, "source": name, "x": round(x, 4), "y": round(y, 4)}
-        points.append(point)
+    for (name, text), (x, y) in zip(labelled, plane(embeddings)[0].tolist(), strict=True):
+        points.append({"prompt": text, "source": name, **rounded({"x": x, "y": y})})
     write_text(out / "map.json", json.dumps(points))
-
-    # all numbers by source
-    numbers = {"score": 1 - rows[0]["similarity"]}
-    for row in rows:
-        name = row.pop("source")
-        numbers |= {f"{name}.{key}": value for key, value in row.items()}
-    return {name: round(value, 4) for name, value in numbers.items()}
+    return rounded({"score": 1 - rows[0]["similarity"], **numbers})
 
 
 def map_prompts(paths: list[Path], o: Options, out: Path) -> Path:
@@ -156,7 +152,7 @@ def main(o: Options) -> dict:
         raise InputError(f"--prompts is missing: give {what}")
     out = o.out or paths[0].parent / "diversity"
     counts = on_rank0(counts_of, map_prompts(paths, o, out / "map.json"))
-    print0(table(on_rank0(load_json, out / "scores.json")))
+    print0(table(load_json(out / "scores.json")))
     return {name: value for name, value in counts.items() if name != "seconds"}
 
 

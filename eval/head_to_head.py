@@ -18,12 +18,12 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from eval.answers import JudgedOptions, answer, first, need, place, words
-from eval.stats import mean, standard_error
+from eval.stats import mean, standard_error, wins
 from eval.table import table
 from plumbing.options import cli
 from plumbing.ranks import on_rank0, print0
 from plumbing.records import InputError, conversation_text, read_jsonl, write_json, write_jsonl
-from scorers.base import Scorer, score_pairs
+from scorers.base import score_pairs
 from scorers.llm_judge import Judge, pairwise
 from scorers.load import load_scorer
 
@@ -46,25 +46,6 @@ def win(p: float | None) -> float:
     return 0.5 if p is None or p == 0.5 else float(p > 0.5)
 
 
-def compare_by_judge(judge: Judge, ours: list[dict], theirs: list[dict]) -> list[dict]:
-    """{win, and P(the model is better) by either order} of each prompt."""
-    questions = [conversation_text(row) for row in ours]
-    texts = [[row["response"] for row in side] for side in (ours, theirs)]
-    rows = []
-    for a, b in pairwise(judge, questions, *texts, "verdict"):
-        rows.append({"win": (win(a) + win(b)) / 2, "model_first": a, "other_first": b})
-    return rows
-
-
-def compare_by_scorer(scorer: Scorer, ours: list[dict], theirs: list[dict]) -> list[dict]:
-    """{win, both scores} of each prompt."""
-    rows = []
-    for a, b in zip(*score_pairs(scorer, ours, theirs), strict=True):
-        better = 0.5 + (a > b) / 2 - (a < b) / 2
-        rows.append({"win": better, "score": a, "other_score": b})
-    return rows
-
-
 def main(o: Options) -> dict:
     # all that can fail comes before the answers
     out = place(o, "head_to_head")
@@ -80,24 +61,32 @@ def main(o: Options) -> dict:
     # answer with both models, then compare
     ours = answer(o, prompts, out / "answers.jsonl", [o.data])
     theirs = answer(o, prompts, out / "against.jsonl", [o.data], model=o.against)
+    texts = [[row["response"] for row in side] for side in (ours, theirs)]
     if judge:
-        rows = compare_by_judge(judge, ours, theirs)
+        names = ("model_first", "other_first")
+        questions = [conversation_text(row) for row in ours]
+        games = pairwise(judge, questions, *texts, "verdict")
+        shares = [(win(a) + win(b)) / 2 for a, b in games]
     else:
-        rows = compare_by_scorer(scorer, ours, theirs)
-    wins = [row.pop("win") for row in rows]
-    games = [{"id": prompt["id"], **row} for prompt, row in zip(prompts, rows, strict=True)]
-    on_rank0(write_jsonl, out / "games.jsonl", games)
+        names = ("score", "other_score")
+        scores = score_pairs(scorer, ours, theirs)
+        games = zip(*scores, strict=True)
+        shares = wins(*scores)
+    rows = []
+    for row, (a, b) in zip(ours, games, strict=True):
+        rows.append({"id": row["id"], names[0]: a, names[1]: b})
+    on_rank0(write_jsonl, out / "games.jsonl", rows)
 
     # count
     result = {
-        "score": 100 * mean(wins),
-        "se": 100 * standard_error(wins),
+        "score": 100 * mean(shares),
+        "se": 100 * standard_error(shares),
         "prompts": len(prompts),
-        "wins": sum(w > 0.5 for w in wins),
-        "draws": wins.count(0.5),
-        "losses": sum(w < 0.5 for w in wins),
-        "words": words([row["response"] for row in ours]),
-        "other_words": words([row["response"] for row in theirs]),
+        "wins": sum(share > 0.5 for share in shares),
+        "draws": shares.count(0.5),
+        "losses": sum(share < 0.5 for share in shares),
+        "words": words(texts[0]),
+        "other_words": words(texts[1]),
         **(judge.usage() if judge else {}),
     }
     show(f"{o.model.name} against {o.against.name}", result)

@@ -12,7 +12,7 @@ answers, base answers, held-out records -> eval.json
 
 from pathlib import Path
 
-from eval.stats import mean, standard_error
+from eval.stats import mean, rounded, standard_error, wins
 from plumbing.options import RunOptions, load_function, plugin_files
 from plumbing.ranks import on_rank0
 from plumbing.records import read_jsonl, write_json
@@ -40,11 +40,9 @@ def evaluate(
         raise ValueError("answers and base_answers must hold the same records in the same order")
     # both models' responses under M_0
     under_base = load_scorer("likelihood", base, run)
-    ours = under_base(answers)
-    theirs = under_base(base_answers)
-    wins = [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
-    words = [len(row["response"].split()) for row in answers]
-    result = {"win_rate": mean(wins), "words": mean(words)}
+    win_rate = mean(wins(under_base(answers), under_base(base_answers)))
+    words = mean([len(row["response"].split()) for row in answers])
+    result = {"win_rate": win_rate, "words": words}
 
     # the gold responses under the model
     if model:
@@ -84,4 +82,4 @@ def score_heldout(
     rows, gold, base_rows = (read_jsonl(path) for path in (answers, heldout, base_answers))
     result = function(rows, gold, base_rows, model, base, o.run)
     on_rank0(write_json, out, result)
-    return stage.finish(**{name: round(value, 4) for name, value in result.items()})
+    return stage.finish(**rounded(result))

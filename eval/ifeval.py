@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from checkpoint import Checkpoint
-from eval.answers import answer, first, place
+from eval.answers import answer, first, need, place
 from eval.lm_eval_adapter import lm_eval_seeds, optional
-from eval.stats import mean, standard_error
+from eval.stats import rounded, standard_error
 from eval.table import table
 from plumbing.options import cli
 from plumbing.ranks import on_rank0, print0
@@ -55,11 +57,9 @@ class Options(SampleOptions):
 
 def read_prompts(path: Path | None, limit: int) -> list[dict]:
     """Records with `id`, `prompt`, `instruction_id_list` and `kwargs`, the lists equally long."""
-    if path is None:
-        source = "IFEval's input_data.jsonl; --help says where it is"
-        raise InputError(f"--data is missing: give {source}")
+    need(path, "--data", "IFEval's input_data.jsonl; --help says where it is")
     rows = read_jsonl(path, "prompt")
-    # the checkers would fail on anything else
+    # the checkers fail on anything else
     for number, row in enumerate(rows, 1):
         names = row.get("instruction_id_list")
         values = row.get("kwargs")
@@ -74,11 +74,11 @@ def read_prompts(path: Path | None, limit: int) -> list[dict]:
 
 @contextmanager
 def checkers(nltk_data: str = ""):
-    """lm_eval's process_results(doc, [answer]), deterministic; restores every global state."""
+    """lm_eval's process_results(doc, [answer]), made deterministic; restores all global state."""
     with optional():
         import nltk
         from langdetect import DetectorFactory
-    # what is changed of them
+    # the state to restore
     path = [*nltk.data.path]
     seed = DetectorFactory.seed
     if nltk_data:
@@ -95,7 +95,7 @@ def checkers(nltk_data: str = ""):
             ) from None
         with optional():
             from lm_eval.tasks.ifeval.utils import process_results
-        with lm_eval_seeds():  # a checker without arguments draws them
+        with lm_eval_seeds():  # a checker without arguments samples them
             yield process_results
     finally:
         nltk.data.path[:] = path
@@ -111,22 +111,23 @@ def check(prompts: list[dict], answers: list[dict], nltk_data: str = "") -> list
     with checkers(nltk_data) as process:
         for row, answered in zip(prompts, answers, strict=True):
             metrics = process(row, [answered["response"]])
-            instructions = row["instruction_id_list"]
-            scores.append({"id": row["id"], "instructions": instructions, **metrics})
+            names = row["instruction_id_list"]
+            scores.append({"id": row["id"], "instructions": names, **metrics})
     return scores
 
 
 def summary(scores: list[dict]) -> dict:
     """The means of the four metrics, and the standard error of the first."""
     # a metric's values over prompts, or over instructions
-    values: dict[str, list[float]] = {name: [] for name in METRICS}
-    for row in scores:
-        for name, metric in METRICS.items():
-            value = row[metric]
-            values[name] += map(float, value if isinstance(value, list) else [value])
-    result = {"score": mean(values["score"]), "se": standard_error(values["score"])}
-    result |= {name: mean(values[name]) for name in METRICS}
-    return {**result, "prompts": len(scores), "instructions": len(values["instruction_strict"])}
+    values = {name: np.hstack([row[key] for row in scores]) for name, key in METRICS.items()}
+    numbers = {name: float(column.mean()) for name, column in values.items()}
+    return {
+        "score": numbers["score"],
+        "se": standard_error(values["score"]),
+        **numbers,
+        "prompts": len(scores),
+        "instructions": len(values["instruction_strict"]),
+    }
 
 
 def by_kind(scores: list[dict]) -> list[dict]:
@@ -134,18 +135,16 @@ def by_kind(scores: list[dict]) -> list[dict]:
     # (strictly, loosely) of every instruction
     kinds = defaultdict(list)
     for row in scores:
-        strict = row[METRICS["instruction_strict"]]
-        loose = row[METRICS["instruction_loose"]]
-        for name, *followed in zip(row["instructions"], strict, loose, strict=True):
+        metrics = (row[METRICS[name]] for name in ("instruction_strict", "instruction_loose"))
+        for name, *followed in zip(row["instructions"], *metrics, strict=True):
             kinds[name.partition(":")[0]].append(followed)
 
     # their means
     rows = []
     for kind, followed in sorted(kinds.items()):
-        strict, loose = (mean(list(map(float, column))) for column in zip(*followed, strict=True))
-        rows.append(
-            {"instructions": kind, "number": len(followed), "strict": strict, "loose": loose}
-        )
+        strict, loose = np.mean(followed, 0).tolist()
+        number = len(followed)
+        rows.append({"instructions": kind, "number": number, "strict": strict, "loose": loose})
     return rows
 
 
@@ -156,7 +155,7 @@ def score_answers(o: Options, prompts: list[dict], answers: Path, out: Path) -> 
         return out
     scores = on_rank0(check, prompts, read_jsonl(answers, "prompt"), o.nltk_data)
     on_rank0(write_jsonl, out, scores)
-    return stage.finish(**{name: round(value, 4) for name, value in summary(scores).items()})
+    return stage.finish(**rounded(summary(scores)))
 
 
 def main(o: Options) -> dict:
@@ -170,7 +169,7 @@ def main(o: Options) -> dict:
     answer(o, questions, out / "answers.jsonl", [o.data], purpose="ifeval")
     score_answers(o, prompts, out / "answers.jsonl", out / "scores.jsonl")
     scores = read_jsonl(out / "scores.jsonl")
-    result = {name: round(value, 4) for name, value in summary(scores).items()}
+    result = rounded(summary(scores))
     print0(table(by_kind(scores)))
     print0(table([{name: result[name] for name in ("score", "se", *list(METRICS)[1:])}]))
     return result

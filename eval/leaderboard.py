@@ -4,7 +4,7 @@ ARC-challenge with 25 examples, HellaSwag 10, TruthfulQA 0, MMLU 5, Winogrande 5
 accuracy on multiple-choice questions (TruthfulQA: probability of the true answers) and on school
 maths. score is the mean over the tasks that ran, se its standard error over questions. A task
 whose data is missing is named and left out: compare scores of the same tasks only. Preference
-training hardly moves these numbers; they show what it has cost.
+training hardly raises these scores; a drop shows what it has harmed.
 
 DIR/*.jsonl -> OUT/TASK.json, one a task, up to date when the command runs again; OUT/tasks:
 lm_eval's definitions of the tasks
@@ -14,16 +14,16 @@ lm_eval's definitions of the tasks
 
 --data holds JSONL with the fields of the data sets on the Hub: arc_challenge_test,
 hellaswag_validation, truthfulqa_mc, mmlu_test (each question with its `subject`), winogrande_dev,
-gsm8k_test; a name may go on, as in mmlu_test_some.jsonl. Examples come from arc_challenge_train,
-hellaswag_train, mmlu_dev, winogrande_train and gsm8k_train, or, without such a file, from the
-other questions. On the Hub they are allenai/ai2_arc (ARC-Challenge), Rowan/hellaswag,
-truthfulqa/truthful_qa (multiple_choice), cais/mmlu, allenai/winogrande (winogrande_xl) and
-openai/gsm8k (main). Without --data, and for other tasks than these six, lm_eval downloads the
-data from the Hub.
+gsm8k_test; names may have a suffix, as mmlu_test_some.jsonl. Examples come from
+arc_challenge_train, hellaswag_train, mmlu_dev, winogrande_train and gsm8k_train, or, without such
+a file, from the other questions. On the Hub they are allenai/ai2_arc (ARC-Challenge),
+Rowan/hellaswag, truthfulqa/truthful_qa (multiple_choice), cais/mmlu, allenai/winogrande
+(winogrande_xl) and openai/gsm8k (main). Without --data, and for other tasks than these six,
+lm_eval downloads the data from the Hub.
 """
 
 import json
-import shutil
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ from eval.stats import mean
 from eval.table import table
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, write_jsonl, write_text
+from plumbing.records import InputError, write_json, write_jsonl, write_text
 from plumbing.stage import Stage, counts_of
 
 
@@ -85,26 +85,24 @@ class Options:
     limit: int = 0  # use only the first N questions of a task (MMLU: of a subject); 0: all
     subjects: int = 0  # use only the first N subjects of MMLU; 0: all
     chat: bool = False  # put questions into the chat template; the leaderboard does not
-    batch_tokens: int = 4096  # of a packed forward pass; tokens that questions share count once
+    batch_tokens: int = 4096  # per packed forward pass; tokens that questions share count once
     slots: int = 128  # max batch size of generation
 
 
 # ---------------------------------------------------------------------------------- data
 
 
-def find(data: Path, name: str) -> Path | None:
-    """NAME.jsonl, or else the first NAME*.jsonl."""
-    found = [*data.glob(f"{name}.jsonl"), *sorted(data.glob(f"{name}*.jsonl"))]
-    return found[0].resolve() if found else None
-
-
 def files_of(task: Task, o: Options) -> dict[str, Path]:
-    """Files of a task by split: `test` is asked, `train` shown. Empty without questions."""
-    asked = find(o.data, task.asked)
-    shown = find(o.data, task.shown) if task.shown else None
-    if not asked:
-        return {}
-    return {"test": asked, "train": shown} if shown else {"test": asked}
+    """Files of a task by split: `test` has questions, `train` examples. Empty without questions.
+
+    NAME.jsonl, or else the first NAME*.jsonl.
+    """
+    files = {}
+    for split, name in (("test", task.asked), ("train", task.shown)):
+        found = sorted(o.data.glob(f"{name}*.jsonl"), key=lambda path: path.stem)
+        if name and found:
+            files[split] = found[0].resolve()
+    return files if "test" in files else {}
 
 
 def define(name: str, files: dict[str, Path], o: Options) -> dict[str, dict]:
@@ -116,42 +114,40 @@ def define(name: str, files: dict[str, Path], o: Options) -> dict[str, dict]:
     if name != "mmlu":
         return {name: definition(stock / task.stock, name, task.shots, files)}
 
-    # MMLU's files are split into subjects; those of an earlier call may be of other data
-    folder = o.out / "tasks" / "mmlu"
-    shutil.rmtree(folder, ignore_errors=True)
-    for split, path in files.items():
-        split_subjects(path, split, folder)
+    # files of MMLU's subjects; none of those that lm_eval downloads
+    subjects = {path.stem.removeprefix("mmlu_"): {} for path in stock.glob(task.stock)}
     if files:
-        asked = [path.name for path in folder.glob("*_test.jsonl")]
-        subjects = sorted(name.removesuffix("_test.jsonl") for name in asked)
-    else:
-        subjects = sorted(path.stem.removeprefix("mmlu_") for path in stock.glob(task.stock))
+        subjects = split_subjects(files, o.out / "tasks" / "mmlu")
     definitions = {}
-    for subject in subjects[: o.subjects or None]:
-        own = {split: (folder / f"{subject}_{split}.jsonl").resolve() for split in files}
+    for subject, own in sorted(subjects.items())[: o.subjects or None]:
         yaml = stock / task.stock.replace("*", subject)
         definitions[f"mmlu_{subject}"] = definition(yaml, f"mmlu_{subject}", task.shots, own)
     return definitions
 
 
-def split_subjects(path: Path, split: str, folder: Path) -> None:
-    """Write folder/SUBJECT_SPLIT.jsonl for every subject of a file."""
-    by_subject = defaultdict(list)
-    for row in read_lines(path, "subject"):
-        by_subject[row["subject"]].append(row)
-    for subject, rows in by_subject.items():
-        write_jsonl(folder / f"{subject}_{split}.jsonl", rows)
+def split_subjects(files: dict[str, Path], folder: Path) -> dict[str, dict[str, Path]]:
+    """Write folder/SUBJECT_SPLIT.jsonl; returns the files of every subject with questions."""
+    found = defaultdict(dict)
+    for split, path in files.items():
+        by_subject = defaultdict(list)
+        for row in read_lines(path, "subject"):
+            by_subject[row["subject"]].append(row)
+        for subject, rows in by_subject.items():
+            own = folder / f"{subject}_{split}.jsonl"
+            write_jsonl(own, rows)
+            found[subject][split] = own.resolve()
+    return {subject: own for subject, own in found.items() if "test" in own}
 
 
 def definition(stock: Path, name: str, shots: int, files: dict[str, Path]) -> dict:
-    """lm_eval's definition of a task, with examples, on local files if there are any.
+    """lm_eval's definition of a task, with examples; on local files if there are any.
 
-    Where examples come from the questions, lm_eval leaves out the one that is asked.
+    Where examples are taken from the questions, lm_eval leaves out the one being asked.
     """
     if not stock.is_file():
         problem = "this version of lm_eval has no such task"
         raise InputError(f"{stock}: {problem}; pip install -r requirements-eval.txt")
-    # lm_eval reads its own definition, and what differs from it
+    # lm_eval's own definition, and what differs from it
     task = {"include": str(stock), "task": name, "tag": None, "num_fewshot": shots}
     if not files:
         return task
@@ -177,14 +173,14 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable[[], H
         out,
         run=o.run,
         model=o.model,
-        data=files or None,
+        data=files,
         limit=o.limit,
         subjects=o.subjects,
         chat=o.chat,
     )
     if stage.done:
         return out
-    # the definitions lie in files, as lm_eval reads no others
+    # lm_eval reads definitions from files only
     names = on_rank0(write_definitions, name, files, o)
     manager = task_manager(name, names, o)
     try:
@@ -197,16 +193,16 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable[[], H
 
 
 def write_definitions(name: str, files: dict[str, Path], o: Options) -> list[str]:
-    """Write OUT/tasks/NAME/*.yaml; returns the tasks' names, none for one of lm_eval's own."""
+    """Write OUT/tasks/NAME/*.yaml; returns the names of its tasks, none if it is lm_eval's own."""
     definitions = define(name, files, o) if name in TASKS else {}
     for task, text in definitions.items():
         path = o.out / "tasks" / name / f"{task}.yaml"
-        write_text(path, json.dumps(text, indent=1))  # JSON is YAML
+        write_json(path, text)  # JSON is YAML
     return list(definitions)
 
 
 def task_manager(name: str, names: list[str], o: Options):
-    """lm_eval's TaskManager of our definitions, or, without any, of its own."""
+    """lm_eval's TaskManager for our definitions or, if there are none, for its own."""
     with optional():
         from lm_eval.tasks import TaskManager
     if names:
@@ -219,7 +215,7 @@ def task_manager(name: str, names: list[str], o: Options):
 
 def write_results(found: dict, name: str, names: list[str], out: Path) -> dict:
     """Write what lm_eval found; returns score, se and questions, averaged over MMLU's subjects."""
-    kept = {key: found[key] for key in ("results", "n-samples", "versions") if key in found}
+    kept = {key: found[key] for key in ("results", "n-samples", "versions")}
     write_text(out, json.dumps(kept, indent=1, default=str))
     metric = TASKS[name].metric if names else ""
     headlines = [headline(found, task, metric) for task in names or [name]]
@@ -231,14 +227,14 @@ def write_results(found: dict, name: str, names: list[str], out: Path) -> dict:
 
 
 def headline(found: dict, task: str, metric: str) -> tuple[float, float]:
-    """Value and standard error of a metric; unless named, the last of which more is better."""
+    """Value and standard error of a metric: if none is named, the last where higher is better."""
     numbers = found["results"].get(task) or found["groups"][task]
     if not metric:
         better = found["higher_is_better"].get(task, {})
-        named = [key for key in numbers if "," in key and "_stderr" not in key]
-        high = [key for key in named if better.get(key.partition(",")[0])]
+        high = [key for key in numbers if better.get(key.partition(",")[0])]
         if not high:
-            raise InputError(f"--tasks {task}: lm_eval gives it no metric of which more is better")
+            problem = "lm_eval reports no metric for it where higher is better"
+            raise InputError(f"--tasks {task}: {problem}; leave it out")
         metric = high[-1]
     se = numbers.get(metric.replace(",", "_stderr,"))
     return numbers[metric], se if isinstance(se, float) else 0.0
@@ -246,23 +242,26 @@ def headline(found: dict, task: str, metric: str) -> tuple[float, float]:
 
 def spread(errors: list[float]) -> float:
     """Standard error of the mean of independent values with these standard errors."""
-    return sum(se**2 for se in errors) ** 0.5 / len(errors)
+    return math.hypot(*errors) / len(errors)
 
 
 # ---------------------------------------------------------------------------------- the leaderboard
 
 
-def find_files(o: Options, names: list[str]) -> dict[str, dict[str, Path] | None]:
-    """Files of every task by split; {} if lm_eval downloads them, None if --data has none."""
-    files: dict = {name: {} for name in names}
+def find_files(o: Options, names: list[str]) -> dict[str, dict[str, Path]]:
+    """Files by split of every task that can run; {} if lm_eval downloads them."""
     if not o.data:
-        return files
+        return {name: {} for name in names}
     fix = "--help lists the files it must hold"
     if not o.data.is_dir():
         raise InputError(f"--data {o.data}: no such directory; {fix}")
-    for name in files.keys() & TASKS.keys():
-        files[name] = files_of(TASKS[name], o) or None
-    if all(found is None for found in files.values()):
+    files = {}
+    for name in names:
+        files[name] = files_of(TASKS[name], o) if name in TASKS else {}
+        if name in TASKS and not files[name]:
+            print0(f"  {name} left out: no {TASKS[name].asked}*.jsonl in --data")
+            del files[name]
+    if not files:
         raise InputError(f"--data {o.data}: no file of {', '.join(names)}; {fix}")
     return files
 
@@ -270,20 +269,22 @@ def find_files(o: Options, names: list[str]) -> dict[str, dict[str, Path] | None
 def main(o: Options) -> dict:
     o = replace(o, out=place(o, "leaderboard"))
     names = [name.strip() for name in o.tasks.split(",") if name.strip()] or list(TASKS)
-    files = find_files(o, names)
     # one model for all tasks; none is loaded if all are up to date
     model = cache(partial(Harness, o.model, o.run, o.batch_tokens, o.slots, o.chat))
 
     rows = []
-    for name in names:
-        if files[name] is None:
-            print0(f"  {name} left out: no {TASKS[name].asked}*.jsonl in --data")
-            continue
-        counts = on_rank0(counts_of, measure(name, files[name], o, model))
-        row = {"task": name, **{key: counts[key] for key in ("score", "se", "questions")}}
-        shots = TASKS[name].shots if name in TASKS else "-"
-        shown = files[name].get("train", files[name].get("test", "lm_eval's"))
-        rows.append({**row, "shots": shots, "examples": Path(shown).name})
+    for name, files in find_files(o, names).items():
+        counts = on_rank0(counts_of, measure(name, files, o, model))
+        shown = files.get("train", files.get("test", "lm_eval's"))
+        row = {
+            "task": name,
+            "score": counts["score"],
+            "se": counts["se"],
+            "questions": counts["questions"],
+            "shots": TASKS[name].shots if name in TASKS else "-",
+            "examples": Path(shown).name,
+        }
+        rows.append(row)
     print0(table(rows))
     result = {
         "score": mean([row["score"] for row in rows]),

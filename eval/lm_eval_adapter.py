@@ -14,8 +14,9 @@ results.
 """
 
 import random
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from contextlib import contextmanager
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy
@@ -30,19 +31,18 @@ from ops.pack import pack
 from plumbing.chat import Chat
 from plumbing.options import RunOptions
 from plumbing.ranks import DEVICE, RANK, gather, work_queue
-from plumbing.records import InputError, load_json
+from plumbing.records import InputError
 from sample import Engine, Request, SampleOptions, seed_of
 
 try:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:  # Harness() reports it
     TemplateLM = object
 
-SHARE = 16  # a shorter shared prefix is computed again: cheaper than attention of its own
+SHARE = 16  # shorter shared prefixes are computed again: cheaper than separate attention
 CHUNK = 512  # rows of logits at a time
-# what lm_eval's tasks call the token limit
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 # ---------------------------------------------------------------------------------- packages
@@ -50,7 +50,7 @@ LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens
 
 @contextmanager
 def optional():
-    """Around imports of packages that only evaluation needs."""
+    """Name a missing package; around imports that only evaluation needs."""
     try:
         yield
     except ImportError as error:
@@ -60,7 +60,7 @@ def optional():
 
 @contextmanager
 def lm_eval_seeds():
-    """Seed as lm_eval does; afterwards all random states are as before."""
+    """Seed as lm_eval does; restore all random states afterwards."""
     python_state = random.getstate()
     numpy_state = numpy.random.get_state()
     with torch.random.fork_rng():
@@ -79,99 +79,82 @@ def lm_eval_seeds():
 
 def shared_prefix(a: list[int], b: list[int]) -> int:
     """Number of tokens at the start of both sequences."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return len(list(same))
 
 
 class Tree:
     """Causal attention in sequences of which each holds only what the one before it lacks.
 
-    sequences: S different ones in lexicographic order, so each shares most with the one before
-    it. `tokens` (N,) holds roots (sequences that share nothing) first, then branches. paths[i]
-    (T_i,) says where the tokens of sequence i are; `positions` (N,) are those in their sequences,
-    for RoPE.
+    sequences: S of them in lexicographic order, so each shares most with the one before it.
+    `tokens` (N,) are all that is computed, `positions` (N,) those in their sequences, for RoPE.
+    paths[i] (T_i,) says where the tokens of sequence i are.
     """
 
     def __init__(self, sequences: list[list[int]], window: int | None, device="cpu"):
-        # how many tokens each sequence shares with the one before, and how many are its own
-        shared = []
-        for before, ids in zip([[], *sequences], sequences, strict=False):
-            n = shared_prefix(before, ids)
-            shared.append(n if n >= SHARE else 0)
-        own = [len(ids) - n for ids, n in zip(sequences, shared, strict=True)]
-
-        # roots first, then branches: where each one's own tokens start
-        order = sorted(range(len(sequences)), key=lambda i: shared[i] > 0)
-        starts = {}
-        total = 0
-        for i in order:
-            starts[i] = total
-            total += own[i]
-
-        # a sequence is the start of the one before it and its own tokens
         self.paths: list[torch.Tensor] = []
-        for i, n in enumerate(shared):
-            path = torch.arange(starts[i], starts[i] + own[i])
-            if n:
-                path = torch.cat([self.paths[-1][:n], path])
+        # of sequences that differ from the one before: number of queries, path, mask
+        self.lengths: list[int] = []
+        self.keys: list[torch.Tensor] = []
+        self.masks: list[torch.Tensor | None] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        before: list[int] = []
+        for ids in sequences:
+            shared = shared_prefix(before, ids)
+            if shared < min(SHARE, len(ids)):
+                shared = 0
+            n = len(ids) - shared
+            path = torch.arange(len(tokens), len(tokens) + n, device=device)
+            if shared:
+                path = torch.cat([self.paths[-1][:shared], path])
             self.paths.append(path)
-        tokens = [token for i in order for token in sequences[i][shared[i] :]]
+            if n:
+                self.lengths.append(n)
+                self.keys.append(path)
+                self.masks.append(branch_mask(n, len(ids), window, device) if shared else None)
+            tokens += ids[shared:]
+            positions += range(shared, len(ids))
+            before = ids
         self.tokens = torch.tensor(tokens, device=device)  # (N,)
-        positions = [torch.arange(shared[i], len(sequences[i])) for i in order]
-        self.positions = torch.cat(positions).to(device)  # (N,)
-
-        # roots are packed sequences; a branch has queries of its own, and the keys of its path
-        self.roots = Packed([own[i] for i in order if not shared[i]], device)
-        branches = [i for i in order if shared[i]]
-        self.lengths = [own[i] for i in branches]
-        self.keys = [self.paths[i].to(device) for i in branches]
-        self.masks = []
-        for n, keys in zip(self.lengths, self.keys, strict=True):
-            self.masks.append(branch_mask(n, len(keys), window, device))
+        self.positions = torch.tensor(positions, device=device)  # (N,)
 
     def attend(self, layer: int, q, k, v, window: int | None):
         """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D)."""
-        R = sum(self.roots.lengths)
-        outputs = [self.roots.attend(layer, q[:R], k[:R], v[:R], window)]
-        if self.lengths and use_flash(q):
-            outputs.append(self.attend_flash(q[R:], k, v, window))
-        elif self.lengths:
-            outputs += self.attend_plain(q[R:], k, v)
+        if use_flash(q):
+            return self.attend_flash(q, k, v, window)
+        outputs = []
+        for own, path, mask in zip(q.split(self.lengths), self.keys, self.masks, strict=True):
+            if mask is None:  # shares nothing
+                out = Packed([len(own)]).attend(layer, own, k[path], v[path], window)
+            else:
+                out = attend_branch(own, k[path], v[path], mask)
+            outputs.append(out)
         return torch.cat(outputs)
 
-    def attend_plain(self, q, k, v) -> list[torch.Tensor]:
-        """One SDPA call a branch: (n, H, D) each."""
-        outputs = []
-        Hkv, D = k.shape[1:]
-        for q1, keys, mask in zip(q.split(self.lengths), self.keys, self.masks, strict=True):
-            # heads of a group as G queries of one head: keys are not copied for GQA
-            n, H, _ = q1.shape
-            G = H // Hkv
-            q1 = q1.view(n, Hkv, G, D).transpose(0, 1).reshape(1, Hkv, n * G, D)
-            k1, v1 = (x[keys].transpose(0, 1)[None] for x in (k, v))  # (1, Hkv, T, D)
-            mask = mask.repeat_interleave(G, 0)  # (n * G, T)
-            out = F.scaled_dot_product_attention(q1, k1, v1, attn_mask=mask)
-            outputs.append(out.view(Hkv, n, G, D).transpose(0, 1).flatten(1, 2))
-        return outputs
-
     def attend_flash(self, q, k, v, window: int | None):
-        """One call for all branches: its causal mask is aligned to the last query and key."""
-        # queries of a branch are its own tokens, keys those of its whole path
-        key_lengths = [len(keys) for keys in self.keys]
-        keys = torch.cat(self.keys)
+        """One call for all: flash-attn's causal mask is aligned to the last query and key."""
+        queries = Packed(self.lengths, q.device)
+        keys = Packed([len(path) for path in self.keys], q.device)
+        path = torch.cat(self.keys)
         return flash_attn_varlen_func(
             q,
-            k[keys],
-            v[keys],
-            cumulative(self.lengths, q.device),
-            cumulative(key_lengths, q.device),
-            max(self.lengths),
-            max(key_lengths),
+            k[path],
+            v[path],
+            queries.cu_seqlens,
+            keys.cu_seqlens,
+            max(queries.lengths),
+            max(keys.lengths),
             causal=True,
             window_size=window_size(window),
         )
+
+
+def attend_branch(q, k, v, mask):
+    """q (n, H, D), k and v (T, Hkv, D), mask (n, T) -> (n, H, D)."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H or Hkv, n or T, D)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 def branch_mask(n: int, T: int, window: int | None, device) -> torch.Tensor:
@@ -180,20 +163,14 @@ def branch_mask(n: int, T: int, window: int | None, device) -> torch.Tensor:
     return mask if window is None else mask.triu(T - n - window + 1)
 
 
-def cumulative(lengths: list[int], device) -> torch.Tensor:
-    """0 and the running sums of lengths, (S + 1,) int32."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
-
-
 # ---------------------------------------------------------------------------------- log-likelihoods
 
-Pair = tuple[
-    list[int], list[int]
-]  # tokens to read, and the tokens that their last rows must predict
+# tokens to read, and the tokens that their last rows must predict
+Pair = tuple[list[int], list[int]]
 
 
 def cut(pairs: list[Pair], budget: int) -> list[list[int]]:
-    """Indices of pairs, sorted by what is read, in micro-batches of about `budget` tokens.
+    """Indices of pairs, sorted by the tokens they read, in micro-batches of about `budget` tokens.
 
     Shared tokens count once.
     """
@@ -202,7 +179,7 @@ def cut(pairs: list[Pair], budget: int) -> list[list[int]]:
     limit = 0
     last: list[int] = []
     for i in sorted(range(len(pairs)), key=lambda i: pairs[i]):
-        # what it adds to the micro-batch
+        # tokens that it adds to the micro-batch
         ids = pairs[i][0]
         new = len(ids) - shared_prefix(last, ids)
         if not batches or tokens + new > limit:
@@ -222,17 +199,11 @@ def score(model: Model, pairs: list[Pair]) -> list[tuple[float, bool]]:
 
     Not by Model.forward(), which materialises all logits, or gives log-probs without the argmax.
     """
-    # different sequences only; rows: which tokens of the tree predict the targets
-    sequences = [ids for i, (ids, _) in enumerate(pairs) if i == 0 or ids != pairs[i - 1][0]]
-    place = {tuple(ids): i for i, ids in enumerate(sequences)}
-    tree = Tree(sequences, model.config.sliding_window, DEVICE)
+    # rows: which tokens of the tree predict the targets
+    tree = Tree([ids for ids, _ in pairs], model.config.sliding_window, DEVICE)
     counts = [len(targets) for _, targets in pairs]
-    rows = [tree.paths[place[tuple(ids)]][-len(targets) :] for ids, targets in pairs]
-    # continuations of one token each share the row that predicts them
-    rows, row_of = torch.cat(rows).unique(return_inverse=True)  # (M,), (sum of counts,)
-    rows = rows.to(DEVICE)
-    row_of = row_of.to(DEVICE)
-    targets = torch.tensor([t for _, targets in pairs for t in targets], device=DEVICE)
+    rows = torch.cat([path[-n:] for path, n in zip(tree.paths, counts, strict=True)])  # (M,)
+    targets = torch.tensor([t for _, targets in pairs for t in targets], device=DEVICE)  # (M,)
 
     # one forward pass over the tree
     angles = tree.positions[:, None].float() * model.frequencies.to(DEVICE)  # (N, D/2)
@@ -241,17 +212,14 @@ def score(model: Model, pairs: list[Pair]) -> list[tuple[float, bool]]:
     x = model.model(tree.tokens, cos, sin, tree)[rows]  # (M, C)
 
     # logits of a chunk of rows at a time
-    logps = torch.empty(len(targets), device=DEVICE)
-    greedy = torch.empty(len(targets), dtype=torch.bool, device=DEVICE)
-    for start in range(0, len(rows), CHUNK):
-        logits = F.linear(x[start : start + CHUNK], model.head.weight).float()  # (chunk, V)
-        here = (row_of >= start) & (row_of < start + CHUNK)
-        row = row_of[here] - start
-        wanted = targets[here]
-        logps[here] = logits[row, wanted] - logits.logsumexp(1)[row]
-        greedy[here] = logits.argmax(1)[row] == wanted
-    sums = [float(part.sum()) for part in logps.cpu().split(counts)]
-    hits = [bool(part.all()) for part in greedy.cpu().split(counts)]
+    logps = []
+    greedy = []
+    for hidden, wanted in zip(x.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = F.linear(hidden, model.head.weight).float()  # (chunk, V)
+        logps.append(-F.cross_entropy(logits, wanted, reduction="none"))
+        greedy.append(logits.argmax(1) == wanted)
+    sums = [float(part.sum()) for part in torch.cat(logps).cpu().split(counts)]
+    hits = [bool(part.all()) for part in torch.cat(greedy).cpu().split(counts)]
     return list(zip(sums, hits, strict=True))
 
 
@@ -269,35 +237,27 @@ class Until(Engine):
         self.stop_token_ids = self.stop_token_ids | special
         self.until = until
         # a token has at least one byte
-        self.tail = max((len(text.encode()) for text in until), default=0)
+        self.tail = max((len(text.encode()) for text in until), default=1)
 
-    def append(self, rows: list[Request], first: int, tokens: torch.Tensor) -> None:
-        """As in Engine, but a token that completes a stop text is the last one of its row."""
-        for r, token in zip(rows[first:], tokens.tolist(), strict=True):
-            text = self.chat.text([*r.output, token][-self.tail :]) if self.tail else ""
-            if any(stop in text for stop in self.until):
-                r.max_new_tokens = len(r.output) + 1
-        super().append(rows, first, tokens)
+    def has_stop(self, r: Request) -> bool:
+        tail = self.chat.text(r.output[-self.tail :])
+        return any(stop in tail for stop in self.until)
 
 
 def generation(given: dict, limit: int) -> tuple[list[str], int, float, float]:
-    """Stop texts, token limit, temperature and top-p of a task's generation_kwargs."""
-    # what all tasks may say
-    until = given.get("until") or []
-    if isinstance(until, str):
-        until = [until]
-    limits = [int(given[name]) for name in LIMITS if given.get(name) is not None]
+    """Stop texts, token limit, temperature and top-p of a task's generation_kwargs.
 
-    # sampling, which is greedy unless there is a temperature
-    temperature = 0.0
-    if given.get("do_sample", True):
-        temperature = float(given.get("temperature") or 0)
-    unknown = given.keys() - {*LIMITS, "until", "do_sample", "temperature", "top_p"}
+    Greedy unless the task gives a temperature.
+    """
+    given = normalize_gen_kwargs(given, limit)
+    temperature = float(given.get("temperature") or 0)
+    unknown = given.keys() - {"max_gen_toks", "until", "do_sample", "temperature", "top_p"}
     if temperature and unknown:
         name = min(unknown)
         raise InputError(f"a task samples with {name}; only temperature and top_p are supported")
     top_p = float(given.get("top_p") or 1) if temperature else 1.0
-    return [text for text in until if text], [*limits, limit][0], temperature, top_p
+    until = [text for text in given["until"] if text]
+    return until, given["max_gen_toks"], temperature, top_p
 
 
 # ---------------------------------------------------------------------------------- the adapter
@@ -308,7 +268,6 @@ class Harness(TemplateLM):
 
     # what lm_eval asks for; all but the first are set in __init__()
     max_gen_toks = 256
-    max_length = 0
     eot_token_id = 0
     prefix_token_id = 0
     tokenizer_name = ""
@@ -330,7 +289,7 @@ class Harness(TemplateLM):
         self.batch_tokens = batch_tokens
         self.slots = slots
         self.max_length = load_config(directory).max_positions
-        self.tokenizer_name = str(directory).replace("/", "__")
+        self.tokenizer_name = str(directory)
         self.chat = Chat(directory, run.chat_template or ("" if chat else "default"))
         self.model = None
         self.packed = False
@@ -345,14 +304,13 @@ class Harness(TemplateLM):
 
     def special_token(self, name: str) -> int | None:
         """The id of a token that tokenizer_config.json names."""
-        path = self.directory / "tokenizer_config.json"
-        value = load_json(path).get(name) if path.is_file() else None
+        value = self.chat.settings("tokenizer_config.json").get(name)
         if isinstance(value, dict):
             value = value["content"]
         return self.chat.tokenizer.token_to_id(value) if value else None
 
     def weights(self, packed: bool) -> Model:
-        """The model as it is, for scoring, or packed, for generation; never both at a time."""
+        """The model as it is, for scoring, or packed, for generation; only one is in memory."""
         if self.model is None or self.packed != packed:
             self.model = None
             model = load(self.directory, self.run.torch_dtype, DEVICE)
@@ -405,37 +363,29 @@ class Harness(TemplateLM):
 
         # each micro-batch on the rank that is free
         results = {}
-        silent = disable_tqdm or RANK > 0
-        with tqdm(
-            total=len(pairs), desc="log-likelihoods", leave=False, disable=silent
-        ) as progress:
-            for batch in work_queue(cut(pairs, self.batch_tokens)):
-                scores = score(self.weights(packed=False), [pairs[i] for i in batch])
-                results.update(zip(batch, scores, strict=True))
-                progress.update(len(batch))
-        return in_order(results, len(pairs))
+        batches = cut(pairs, self.batch_tokens)
+        bar = {"total": len(batches), "leave": False, "disable": disable_tqdm or RANK > 0}
+        for batch in tqdm(work_queue(batches), "log-likelihoods", **bar):
+            scores = score(self.weights(packed=False), [pairs[i] for i in batch])
+            results.update(zip(batch, scores, strict=True))
+        return in_order(results)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows as long as the model's positions.
+        """Log-likelihood of whole texts, in windows of at most max_length tokens.
 
-        No token is predicted twice.
+        Every token is predicted once.
         """
-        # windows of all texts, and which text each is of
+        # windows of all texts, and how many of each
         windows = []
-        owner = []
-        for i, request in enumerate(requests):
+        counts = []
+        for request in requests:
             ids = self.tok_encode(request.args[0])
             cuts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            for window in cuts:
-                windows.append((None, *make_disjoint_window(window)))
-                owner.append(i)
-
-        # their sums by text
-        sums = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm)
-        for i, (logp, _) in zip(owner, scores, strict=True):
-            sums[i] += logp
-        return sums
+            own = [(None, *make_disjoint_window(window)) for window in cuts]
+            windows += own
+            counts.append(len(own))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        return [sum(logp for logp, _ in islice(scores, n)) for n in counts]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         # requests with the same settings go together
@@ -457,8 +407,7 @@ class Harness(TemplateLM):
         size = 2 * self.slots
         chunks = []
         for settings, members in groups.items():
-            for start in range(0, len(members), size):
-                chunks.append((settings, members[start : start + size]))
+            chunks += [(settings, members[i : i + size]) for i in range(0, len(members), size)]
 
         # each chunk on the rank that is free
         texts = {}
@@ -469,23 +418,15 @@ class Harness(TemplateLM):
                 engine = Until(self.weights(packed=True), self.chat, o, until, progress)
                 engine.run([jobs[i] for i in chunk])
                 for i in chunk:
-                    texts[i] = cut_at(self.chat.text(jobs[i].output), until)
-        return in_order(texts, len(jobs))
+                    text = self.chat.text(jobs[i].output)
+                    texts[i] = postprocess_generated_text(text, until, None)
+        return in_order(texts)
 
 
-def in_order(results: dict, n: int) -> list:
+def in_order(results: dict) -> list:
     """Results 0 .. n-1 of all ranks, on every rank."""
-    merged = {}
-    for part in gather(results):
-        merged |= part
-    return [merged[i] for i in range(n)]
-
-
-def cut_at(text: str, until: list[str]) -> str:
-    """The text before any of the stop texts."""
-    for stop in until:
-        text = text.split(stop)[0]
-    return text
+    merged = ChainMap(*gather(results))
+    return [merged[i] for i in range(len(merged))]
 
 
 def evaluate(

@@ -3,8 +3,8 @@
 score is the mean over all judged turns; se is that of the mean over questions, as the two turns
 of one are not independent. The second turn is generated after the first; math, reasoning and
 coding are graded against a reference answer. Prompts and references are the official files;
-comparable with published grades only where the judge is the same. As officially, a turn whose
-verdict has no grade is left out, and counted as malformed.
+comparable with published grades only where the judge is the same. As in the official code, a turn
+whose verdict has no grade is left out, and counted as malformed.
 
 --data holds three files of fastchat/llm_judge/data in the repository lm-sys/FastChat:
 mt_bench/question.jsonl, judge_prompts.jsonl, and mt_bench/reference_answer/gpt-4.jsonl under the
@@ -55,26 +55,16 @@ class Options(JudgedOptions):
     data: Path | None = None  # directory of three official files, see above
     out: Path | None = None  # directory to write; empty: MODEL/eval/mt_bench
     limit: int = 0  # use only N questions, evenly spread over the categories; 0: all
-    temperature: float = -1.0  # of all answers; below 0: by category, as officially
+    temperature: float = -1.0  # of all answers; below 0: the official one of each category
     max_new_tokens: int = 1024  # limit per answer
     judge_tokens: int = 2048  # max tokens of a verdict with reasons
 
 
-@dataclass
-class Data:
-    """The official files."""
+def read_data(o: Options) -> tuple[list[dict], dict[str, dict]]:
+    """Questions, and the judge's prompts by name.
 
-    questions: list[dict]
-    prompts: dict[str, dict]  # the judge's, by name
-    references: dict[int, list[str]]  # both turns, by question
-
-    def reference(self, question: dict) -> list[str] | None:
-        if question["category"] not in WITH_REFERENCE:
-            return None
-        return self.references[question["question_id"]]
-
-
-def read_data(o: Options) -> Data:
+    A question that is graded against a reference gets the field `ref_answer`, two texts.
+    """
     if o.judge_prompt:
         raise InputError("--judge-prompt: MT-Bench's prompts are those of --data; leave it out")
     # the three files
@@ -82,36 +72,30 @@ def read_data(o: Options) -> Data:
     questions, prompts, references = (
         read_lines(need(folder / name, "--data", SOURCE), *fields) for name, fields in FILES.items()
     )
+    prompts = {row["name"]: row for row in prompts}
     references = {row["question_id"]: row["choices"][0]["turns"] for row in references}
 
     # some of the questions, evenly spread
     number = len(first(questions, o.limit))
-    if o.limit:
-        questions = [questions[i * len(questions) // o.limit] for i in range(number)]
-    data = Data(questions, {row["name"]: row for row in prompts}, references)
-    check(data, folder)
-    return data
+    questions = [questions[i * len(questions) // number] for i in range(number)]
 
-
-def check(data: Data, folder: Path) -> None:
-    """Raise InputError where a file lacks what another one asks for."""
-    # questions
-    for row in data.questions:
+    # each file must hold what the others refer to
+    for row in questions:
         number = row["question_id"]
         if len(row["turns"]) != 2:
             where = f"{folder}/question.jsonl: question {number}"
             raise InputError(f"{where}: field 'turns' must hold two texts")
-        if row["category"] in WITH_REFERENCE and len(data.references.get(number, ())) != 2:
-            problem = f"no two answers to question {number}"
-            why = f"its category {row['category']} is graded against one"
-            raise InputError(f"{folder}/reference_answer_gpt-4.jsonl: {problem}; {why}")
-
-    # the judge's prompts
+        if row["category"] in WITH_REFERENCE:
+            row["ref_answer"] = references.get(number, ())
+            if len(row["ref_answer"]) != 2:
+                problem = f"no two answers to question {number}"
+                why = f"its category {row['category']} is graded against one"
+                raise InputError(f"{folder}/reference_answer_gpt-4.jsonl: {problem}; {why}")
     for name in PROMPTS:
-        if name not in data.prompts:
-            raise InputError(
-                f"{folder}/judge_prompts.jsonl: no prompt {name}; give the official file"
-            )
+        if name not in prompts:
+            problem = f"no prompt {name}; give the official file"
+            raise InputError(f"{folder}/judge_prompts.jsonl: {problem}")
+    return questions, prompts
 
 
 def converse(o: Options, questions: list[dict], out: Path) -> dict[int, list[str]]:
@@ -126,38 +110,32 @@ def converse(o: Options, questions: list[dict], out: Path) -> dict[int, list[str
 
     answers = defaultdict(list)
     for temperature, rows in sorted(groups.items()):
-        conversations = [[] for _ in rows]
+        prompts = [{"id": str(row["question_id"]), "messages": []} for row in rows]
         files = [o.data / "question.jsonl"]
         for turn in (1, 2):
-            # the next question of every conversation
-            prompts = []
-            for row, messages in zip(rows, conversations, strict=True):
-                messages.append({"role": "user", "content": row["turns"][turn - 1]})
-                prompts.append({"id": str(row["question_id"]), "messages": [*messages]})
-
-            # its answer
+            # the next question of every conversation, and its answer
+            for row, prompt in zip(rows, prompts, strict=True):
+                question = {"role": "user", "content": row["turns"][turn - 1]}
+                prompt["messages"].append(question)
             path = out / f"turn{turn}-{temperature}.jsonl"
-            purpose = f"turn {turn}"
-            replies = answer(o, prompts, path, files, purpose, temperature=temperature)
-            files = [*files, path]
-            for row, messages, reply in zip(rows, conversations, replies, strict=True):
+            replies = answer(o, prompts, path, files, f"turn {turn}", temperature=temperature)
+            files.append(path)
+            for row, prompt, reply in zip(rows, prompts, replies, strict=True):
                 text = reply["response"]
-                messages.append({"role": "assistant", "content": text})
+                prompt["messages"].append({"role": "assistant", "content": text})
                 answers[row["question_id"]].append(text)
     return dict(answers)
 
 
-def to_request(prompts: dict, row: dict, turn: int, answers: list[str], reference) -> Request:
-    """The official request to grade a turn: the first alone, the second with what came before it.
-
-    turn: 1 or 2; reference: both turns of a reference answer, or None.
-    """
+def to_request(prompts: dict, row: dict, turn: int, answers: list[str]) -> Request:
+    """The official request to grade a turn, 1 or 2: the first alone, the second after the first."""
+    reference = row.get("ref_answer", ())
     kind = "single-math-v1" if reference else "single-v1"
     prompt = prompts[kind + ("-multi-turn" if turn == 2 else "")]
-    # a prompt has places for some of these
+    # a prompt uses some of these
     texts = {"question": row["turns"][0], "answer": answers[0]}
-    by_turn = {"question": row["turns"], "answer": answers, "ref_answer": reference or ()}
-    for name, turns in by_turn.items():
+    by_turn = (("question", row["turns"]), ("answer", answers), ("ref_answer", reference))
+    for name, turns in by_turn:
         texts |= {f"{name}_{number}": text for number, text in enumerate(turns, 1)}
     system = {"role": "system", "content": prompt["system_prompt"]}
     user = {"role": "user", "content": fill_in(prompt["prompt_template"], texts)}
@@ -165,7 +143,7 @@ def to_request(prompts: dict, row: dict, turn: int, answers: list[str], referenc
 
 
 def read_grade(reply: dict) -> float | None:
-    """The first [[grade]] of the text, or [grade] where there is none; None outside of 1 to 10."""
+    """The first [[grade]] of the text, or [grade] where there is none; None outside 1 to 10."""
     text = reply["text"]
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
     if not found or not 1 <= float(found[1]) <= 10:
@@ -192,36 +170,35 @@ def average(values: list[float]) -> float | None:
 def main(o: Options) -> dict:
     # all that can fail comes before the answers
     out = place(o, "mt_bench")
-    data = read_data(o)
+    questions, prompts = read_data(o)
     judge = Judge(o, out)
 
     # answer both turns, then grade them
-    answers = converse(o, data.questions, out)
+    answers = converse(o, questions, out)
     on_rank0(write_official, out, o.model.name, answers)
-    requests = []
-    for row in data.questions:
-        for turn in (1, 2):
-            said = answers[row["question_id"]]
-            requests.append(to_request(data.prompts, row, turn, said, data.reference(row)))
+    requests = [
+        to_request(prompts, row, turn, answers[row["question_id"]])
+        for row in questions
+        for turn in (1, 2)
+    ]
     values = judge.ask(requests, read_grade)
     grades = list(zip(values[::2], values[1::2], strict=True))
-    rows = []
-    for row, (a, b) in zip(data.questions, grades, strict=True):
-        question = {"question_id": row["question_id"], "category": row["category"]}
-        rows.append({**question, "turn_1": a, "turn_2": b})
-    on_rank0(write_jsonl, out / "grades.jsonl", rows)
 
     # average by category and over all
+    rows = []
     by_category = defaultdict(list)
-    for row, pair in zip(data.questions, grades, strict=True):
-        by_category[row["category"]].append(pair)
+    for row, (a, b) in zip(questions, grades, strict=True):
+        question = {"question_id": row["question_id"], "category": row["category"]}
+        rows.append({**question, "turn_1": a, "turn_2": b})
+        by_category[row["category"]].append((a, b))
+    on_rank0(write_jsonl, out / "grades.jsonl", rows)
     categories = {name: statistics(pairs) for name, pairs in by_category.items()}
     total = statistics(grades)
     show({**categories, o.model.name: total})
     result = {
         **total,
         **{name: s["score"] for name, s in categories.items() if "score" in s},
-        "questions": len(data.questions),
+        "questions": len(questions),
         "words": words([text for pair in answers.values() for text in pair]),
         **judge.usage(),
     }
@@ -243,8 +220,14 @@ def write_official(out: Path, name: str, answers: dict[int, list[str]]) -> None:
     written = max(path.stat().st_mtime for path in out.glob("turn*.jsonl"))
     rows = []
     for number, turns in sorted(answers.items()):
-        row = {"question_id": number, "answer_id": digest(name, number, turns), "model_id": name}
-        rows.append({**row, "choices": [{"index": 0, "turns": turns}], "tstamp": written})
+        official = {
+            "question_id": number,
+            "answer_id": digest(name, number, turns),
+            "model_id": name,
+            "choices": [{"index": 0, "turns": turns}],
+            "tstamp": written,
+        }
+        rows.append(official)
     write_jsonl(out / "model_answer.jsonl", rows)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
+from eval.stats import mean, rounded, wins
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import print0
 from plumbing.records import InputError, digest, messages_of, read_jsonl, read_text
@@ -32,33 +33,34 @@ def read_labelled(path: Path) -> list[tuple[dict, dict]]:
     """(better, worse) records of LLMBar's JSON or of JSONL with chosen and rejected."""
     if Path(path).suffix == ".jsonl":
         rows = read_jsonl(path, "prompt", "chosen", "rejected")
-        triples = [(row, row["chosen"], row["rejected"]) for row in rows]
     else:
-        triples = read_llmbar(path)
+        rows = read_llmbar(path)
     pairs = []
-    for row, better, worse in triples:
-        name = digest(messages_of(row), better, worse)
-        pairs.append(tuple({**row, "id": name, "response": text} for text in (better, worse)))
+    for row in rows:
+        texts = (row["chosen"], row["rejected"])
+        name = digest(messages_of(row), *texts)
+        pairs.append(tuple({**row, "id": name, "response": text} for text in texts))
     return pairs
 
 
-def read_llmbar(path: Path) -> list[tuple[dict, str, str]]:
-    """(record with the prompt, better text, worse text)."""
-    triples = []
+def read_llmbar(path: Path) -> list[dict]:
+    """Records {prompt, chosen, rejected}."""
+    rows = []
     try:
         for row in json.loads(read_text(path)):
-            better, worse = (row[f"output_{i}"] for i in (row["label"], 3 - row["label"]))
-            triples.append(({"prompt": row["input"]}, better, worse))
-        if not triples:
+            chosen, rejected = (row[f"output_{i}"] for i in (row["label"], 3 - row["label"]))
+            rows.append({"prompt": row["input"], "chosen": chosen, "rejected": rejected})
+        if not rows:
             raise ValueError("it is empty")
     except (ValueError, KeyError, TypeError) as error:
         fix = "fix it, or give JSONL of {prompt, chosen, rejected}"
         raise InputError(f"{path}: must be {LLMBAR} ({error!r}); {fix}") from None
-    return triples
+    return rows
 
 
-def wilson(wins: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(wins: float, n: int) -> tuple[float, float]:
     """95 % interval of a share that stays inside 0 and 1 for few pairs (Wilson 1927)."""
+    z = 1.96
     middle = (wins + z * z / 2) / (n + z * z)
     width = z / (n + z * z) * (wins * (n - wins) / n + z * z / 4) ** 0.5
     return max(0.0, middle - width), min(1.0, middle + width)
@@ -71,24 +73,20 @@ def accuracy(data: Path, scorer: Scorer | None) -> dict:
     if scorer is None:
         raise InputError("--scorer none scores nothing; name another")
     pairs = read_labelled(data)
-    better = [pair[0] for pair in pairs]
-    worse = [pair[1] for pair in pairs]
-    scores = zip(*score_pairs(scorer, better, worse), strict=True)
-    wins = sum(0.5 if a == b else float(a > b) for a, b in scores)
+    better, worse = map(list, zip(*pairs, strict=True))
+    right = wins(*score_pairs(scorer, better, worse))
+    share = mean(right)
+    low, high = wilson(sum(right), len(pairs))
 
     # the control that any scorer must beat: the longer answer
-    lengths = [(len(a["response"]), len(b["response"])) for a, b in pairs]
-    longer = sum(a > b for a, b in lengths) / len(pairs)
-
-    low, high = wilson(wins, len(pairs))
-    share = wins / len(pairs)
+    longer = mean([len(a["response"]) > len(b["response"]) for a, b in pairs])
     print0(
         f"accuracy on {len(pairs)} labelled pairs: {share:.3f}, "
         f"95 % interval {low:.3f} to {high:.3f}\n"
         f"(chance 0.500; always the longer answer {longer:.3f})"
     )
     numbers = {"accuracy": share, "low": low, "high": high, "longer": longer}
-    return {"pairs": len(pairs), **{name: round(value, 4) for name, value in numbers.items()}}
+    return {"pairs": len(pairs), **rounded(numbers)}
 
 
 def scorer_accuracy(

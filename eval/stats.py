@@ -9,14 +9,23 @@ def mean(values) -> float:
 
 def standard_error(values) -> float:
     """Standard error of the mean of independent values; 0 for fewer than two."""
-    values = np.asarray(values, float)
     if len(values) < 2:
         return 0.0
-    return float(values.std(ddof=1) / len(values) ** 0.5)
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def wins(ours: list[float], theirs: list[float]) -> list[float]:
+    """1 where our score is higher, 0.5 for a draw, else 0."""
+    return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def rounded(numbers: dict) -> dict:
+    """Numbers as they are shown, with four decimals."""
+    return {name: round(value, 4) for name, value in numbers.items()}
 
 
 def sigmoid(x):
-    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x)))  # cannot overflow
+    return 0.5 * (1 + np.tanh(0.5 * x))  # cannot overflow
 
 
 def logistic(X, y, weight=None, ridge: float = 1e-2) -> np.ndarray:
@@ -53,10 +62,14 @@ def logistic(X, y, weight=None, ridge: float = 1e-2) -> np.ndarray:
     return b
 
 
-def bootstrap(statistic, n: int, rounds: int = 100, seed: int = 0) -> np.ndarray:
-    """statistic(indices) of `rounds` resamples: n indices out of n, with replacement."""
-    generator = np.random.default_rng(seed)
-    values = [statistic(generator.integers(0, n, n)) for _ in range(rounds)]
+def bootstrap(statistic, *columns: np.ndarray, rounds: int = 100) -> np.ndarray:
+    """statistic(*columns) of `rounds` resamples of their rows, with replacement."""
+    generator = np.random.default_rng(0)
+    n = len(columns[0])
+    values = []
+    for _ in range(rounds):
+        rows = generator.integers(0, n, n)
+        values.append(statistic(*(column[rows] for column in columns)))
     return np.array(values)
 
 

@@ -19,7 +19,7 @@ from eval.report import report
 from loop import Options, Run, evaluate, score, synpo
 from plumbing.options import RunOptions, cli, parse_options
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, read_jsonl, write_jsonl
+from plumbing.records import read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import sample
 from train import finetune
@@ -33,10 +33,10 @@ def gold_pairs(seeds: Path, drafts: Path, out: Path, run: RunOptions) -> Path:
     gold = {row["id"]: row for row in read_jsonl(seeds)}
     pairs = []
     for draft in read_jsonl(drafts):
+        seed = gold[draft["id"]]
+        name = f"{draft['id']}-{draft.get('sample', 0)}"
+        sides = {"chosen": seed["response"], "rejected": draft["response"]}
         if draft["response"]:
-            seed = gold[draft["id"]]
-            name = f"{draft['id']}-{draft.get('sample', 0)}"
-            sides = {"chosen": seed["response"], "rejected": draft["response"]}
             pairs.append({**seed, "id": name, **sides})
     on_rank0(write_jsonl, out, pairs)
     return stage.finish(pairs=len(pairs))
@@ -45,10 +45,7 @@ def gold_pairs(seeds: Path, drafts: Path, out: Path, run: RunOptions) -> Path:
 def main(
     run: Path,  # the directory of a finished run
 ) -> dict:
-    config = run / "config.json"
-    if not config.is_file():
-        raise InputError(f"{config}: no such file; give the directory of a run of loop.py")
-    o = parse_options(Options, ["--config", str(config)])
+    o = parse_options(Options, ["--config", str(run / "config.json")])
     cycle = Run(o, run, run)
     out = run / "controls"
     M_0 = o.model
@@ -63,8 +60,7 @@ def main(
     pairs = gold_pairs(cycle.seeds, drafts, out / "seed_pairs.jsonl", o.run)
     epochs = max(1, round(o.policy.epochs * total / len(read_jsonl(pairs))))
     policy = replace(o.policy, epochs=epochs)
-    cache = run / "reference"
-    train_policy(M_0, [pairs], out / "seed_pairs", policy, reference=M_0, cache=cache)
+    train_policy(M_0, [pairs], out / "seed_pairs", policy, reference=M_0, cache=cycle.cache)
 
     # held-out scores of both
     if o.heldout:

@@ -65,27 +65,26 @@ class Packed:
                 causal=True,
                 window_size=window_size(window),
             )
-        out = cpu.attend_packed(q, k, v, self.starts, window)
-        if out is NotImplemented:
-            return self.sdpa(q, k, v, window)
-        return out
+        return attend_packed(q, k, v, self.starts, window)
 
-    def sdpa(self, q, k, v, window: int | None):
-        """The same in plain PyTorch, one call a sequence: one mask for all would cost (N, N)."""
-        outputs = []
-        pieces = [x.split(self.lengths) for x in (q, k, v)]
-        for sequence in zip(*pieces, strict=True):
-            q1, k1, v1 = (x.transpose(0, 1)[None] for x in sequence)  # (1, H or Hkv, T, D)
-            T = q1.shape[2]
-            mask = None
-            if window is not None and T > window:
-                everything = torch.ones(T, T, dtype=torch.bool, device=q.device)
-                mask = everything.tril().triu(1 - window)
-            out = F.scaled_dot_product_attention(
-                q1, k1, v1, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
-            outputs.append(out[0].transpose(0, 1))  # (T, H, D)
-        return torch.cat(outputs)
+
+@cpu.compiled(cpu.attend_packed)
+def attend_packed(q, k, v, starts, window: int | None):
+    """Packed.attend in plain PyTorch, one call a sequence: one mask for all would cost (N, N)."""
+    outputs = []
+    pieces = [x.split(starts.diff().tolist()) for x in (q, k, v)]
+    for sequence in zip(*pieces, strict=True):
+        q1, k1, v1 = (x.transpose(0, 1)[None] for x in sequence)  # (1, H or Hkv, T, D)
+        T = q1.shape[2]
+        mask = None
+        if window is not None and T > window:
+            everything = torch.ones(T, T, dtype=torch.bool, device=q.device)
+            mask = everything.tril().triu(1 - window)
+        out = F.scaled_dot_product_attention(
+            q1, k1, v1, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        outputs.append(out[0].transpose(0, 1))  # (T, H, D)
+    return torch.cat(outputs)
 
 
 def memory() -> int:

@@ -6,16 +6,15 @@ Models are written in plain PyTorch. One decorator line over a function names it
     def swiglu(gate, up):
         return F.silu(gate) * up
 
-A twin returns NotImplemented for arguments that it does not take (a GPU tensor, a width that is no
-multiple of 32, a machine without GCC 12+); then the plain function runs. The two agree to rounding;
-the twin is faster and keeps less for the backward pass.
+The plain function runs where the twin does not take the arguments: a GPU tensor, a width that is
+not a multiple of 32, a machine without GCC 12+. The two agree to rounding; the twin is faster and
+keeps less for the backward pass.
 
 SYNPO_KERNELS=0 turns the twins off. SYNPO_KERNELS_ARCH sets GCC's -march: the default "native" uses
 every instruction of this CPU; "x86-64-v3" compiles the same code for all CPUs with AVX2.
 """
 
 import ctypes
-import hashlib
 import os
 import subprocess
 import sys
@@ -26,7 +25,9 @@ from pathlib import Path
 import torch
 from torch.autograd import Function
 
-from plumbing.records import cache_folder
+from plumbing.ranks import DEVICE
+from plumbing.records import cache_folder, digest
+from plumbing.stage import MACHINE_PARTS
 
 SOURCE = Path(__file__).with_name("cpu.c")
 ARCH = os.environ.get("SYNPO_KERNELS_ARCH", "native")
@@ -55,46 +56,39 @@ PARAMETERS = {
     "attend_packed": "number* float* number* number* number* int64* int64 int64 int64",
     "attend_packed_backward": 8 * "number* " + "float* int64* int64 int64 int64",
 }
-DTYPES = {"float*": torch.float32, "double*": torch.float64, "int64*": torch.int64}
-SCALARS = {"int64": ctypes.c_int64, "float": ctypes.c_float}
 
 
 # ---------------------------------------------------------------------------------- calling C
 
 
 class Pointer:
-    """A ctypes argument type: a contiguous CPU tensor of one dtype, passed as its address."""
+    """A ctypes argument type: a CPU tensor of one dtype, passed as its address.
 
-    def __init__(self, dtype: torch.dtype):
+    It must be contiguous. With `rows` it may be (N, H, D) of which each (H, D) is: a slice of wider
+    rows.
+    """
+
+    def __init__(self, dtype: torch.dtype, rows: bool = False):
         self.dtype = dtype
+        self.rows = rows
 
     def from_param(self, x: torch.Tensor) -> ctypes.c_void_p:
         """ctypes calls this for every argument, and turns a TypeError into an ArgumentError."""
-        if x.dtype is self.dtype and x.is_cpu and x.is_contiguous():
+        contiguous = x.is_contiguous() or (self.rows and x[0].is_contiguous())
+        if x.dtype is self.dtype and x.is_cpu and contiguous:
             return ctypes.c_void_p(x.data_ptr())
-        raise TypeError(f"needs a contiguous CPU tensor of {self.dtype}, got {describe(x)}")
+        wanted = "contiguous rows" if self.rows else "a contiguous tensor"
+        found = f"{x.dtype} on {x.device}, shape {tuple(x.shape)}, strides {x.stride()}"
+        raise TypeError(f"needs {wanted} of {self.dtype} on the CPU, got {found}")
 
 
-class Rows(Pointer):
-    """A pointer to (N, H, D), of which each (H, D) is contiguous: a slice of wider rows will do."""
-
-    def from_param(self, x: torch.Tensor) -> ctypes.c_void_p:
-        if x.dtype is self.dtype and x.is_cpu and (x.is_contiguous() or x[0].is_contiguous()):
-            return ctypes.c_void_p(x.data_ptr())
-        raise TypeError(f"needs contiguous rows of {self.dtype} on the CPU, got {describe(x)}")
-
-
-def describe(x: torch.Tensor) -> str:
-    return f"{x.dtype} on {x.device}, shape {tuple(x.shape)}, strides {x.stride()}"
-
-
-def argument_types(parameters: str, number: torch.dtype) -> list:
-    """One entry of PARAMETERS as ctypes' argtypes."""
-    types = {name: Pointer(dtype) for name, dtype in DTYPES.items()}
-    types.update(SCALARS)
-    types["number*"] = Pointer(number)
-    types["rows"] = Rows(number)
-    return [types[word] for word in parameters.split()]
+TYPES = {
+    "float*": Pointer(torch.float32),
+    "double*": Pointer(torch.float64),
+    "int64*": Pointer(torch.int64),
+    "int64": ctypes.c_int64,
+    "float": ctypes.c_float,
+}
 
 
 def check(shapes_agree: bool, *tensors: torch.Tensor) -> None:
@@ -118,18 +112,16 @@ def library(dtype: torch.dtype, *flags: str) -> ctypes.CDLL | None:
         return None
     try:
         functions = ctypes.CDLL(str(compile_source((*FLAGS[dtype], *flags))))
-    except (OSError, StopIteration, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error).encode()
-        print(
-            "could not compile the CPU kernels; falling back to PyTorch (slower): "
-            + reason.decode().splitlines()[0],
-            file=sys.stderr,
-        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        problem = "could not compile the CPU kernels; falling back to PyTorch (slower)"
+        print(f"{problem}: {reason.splitlines()[0]}", file=sys.stderr)
         return None
+    types = {**TYPES, "number*": Pointer(dtype), "rows": Pointer(dtype, rows=True)}
     for name, parameters in PARAMETERS.items():
         if hasattr(functions, name):  # attention is compiled apart from the rest
             function = getattr(functions, name)
-            function.argtypes = argument_types(parameters, dtype)
+            function.argtypes = [types[word] for word in parameters.split()]
             function.restype = None
     return functions
 
@@ -138,43 +130,52 @@ def compile_source(flags: tuple[str, ...]) -> Path:
     """The shared library in the user's cache folder, named by a hash of what it is made from."""
     # the CPU too: "native" means something else on each machine that shares this home
     with open("/proc/cpuinfo") as lines:
-        cpu = next(line for line in lines if line.startswith(("flags", "Features")))
-    inputs = repr((SOURCE.read_text(), COMPILE, LINK, flags, cpu))
+        cpu = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     folder = cache_folder()
-    path = folder / f"kernels-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}.so"
+    path = folder / f"kernels-{digest(SOURCE.read_text(), COMPILE, LINK, flags, cpu)}.so"
     if path.is_file():
         return path
 
     # compile in a private folder and move the result: several processes may get here at once
     with tempfile.TemporaryDirectory(dir=folder) as private:
-        made = Path(private) / "kernels"
-        compile_command = [*COMPILE, *flags, SOURCE, "-o", f"{made}.o"]
-        subprocess.run(compile_command, check=True, capture_output=True)
-        link_command = [*LINK, f"{made}.o", "-lm", "-o", f"{made}.so"]
-        subprocess.run(link_command, check=True, capture_output=True)
+        made = f"{private}/kernels"
+        compile_command = (*COMPILE, *flags, SOURCE, "-o", f"{made}.o")
+        link_command = (*LINK, f"{made}.o", "-lm", "-o", f"{made}.so")
+        for command in (compile_command, link_command):
+            subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(f"{made}.so", path)
     return path
 
 
-def ready(x: torch.Tensor, multiple: int = WIDTH, flags: tuple = ()) -> bool:
+def in_use() -> str:
+    """For manifests: which kernels compute here."""
+    if DEVICE.type != "cpu" or library(torch.float32) is None:
+        return "pytorch"
+    return "compiled" if ARCH == "native" else f"compiled for {ARCH}"
+
+
+MACHINE_PARTS["kernels"] = in_use
+
+
+def ready(x: torch.Tensor, multiple: int = WIDTH) -> bool:
     """Whether the compiled functions take x: CPU, dtype, whole vectors, and a compiler."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.shape[-1] % multiple == 0
         and x.dtype in FLAGS
         and type(x) in PLAIN
-        and library(x.dtype, *flags) is not None
+        and library(x.dtype) is not None
     )
 
 
-def compiled(twin):
+def compiled(twin, multiple: int = WIDTH):
     """Decorate a plain PyTorch function: its compiled twin runs wherever it takes the arguments."""
 
     def decorate(plain):
         @wraps(plain)
-        def dispatch(*arguments):
-            result = twin(*arguments)
-            return plain(*arguments) if result is NotImplemented else result
+        def dispatch(x, *more):
+            result = twin(x, *more) if ready(x, multiple) else NotImplemented
+            return plain(x, *more) if result is NotImplemented else result
 
         return dispatch
 
@@ -184,12 +185,9 @@ def compiled(twin):
 # ---------------------------------------------------------------------------------- for model.py
 
 
-def rms_norm(x, weight, eps: float):
-    """x (N, C), weight (C,) -> (N, C)."""
-    return RMSNorm.apply(x, weight, eps) if ready(x) else NotImplemented
-
-
 class RMSNorm(Function):
+    """x (N, C), weight (C,), eps -> (N, C)."""
+
     @staticmethod
     def forward(ctx, x, weight, eps):
         N, C = x.shape
@@ -214,12 +212,12 @@ class RMSNorm(Function):
         return dx, dweight.sum(0).to(weight.dtype), None
 
 
-def apply_rope(x, cos, sin):
-    """x (N, H, D), cos and sin (N, 1, D/2) -> (N, H, D); x may be a slice of wider rows."""
-    return RoPE.apply(x, cos, sin) if ready(x) else NotImplemented
+rms_norm = RMSNorm.apply
 
 
 class RoPE(Function):
+    """x (N, H, D), cos and sin (N, 1, D/2) -> (N, H, D); x may be a slice of wider rows."""
+
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
@@ -241,12 +239,12 @@ class RoPE(Function):
         return out
 
 
-def swiglu(gate, up):
-    """silu(gate) * up, of equal shapes."""
-    return SwiGLU.apply(gate, up) if ready(gate) else NotImplemented
+apply_rope = RoPE.apply
 
 
 class SwiGLU(Function):
+    """silu(gate) * up, of equal shapes."""
+
     @staticmethod
     def forward(ctx, gate, up):
         check(gate.shape == up.shape, gate, up)
@@ -267,17 +265,25 @@ class SwiGLU(Function):
         return dgate, dup
 
 
+swiglu = SwiGLU.apply
+
+
 # ---------------------------------------------------------------------------------- for attention
 
 
-def attention_flags(head_dim: int, group: int) -> tuple[str, str]:
-    """Attention is compiled for its sizes: as constants they keep its sums in registers."""
-    return f"-DHEAD_DIM={head_dim}", f"-DGROUP={group}"
+def attention_library(q, k) -> ctypes.CDLL | None:
+    """Attention compiled for the sizes of q (N, H, D) and k (N, Hkv, D), or None.
+
+    As constants they keep its sums in registers.
+    """
+    if not ready(q):
+        return None
+    return library(q.dtype, f"-DHEAD_DIM={q.shape[2]}", f"-DGROUP={q.shape[1] // k.shape[1]}")
 
 
 def attend_packed(q, k, v, starts, window: int | None):
     """q (N, H, D), k and v (N, Hkv, D), starts (S + 1,) int64 -> (N, H, D)."""
-    if not ready(q, flags=attention_flags(q.shape[2], q.shape[1] // k.shape[1])):
+    if attention_library(q, k) is None:
         return NotImplemented
     return AttendPacked.apply(q, k, v, starts, window)
 
@@ -292,8 +298,7 @@ class AttendPacked(Function):
         out = torch.empty_like(q)
         lse = q.new_empty(N, H, dtype=torch.float32)  # log-sum-exp of every row of scores
         ctx.sizes = (len(starts) - 1, Hkv, window or N)
-        ctx.flags = attention_flags(D, H // Hkv)
-        function = library(q.dtype, *ctx.flags).attend_packed
+        function = attention_library(q, k).attend_packed
         call(function, out, lse, q, k, v, starts, *ctx.sizes)
         ctx.save_for_backward(q, k, v, out, lse, starts)
         return out
@@ -302,7 +307,7 @@ class AttendPacked(Function):
     def backward(ctx, dout):
         q, k, v, out, lse, starts = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        backward = library(q.dtype, *ctx.flags).attend_packed_backward
+        backward = attention_library(q, k).attend_packed_backward
         dout = dout.contiguous()
         call(backward, dq, dk, dv, dout, q, k, v, out, lse, starts, *ctx.sizes)
         return dq, dk, dv, None, None
@@ -314,18 +319,16 @@ def attend(q, k, v, keys, values, lengths, window: int | None):
     q (B, H, D), k and v (B, Hkv, D) -> (B, H, D); each may be a slice of wider rows. k and v are
     written into keys and values (B, T, Hkv, D) at lengths (B,), which must be below T.
     """
-    _, H, D = q.shape
-    B, T, Hkv, _ = keys.shape
-    flags = attention_flags(D, H // Hkv)
-    if not ready(q, flags=flags):
+    attention = attention_library(q, k)
+    if attention is None:
         return NotImplemented
-    new_fits = k.shape == v.shape == (B, Hkv, D) and q.shape == (B, H, D)
-    check(new_fits and keys.shape == values.shape == (B, T, Hkv, D), q, k, v, keys, values)
-    check(lengths.shape == (B,), keys, lengths)
-    out = torch.empty(B, H, D, dtype=q.dtype)
+    B, T, Hkv, D = keys.shape
+    check(q.shape[::2] == (B, D) and k.shape == v.shape == (B, Hkv, D), q, k, v, keys)
+    check(keys.shape == values.shape and lengths.shape == (B,), keys, values, lengths)
+    out = torch.empty(q.shape, dtype=q.dtype)
     strides = (q.stride(0), k.stride(0), v.stride(0))
-    function = library(q.dtype, *flags).attend
-    call(function, out, q, k, v, keys, values, lengths, B, T, Hkv, *strides, window or T)
+    sizes = (B, T, Hkv, *strides, window or T)
+    call(attention.attend, out, q, k, v, keys, values, lengths, *sizes)
     return out
 
 
@@ -334,8 +337,6 @@ def attend(q, k, v, keys, values, lengths, window: int | None):
 
 def token_logps(logits, targets):
     """fp32 log-probs (M,) of targets (M,) under logits (M, V), and each row's log-sum-exp (M,)."""
-    if not ready(logits):
-        return NotImplemented
     M, V = logits.shape
     check(targets.shape == (M,), logits, targets)
     logps, lse = torch.empty(2, M).unbind()
@@ -345,8 +346,6 @@ def token_logps(logits, targets):
 
 def token_logps_backward(logits, dlogps, lse, targets):
     """The gradient of token_logps with respect to logits (M, V), which it overwrites."""
-    if not ready(logits):
-        return NotImplemented
     M, V = logits.shape
     check(dlogps.shape == lse.shape == targets.shape == (M,), logits, dlogps, lse, targets)
     backward = library(logits.dtype).token_logps_backward
@@ -359,8 +358,8 @@ def token_logps_backward(logits, dlogps, lse, targets):
 
 def sample_token(logits, u, temperature: float, top_p: float):
     """Tokens (B,) from logits (B, V) and the float64 uniform numbers u (B,)."""
-    if temperature == 0 or top_p < 1 or not ready(logits, 1):
-        return NotImplemented
+    if temperature == 0 or top_p < 1:
+        return NotImplemented  # not compiled
     B, V = logits.shape
     check(u.shape == (B,), logits, u)
     tokens = torch.empty(B, dtype=torch.int64)

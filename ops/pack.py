@@ -1,7 +1,5 @@
 """Weights laid out for generating text on a CPU: decoding reads all of them for a few rows."""
 
-from functools import partial
-
 import torch
 import torch.nn as nn
 
@@ -23,7 +21,7 @@ class PackedLinear(nn.Module):
 
 def can_pack(weight: torch.Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        weight.is_cpu
         and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in NEEDED)
@@ -44,15 +42,11 @@ def pack(model: nn.Module) -> nn.Module:
         model.lm_head = PackedLinear(weight)
     for layer in model.model.layers:
         fuse(layer.self_attn)
-    # list first, replace then: modules() must not change while it runs
-    linears = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-    for parent, name, child in linears:
-        setattr(parent, name, PackedLinear(child.weight))
+    # lists, as what they iterate over changes meanwhile
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear(child.weight))
     return model
 
 
@@ -62,8 +56,4 @@ def fuse(attention: nn.Module) -> None:
     widths = [len(weight) for weight in weights]
     del attention.q_proj, attention.k_proj, attention.v_proj
     attention.qkv_proj = PackedLinear(torch.cat(weights))
-    attention.project = partial(project_fused, attention.qkv_proj, widths)
-
-
-def project_fused(qkv_proj: PackedLinear, widths: list[int], x):
-    return qkv_proj(x).split(widths, -1)
+    attention.project = lambda x: attention.qkv_proj(x).split(widths, -1)

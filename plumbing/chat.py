@@ -1,6 +1,7 @@
 """Chat: the tokenizer and chat template of a checkpoint directory; text to token ids and back."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -31,9 +32,10 @@ class Chat:
         self.directory = Path(directory)
         self.tokenizer = load_tokenizer(self.directory)
         settings = self.settings("tokenizer_config.json")
-        special = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name)}
-        for name, value in special.items():
-            special[name] = value["content"] if isinstance(value, dict) else value
+        special = {}
+        for name in SPECIAL_TOKENS:
+            if value := settings.get(name):
+                special[name] = value["content"] if isinstance(value, dict) else value
         self.template = find_template(self.directory, settings.get("chat_template"), fallback)
         self.compiled = compile_template(self.template, special, self.directory)
         self.find_end(special.get("eos_token"))
@@ -117,7 +119,8 @@ def find_template(directory: Path, inside, fallback: str) -> str:
 def compile_template(template: str, special: dict[str, str], directory: Path):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(raise_exception=refuse, **special)
-    environment.filters["tojson"] = to_json
+    # jinja's own escapes HTML
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     try:
         return environment.from_string(template)
     except TemplateError as error:
@@ -128,8 +131,3 @@ def compile_template(template: str, special: dict[str, str], directory: Path):
 def refuse(message):
     """raise_exception() of chat templates."""
     raise TemplateError(message)
-
-
-def to_json(value, **options) -> str:
-    """The tojson filter of chat templates; jinja's own escapes HTML."""
-    return json.dumps(value, ensure_ascii=False, **options)

@@ -16,6 +16,7 @@ once, and every options object refers to the same ones as `o.run`.
 """
 
 import argparse
+import ast
 import dataclasses
 import importlib.util
 import inspect
@@ -28,15 +29,15 @@ import tomllib
 import typing
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 from plumbing.ranks import RANK, WORLD, distributed, on_rank0, print0
 from plumbing.records import InputError, load_json, read_text
-from plumbing.stage import counts_of
+from plumbing.stage import ROOT, counts_of
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = inspect.Parameter.empty
 
 
@@ -52,6 +53,15 @@ class RunOptions:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+
+class Count(int):
+    """A whole number of at least 1, on a command line."""
+
+    def __new__(cls, text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        return super().__new__(cls, text)
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -81,10 +91,8 @@ class Flag:
         text = self.help.replace("%", "%%")
         if self.default not in (REQUIRED, None, ""):
             text += " (default: %(default)s)"
-        if self.default is REQUIRED:
-            how["required"] = True
-        else:
-            how["default"] = self.default
+        how["required"] = self.default is REQUIRED
+        how["default"] = self.default
         parser.add_argument(flag_name(self.name), dest=self.name, help=text, **how)
 
 
@@ -147,9 +155,7 @@ def field_help(source) -> dict[str, str]:
     if inspect.isclass(source):
         parts = [cls for cls in reversed(source.__mro__) if dataclasses.is_dataclass(cls)]
     text = "\n".join(inspect.getsource(part) for part in parts)
-    # one that takes several lines ends where the next begins
-    pattern = r"^    (\w+):(?:(?!\n    \w).)*?  # ([^\n]*)"
-    return dict(re.findall(pattern, text, re.MULTILINE | re.DOTALL))
+    return dict(re.findall(r"^    (\w+):.*?  # (.*)", text, re.MULTILINE))
 
 
 # ------------------------------------------------------------------------- command lines and files
@@ -166,8 +172,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_options(command, argv: list[str], default_config: str = ""):
     """From a command line: the arguments of a function as a dict, or an object of a class."""
-    values = parse_values(command, argv, default_config)
-    return build(command, values, build(RunOptions, values))
+    return build(command, parse_values(command, argv, default_config))
 
 
 def parse_values(command, argv: list[str], default_config: str = "") -> dict:
@@ -175,8 +180,13 @@ def parse_values(command, argv: list[str], default_config: str = "") -> dict:
     # the config file comes first, so that flags win over it
     config = peek(argv, "config", default_config)
     if config:
-        flags = as_flags(read_config(in_project(config)))
-        argv = without_entries(command, flags, argv) + argv
+        given = as_flags(read_config(in_project(config)))
+        # without the parameters of its loss if the command line names another loss
+        known = flags_of(command, given + argv)
+        for flag in flags_of(command, given):
+            if flag not in known:
+                given = [text for text in given if not text.startswith(f"{flag_name(flag.name)}=")]
+        argv = given + argv
 
     parser = Parser(
         description=sys.modules[command.__module__].__doc__,
@@ -189,20 +199,6 @@ def parse_values(command, argv: list[str], default_config: str = "") -> dict:
     return vars(parser.parse_args(argv))
 
 
-def without_entries(source, config: list[str], argv: list[str], prefix: str = "") -> list[str]:
-    """A config file's flags, without its loss's parameters if the command line names another."""
-    for name, kind, _, entries in parameters(source):
-        if dataclasses.is_dataclass(kind):
-            config = without_entries(kind, config, argv, section(prefix, name))
-        elif entries is not None:
-            chooser, find = entries
-            named = peek(config, prefix + chooser, getattr(source, chooser))
-            if peek(argv, prefix + chooser, named) != named:
-                starts = tuple(f"{flag_name(prefix + one)}=" for one in find(named))
-                config = [flag for flag in config if not flag.startswith(starts)]
-    return config
-
-
 def peek(argv: list[str], name: str, default: str) -> str:
     """The value of one flag on a command line."""
     parser = Parser(add_help=False, allow_abbrev=False)
@@ -211,35 +207,39 @@ def peek(argv: list[str], name: str, default: str) -> str:
 
 
 def read_config(path: Path) -> dict:
-    if path.suffix != ".toml":
-        return load_json(path)
     try:
-        return tomllib.loads(read_text(path))
+        values = tomllib.loads(read_text(path)) if path.suffix == ".toml" else load_json(path)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML ({error}); fix it") from None
+    if not isinstance(values, dict):
+        raise InputError(f'{path}: must hold an object, {{"option": value}}; fix it')
+    return values
 
 
 def as_flags(values: dict, prefix: str = "") -> list[str]:
     """The content of a config file as the flags that say the same, so both are checked alike."""
     flags = []
     for name, value in values.items():
+        flag = flag_name(prefix + name)
         if isinstance(value, dict):
             flags += as_flags(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            flags.append(flag_name(prefix + name if value else f"no-{prefix}{name}"))
+        elif value is True:
+            flags.append(flag)
+        elif value is False:
+            flags.append(flag.replace("--", "--no-"))
         elif isinstance(value, list):
-            flags += [flag_name(prefix + name), *map(str, value)]
+            flags += [flag, *map(str, value)]
         elif value is not None:
-            flags.append(f"{flag_name(prefix + name)}={value}")
+            flags.append(f"{flag}={value}")
     return flags
 
 
-def build(source, values: dict, run: RunOptions | None = None, prefix: str = ""):
+def build(source, values: dict, prefix: str = ""):
     """A dataclass's object, or a function's arguments as a dict, from values by dotted name."""
     made = {}
     for name, kind, _, entries in parameters(source):
         if dataclasses.is_dataclass(kind):
-            made[name] = build(kind, values, run, section(prefix, name))
+            made[name] = build(kind, values, section(prefix, name))
         elif entries is None:
             made[name] = values[prefix + name]
         else:
@@ -249,23 +249,22 @@ def build(source, values: dict, run: RunOptions | None = None, prefix: str = "")
     if not inspect.isclass(source):
         return made
     if source is not RunOptions:
-        made["run"] = run
+        made["run"] = build(RunOptions, values)
     return source(**made)
 
 
 def as_dict(o, top: bool = True) -> dict:
     """An options object as a config file says it, RunOptions at the top."""
     values = {}
-    for f in dataclasses.fields(o):
-        value = getattr(o, f.name)
-        if f.name == "run":
+    for name, value in vars(o).items():
+        if name == "run":
             values |= as_dict(value) if top else {}
         elif dataclasses.is_dataclass(value):
-            values[f.name] = as_dict(value, top=False)
-        elif "entries" in f.metadata:
+            values[name] = as_dict(value, top=False)
+        elif isinstance(value, dict):  # a loss's parameters
             values |= value
         else:
-            values[f.name] = str(value) if isinstance(value, Path) else value
+            values[name] = str(value) if isinstance(value, Path) else value
     return values
 
 
@@ -283,16 +282,13 @@ def cli(function, default_config: str = "") -> None:
             values = parse_values(function, sys.argv[1:], default_config)
             print0("options", json.dumps(values, default=str))
             start = time.perf_counter()
-            result = function(**build(function, values, build(RunOptions, values)))
+            result = function(**build(function, values))
             if isinstance(result, Path):
                 result = on_rank0(counts_of, result)
             print0(json.dumps({**result, "seconds": round(time.perf_counter() - start, 2)}))
         except (InputError, OSError) as error:
-            problem = str(error)
-            if isinstance(error, OSError) and error.filename:
-                problem = f"{error.filename}: {error.strerror}; check the path, or give another one"
             rank = f"[rank {RANK}] " if RANK else ""
-            print(f"{rank}error: {problem}", file=sys.stderr, flush=True)
+            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
             # torchrun ends all ranks as soon as one has ended: rank 0 must say its error first
             time.sleep(10 if RANK else 0)
             sys.exit(2)
@@ -333,7 +329,19 @@ def plugin_files(spec: str) -> list[Path]:
         path = waiting.pop()
         if path.is_file() and path not in found:
             found.append(path)
-            imports = re.findall(r"^\s*(?:from|import)\s+(.+)", read_text(path), re.MULTILINE)
-            names = {name for line in imports for name in re.findall(r"\w+", line)}
-            waiting += [path.parent / f"{name}.py" for name in sorted(names)]
+            for name in sorted(imported_names(path)):
+                # of a.b.c: a, a/b and a/b/c, each a module or a package
+                for module in accumulate(name.split("."), os.path.join):
+                    waiting += [path.parent / f"{module}.py", path.parent / module / "__init__.py"]
     return found
+
+
+def imported_names(path: Path) -> set[str]:
+    """The dotted names in the import statements of a file, without that of its own package."""
+    names = set()
+    for node in ast.walk(ast.parse(read_text(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
+    return {name.removeprefix(f"{path.parent.name}.") for name in names}

@@ -33,10 +33,15 @@ def read_text(path: str | Path) -> str:
 
 
 def load_json(path: str | Path):
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, path: str | Path, first_line: int = 1):
+    """The value of a text that begins at a line of a file."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"{path}: line {error.lineno}"
+        where = f"{path}: line {first_line + error.lineno - 1}"
         raise InputError(f"{where} is not valid JSON ({error.msg}); fix or delete it") from None
 
 
@@ -52,7 +57,28 @@ def write_json(path: str | Path, value) -> None:
     write_text(path, json.dumps(value, indent=1))
 
 
+def flatten(value, key: str = "") -> dict:
+    """The values in nested dicts and lists, by dotted key."""
+    if not isinstance(value, dict | list):
+        return {key: value}
+    parts = value if isinstance(value, dict) else dict(enumerate(value))
+    flat = {}
+    for name, part in parts.items():
+        flat |= flatten(part, f"{key}.{name}".lstrip("."))
+    return flat
+
+
 # -------------------------------------------------------------------------------------- JSON lines
+
+
+class JsonlPath(type(Path())):
+    """The path of a JSONL file to write."""
+
+    @classmethod
+    def from_text(cls, text: str) -> "JsonlPath":
+        if not text.endswith(".jsonl"):
+            raise InputError(f"--out {text}: the name must end in .jsonl")
+        return cls(text)
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
@@ -73,10 +99,7 @@ def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
     seen = set()
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         where = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where} is not valid JSON ({error.msg}); fix or delete it") from None
+        row = parse_json(line, path, number)
         for field in fields:
             check_field(row, field, where)
 
@@ -113,9 +136,10 @@ def check_field(row, field: str, where: str) -> None:
 
 def is_conversation(messages) -> bool:
     """Whether it is a list of {role, content} texts."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        return False
-    return all(isinstance(m.get(name), str) for m in messages for name in ("role", "content"))
+    return isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    )
 
 
 def messages_of(row: dict) -> list[dict]:

@@ -26,13 +26,22 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from plumbing.ranks import WORLD, gather, on_rank0, print0
-from plumbing.records import InputError, cache_folder, digest, load_json, write_json, write_text
+from plumbing.records import (
+    InputError,
+    cache_folder,
+    digest,
+    flatten,
+    load_json,
+    write_json,
+    write_text,
+)
 
 FORMAT = 2  # of manifests; others are refused
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +55,8 @@ DECIDING = (
 )
 LARGE = 1 << 20  # bytes; hashes of larger files are kept in the cache folder
 LOCKS: dict = {}  # scratch folder -> its open lock file, of this process
+# Further parts of machine(), by name; ops/cpu.py adds the kernels in use.
+MACHINE_PARTS: dict[str, Callable[[], str]] = {}
 
 
 class Refusal(InputError):
@@ -73,11 +84,11 @@ class Stage:
             self.refuse_other(manifest, identity)
             problem = damage(self.out, manifest)
             if not problem:
-                print(f"  {name_of(self.out):<28} up to date{origin(manifest)}", flush=True)
+                print0(f"  {name_of(self.out):<28} up to date{origin(manifest)}")
                 shutil.rmtree(self.scratch, ignore_errors=True)  # of a kill after the manifest
                 return identity, manifest["counts"]
             later = "later stages may refuse it, since other hardware gives other bits"
-            print(f"  {name_of(self.out)}: {problem}; making it again ({later})", flush=True)
+            print0(f"  {name_of(self.out)}: {problem}; making it again ({later})")
 
         # what is left of an earlier call counts only if it was after the same result
         lock(self.scratch)
@@ -87,39 +98,43 @@ class Stage:
         if before.get("identity") != identity:
             clear(self.scratch)
         elif before != now:
-            print(f"  {name_of(self.out)}: begun on another machine; its last bits may differ")
+            print0(f"  {name_of(self.out)}: begun on another machine; its last bits may differ")
         write_json(begun, now)
         return identity, None
 
     def find_identity(self) -> dict:
-        """{"inputs": name -> hashes, "options": name -> value} of all that decides the result."""
-        inputs = {}
-        options = {field.name: value for field, value in self.fields()}
-        given = dict(self.follows_from)
-        template = options["chat_template"]
-        if Path(template).is_file():
-            given["chat_template_file"] = Path(template)
-        for name, value in given.items():
-            assert name not in options, name  # given twice
-            leaves = leaves_of(value)
-            if not all(isinstance(leaf, Path) for leaf in leaves.values()):
-                options[name] = value
-            elif leaves:
-                hashes = {key: fingerprint(path) for key, path in leaves.items()}
-                inputs[name] = hashes.get("", hashes)  # one hash of a single path
-        return json.loads(json.dumps({"inputs": inputs, "options": options}, default=str))
-
-    def fields(self):
-        """(field, value) of every option that decides the result."""
+        """All that decides the result: {"inputs": name -> hashes, "options": name -> value}."""
+        # fields of the options objects, then what was given by name; absent values do not count
+        given = {}
         for part in self.options:
             for field in dataclasses.fields(part):
                 if field.compare and field.name != "run":
-                    yield field, getattr(part, field.name)
+                    given[field.name] = getattr(part, field.name)
+        if Path(given["chat_template"]).is_file():
+            given["chat_template_file"] = Path(given["chat_template"])
+        for name, value in self.follows_from.items():
+            assert name not in given, name
+            if value not in (None, [], {}):
+                given[name] = value
+
+        # paths are compared by content, other values as they are
+        inputs = {}
+        options = {}
+        for name, value in given.items():
+            if isinstance(value, Path):
+                inputs[name] = fingerprint(value)
+            elif any(isinstance(part, Path) for part in flatten(value).values()):
+                inputs[name] = {key: fingerprint(path) for key, path in flatten(value).items()}
+            else:
+                options[name] = value
+        return json.loads(json.dumps({"inputs": inputs, "options": options}))
 
     def refuse_other(self, manifest: dict, identity: dict) -> None:
         """Raise Refusal where a finished result follows from other inputs or options."""
         # an option that an older manifest does not know has its default
-        defaults = {field.name: field.default for field, _ in self.fields()}
+        defaults = {}
+        for part in self.options:
+            defaults |= vars(type(part)())
         for part in ("options", "inputs"):  # an option first: it is often why an input differs
             old, new = manifest[part], identity[part]
             for name in sorted(old.keys() | new.keys()):
@@ -148,7 +163,11 @@ class Stage:
         return self.out
 
     def seal(self, counts: dict) -> None:
-        parent = self.out.parent
+        files = {}  # name -> size, time of the last change, hash
+        for file in files_of(self.out):
+            status = file.stat()
+            name = str(file.relative_to(self.out.parent))
+            files[name] = [status.st_size, status.st_mtime_ns, hash_file(file)]
         manifest = {
             "format": FORMAT,
             **self.identity,
@@ -156,7 +175,7 @@ class Stage:
             "counts": counts,
             "time": time.time(),
             "processes": WORLD,
-            "files": {str(f.relative_to(parent)): describe(f) for f in files_of(self.out)},
+            "files": files,
             "content": content_hash(self.out),
             "machine": machine(),
             "code": code_digest(),
@@ -168,19 +187,6 @@ class Stage:
 
 
 # ---------------------------------------------------------------------- what a result follows from
-
-
-def leaves_of(value, key: str = "") -> dict:
-    """The values in nested lists and dicts, by dotted key; nothing for None."""
-    if value is None:
-        return {}
-    if not isinstance(value, list | dict):
-        return {key: value}
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
-    found = {}
-    for name, part in parts:
-        found |= leaves_of(part, f"{key}.{name}".lstrip("."))
-    return found
 
 
 def fingerprint(path: str | Path) -> str:
@@ -258,23 +264,17 @@ def files_of(out: Path) -> list[Path]:
     return [f for f in sorted(out.rglob("*")) if f.is_file() and f != manifest_path(out)]
 
 
-def describe(path: Path) -> list:
-    """What a manifest says of a file: size, time of the last change, hash."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, hash_file(path)]
-
-
 def damage(out: Path, manifest: dict) -> str:
     """How the files of a result differ from its manifest, if they do; hashed where times differ."""
-    for name, (*known, known_hash) in manifest["files"].items():
+    for name, (size, changed, known_hash) in manifest["files"].items():
         path = out.parent / name
         if not path.is_file():
             if manifest.get("discarded") and path.suffix == ".safetensors":
                 continue
             return f"{name} is missing"
         status = path.stat()
-        same = [status.st_size, status.st_mtime_ns] == known
-        if not same and hash_file(path) != known_hash:
+        touched = (status.st_size, status.st_mtime_ns) != (size, changed)
+        if touched and hash_file(path) != known_hash:
             return f"{name} has changed"
     return ""
 
@@ -289,8 +289,8 @@ def discard(out: Path) -> None:
 
 def name_of(out: Path) -> str:
     """iterT/... inside an iteration's folder, else the last part."""
-    iterations = [i for i, name in enumerate(out.parts) if re.fullmatch(r"iter\d+", name)]
-    return "/".join(out.parts[max(iterations, default=-1) :])
+    inside = re.fullmatch(r"(?:.*/)?(iter\d+/.*)", str(out))
+    return inside[1] if inside else out.name
 
 
 # -------------------------------------------------------------------------------- scratch and lock
@@ -316,8 +316,8 @@ def lock(scratch: Path) -> None:
 
 
 def clear(scratch: Path) -> None:
-    """Delete everything in the scratch folder but its lock and scores, which are addressed by what
-    they follow from: another threshold scores nothing again.
+    """Empty the scratch folder but for its lock, and for scores: these are addressed by what they
+    follow from, so that another threshold scores nothing again.
     """
     for path in scratch.iterdir():
         if path.name in ("lock", "scores"):
@@ -337,13 +337,12 @@ def machine() -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     model = re.search(r"model name\s*: (.*)", text)
-    kernels = os.environ.get("SYNPO_KERNELS") != "0" and shutil.which("cc")
     return {
         "cpu": model[1] if model else platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "kernels": "compiled" if kernels else "pytorch",
+        **{name: find() for name, find in MACHINE_PARTS.items()},
     }
 
 
@@ -367,7 +366,7 @@ def commit() -> str:
 
 
 def origin(manifest: dict) -> str:
-    """How a finished result was made otherwise than it would be now; empty if it was not."""
+    """What would differ if a finished result were made now; empty if nothing."""
     before = manifest["machine"]
     differs = [name for name, value in machine().items() if before.get(name) != value]
     if differs:

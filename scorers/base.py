@@ -1,18 +1,24 @@
-"""What a scorer is, and what scorers share: blocks, packed batches, both sides of a pair.
+"""What a scorer is, and what scorers share: local models, blocks, both sides of a pair.
 
 A scorer is a function: records {prompt | messages, response} -> one float each, higher is better.
 One that compares has an attribute `pairwise` that is true; it takes two lists of records and
 returns P(the first is better) by position. Every rank calls a scorer with all records.
 """
 
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from checkpoint import load
+from model import Model
 from ops.attention import Packed
+from plumbing.chat import Chat
+from plumbing.options import RunOptions
 from plumbing.ranks import DEVICE, gather, work_queue
-from plumbing.records import digest, load_json, write_json
+from plumbing.records import InputError, digest, load_json, write_json
 from train import pack_micro_batches
 
 Scorer = Callable[..., list[float]]
@@ -29,15 +35,14 @@ def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int =
     finished blocks, from which an interrupted call resumes.
     """
 
-    def scorer(*sides: list[dict]) -> list[float]:
+    def scorer(*sides):
         # a block is the same slice of every side
         starts = range(0, len(sides[0]), size)
         blocks = [[rows[start : start + size] for rows in sides] for start in starts]
 
         # each block is scored by one rank, unless an earlier call left its scores
         done = {}
-        for number in work_queue(list(range(len(blocks)))):
-            block = blocks[number]
+        for number, block in work_queue(list(enumerate(blocks))):
             file = scratch / f"{digest(key, block)}.json" if scratch else None
             if file and file.is_file():
                 done[number] = load_json(file)["scores"]
@@ -47,24 +52,54 @@ def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int =
                     write_json(file, {"scores": done[number]})
 
         # every rank gets all scores, in the order of the records
-        merged = {}
-        for of_one_rank in gather(done):
-            merged |= of_one_rank
-        return [value for number in range(len(blocks)) for value in merged[number]]
+        scores = ChainMap(*gather(done))
+        return [value for number in range(len(blocks)) for value in scores[number]]
 
     scorer.pairwise = is_pairwise(score)
     return scorer
 
 
-def packed(
-    sequences: list[list[int]], budget: int = 8192
-) -> Iterator[tuple[list[int], torch.Tensor, Packed]]:
-    """Micro-batches of about `budget` tokens: (indices of sequences, tokens (N,), context)."""
+class LocalModel:
+    """A checkpoint directory to score with. load(directory, dtype, device) runs at first use."""
+
+    def __init__(self, directory: str | Path, run: RunOptions, load=load):
+        self.chat = Chat(directory, run.chat_template)
+        self.dtype = run.torch_dtype
+        self.load = load
+
+    @cached_property
+    def network(self) -> Model:
+        return self.load(self.chat.directory, self.dtype, DEVICE)
+
+    def fitting(self, row: dict, ids: list[int]) -> list[int]:
+        """The token ids of a record. Raises InputError if they exceed the model's context."""
+        limit = self.network.config.max_positions
+        if len(ids) > limit:
+            problem = f"{len(ids)} tokens, the context of {self.chat.directory} is {limit}"
+            raise InputError(f"record {row['id']}: {problem}; remove it")
+        return ids
+
+
+def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, Packed]:
+    """Tokens (N,) of sequences end to end, and their context."""
+    tokens = torch.tensor([token for ids in sequences for token in ids], device=DEVICE)
+    return tokens, Packed([len(ids) for ids in sequences], DEVICE)
+
+
+@torch.no_grad()
+def in_micro_batches(sequences: list[list[int]], forward: Callable) -> list[float]:
+    """A value for each sequence, from packed micro-batches of about 8192 tokens.
+
+    forward(indices of B sequences, their tokens (N,), context) -> (B,).
+    """
+    values = [0.0] * len(sequences)
     if not sequences:
-        return
-    for [micro] in pack_micro_batches([len(ids) for ids in sequences], 1, budget):
-        tokens = torch.tensor([token for i in micro for token in sequences[i]], device=DEVICE)
-        yield micro, tokens, Packed([len(sequences[i]) for i in micro], DEVICE)
+        return values
+    for [micro] in pack_micro_batches([len(ids) for ids in sequences], 1, 8192):
+        outputs = forward(micro, *packed([sequences[i] for i in micro]))
+        for i, value in zip(micro, outputs.tolist(), strict=True):
+            values[i] = value
+    return values
 
 
 def score_pairs(

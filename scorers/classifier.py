@@ -13,21 +13,19 @@ manifest.json
 
 import shutil
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from checkpoint import TOKENIZER_FILES, Checkpoint, Weights, load, load_config
-from ops.attention import Packed
+from checkpoint import TOKENIZER_FILES, Checkpoint, Weights, load_config
 from plumbing.chat import Chat
 from plumbing.options import RunOptions, cli
-from plumbing.ranks import DEVICE, on_rank0
+from plumbing.ranks import on_rank0
 from plumbing.records import InputError, load_json, messages_of, read_jsonl, write_json
 from plumbing.stage import Stage
-from scorers.base import Scorer, packed
+from scorers.base import LocalModel, Scorer, in_micro_batches, packed
 from train import Example, Sequence, TrainOptions, fit
 
 # ---------------------------------------------------------------------------------- scoring
@@ -39,41 +37,24 @@ def conversation(chat: Chat, row: dict, response: str) -> list[int]:
     return chat.encode(chat.render(turns, False))
 
 
-def conversations(chat: Chat, rows: list[dict], max_positions: int) -> list[list[int]]:
-    """Those of records with a response. Raises InputError if one exceeds max_positions."""
-    sequences = [conversation(chat, row, row["response"]) for row in rows]
-    for row, ids in zip(rows, sequences, strict=True):
-        if len(ids) > max_positions:
-            raise InputError(
-                f"record {row['id']}: {len(ids)} tokens, "
-                f"the context of {chat.directory} is {max_positions}; remove it"
-            )
-    return sequences
+def conversations(model: LocalModel, rows: list[dict]) -> list[list[int]]:
+    """Token ids of records and responses. Raises InputError if one exceeds the model's context."""
+    ids = [conversation(model.chat, row, row["response"]) for row in rows]
+    return list(map(model.fitting, rows, ids))
 
 
-def classifier(model: str | Path, run: RunOptions) -> Scorer:
+def classifier(directory: str | Path, run: RunOptions) -> Scorer:
     """The output of a reward model at the last token of the conversation, response included."""
     # refuse language models and classifiers of several classes, before weights are read
-    chat = Chat(model, run.chat_template)
-    config = load_config(model)
-    if config.num_labels != 1:
+    model = LocalModel(directory, run)
+    if load_config(directory).num_labels != 1:
         needed = "a sequence-classification checkpoint with one output (score.weight)"
-        raise InputError(f"{model}: a scorer needs {needed}")
+        raise InputError(f"{directory}: a scorer needs {needed}")
 
-    @cache
-    def network():
-        return load(model, run.torch_dtype, DEVICE)
+    def reward(_, tokens, context):
+        return model.network(tokens, context, context.last).float()[:, 0]  # (B,)
 
-    @torch.no_grad()
-    def score(rows: list[dict]) -> list[float]:
-        scores = [0.0] * len(rows)
-        for micro, tokens, context in packed(conversations(chat, rows, config.max_positions)):
-            outputs = network()(tokens, context, context.last).float()  # (B, 1)
-            for i, [value] in zip(micro, outputs.tolist(), strict=True):
-                scores[i] = value
-        return scores
-
-    return score
+    return lambda rows: in_micro_batches(conversations(model, rows), reward)
 
 
 # ---------------------------------------------------------------------------------- training
@@ -99,8 +80,7 @@ def bradley_terry(
 
 def last_scores(model: torch.nn.Module, sequences: list[Sequence]) -> list[torch.Tensor]:
     """fp32 outputs of a reward model at the last token of each sequence, scalars."""
-    context = Packed([len(ids) for ids, _ in sequences], DEVICE)
-    tokens = torch.tensor([token for ids, _ in sequences for token in ids], device=DEVICE)  # (N,)
+    tokens, context = packed([ids for ids, _ in sequences])
     return list(model(tokens, context, context.last).float()[:, 0])
 
 
@@ -111,7 +91,7 @@ def start_reward_model(model: Path, out: Path, chat: Chat, last: int, seed: int)
     padding, so padding must be another.
     """
     # config.json: one output
-    raw = load_json(Path(model) / "config.json")
+    raw = load_json(model / "config.json")
     candidates = (raw.get("pad_token_id"), chat.end, 0, 1)
     pad = next(token for token in candidates if token not in (None, last))
     architecture = raw["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
@@ -119,7 +99,7 @@ def start_reward_model(model: Path, out: Path, chat: Chat, last: int, seed: int)
     raw |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     write_json(out / "config.json", raw)
 
-    # weights: the new head, and an index that finds the body where it lies
+    # weights: the new head, and an index that points at the files of the body
     generator = torch.Generator().manual_seed(seed)
     head = torch.randn(1, raw["hidden_size"], generator=generator) * 0.02
     save_file({"score.weight": head}, out / "score.safetensors")
@@ -131,8 +111,8 @@ def start_reward_model(model: Path, out: Path, chat: Chat, last: int, seed: int)
 
     # the tokenizer
     for name in TOKENIZER_FILES:
-        if (Path(model) / name).is_file():
-            shutil.copy(Path(model) / name, out / name)
+        if (model / name).is_file():
+            shutil.copy(model / name, out / name)
 
 
 def train_reward(
@@ -141,7 +121,7 @@ def train_reward(
     out: Path,  # checkpoint directory to write
     o: RewardOptions,
 ) -> Path:
-    """Make a reward model from a chat model's checkpoint, trained on pairs."""
+    """Train a reward model on pairs, starting from a chat model."""
     stage = Stage(out, o, model=model, pairs=pairs)
     if stage.done:
         return out
@@ -149,7 +129,7 @@ def train_reward(
         reason = "a reward model is scored at the last token only"
         raise InputError(f"--loss-on-prompt: {reason}; leave it out")
 
-    # both conversations of every pair; one without its end has no token to score, so it is left out
+    # both conversations of every pair; one that is too long has no last token to score: left out
     chat = Chat(model, o.run.chat_template)
     longest = min(o.max_length, load_config(model).max_positions)
     rows = read_jsonl(pairs, "prompt", "chosen", "rejected")

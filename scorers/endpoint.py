@@ -1,15 +1,15 @@
 """A model behind an OpenAI-compatible endpoint compares two answers: --scorer endpoint:NAME.
 
 OPENAI_API_KEY holds the key, OPENAI_BASE_URL the address unless it is OpenAI's. Both orders are
-asked for and averaged; scorers/llm_judge.py says what is asked and how failures are handled.
-Replies are cached in ~/.cache/synpo, so none is paid for twice. A filter has no budget: set one
-with the provider.
+judged and averaged; scorers/llm_judge.py says what is asked and how failures are handled. Replies
+are cached in ~/.cache/synpo, so none is paid for twice. There is no --budget here: set one with the
+provider.
 """
 
 from plumbing.options import RunOptions
-from plumbing.records import cache_folder
+from plumbing.records import cache_folder, conversation_text
 from scorers.base import Scorer
-from scorers.llm_judge import JudgeOptions, compare
+from scorers.llm_judge import Judge, JudgeOptions, pairwise
 from scorers.openai_api import connect
 
 
@@ -19,8 +19,13 @@ def endpoint(name: str, run: RunOptions) -> Scorer:
     # reports a missing key or package now. No collective: loop.py checks options on rank 0 alone
     connect(o)
 
-    def score(rows: list[dict], others: list[dict]) -> list[float]:
-        return compare(rows, others, o, cache_folder() / "verdicts")
+    def score(rows, others):
+        questions = [conversation_text(row) for row in rows]
+        texts = [[row["response"] for row in side] for side in (rows, others)]
+        judge = Judge(o, cache_folder() / "verdicts")
+        comparisons = pairwise(judge, questions, *texts, "choice")
+        # the mean over both orders; a comparison without a verdict counts as a draw
+        return [sum(0.5 if p is None else p for p in pair) / 2 for pair in comparisons]
 
     score.pairwise = True
     return score

@@ -4,7 +4,7 @@
 at the endpoint --base-url, with the key in the environment variable OPENAI_API_KEY. Only rank 0
 asks an endpoint.
 
-Every reply is cached in a JSONL file under the hash of its request the moment it arrives: rerun the
+Every reply is cached in a JSONL file under the hash of its request as soon as it arrives: rerun the
 same command to ask, and pay, only for what is missing. A reply without a verdict (nonsense, a
 refusal, filtered or empty content) is kept in verdicts.malformed.jsonl with its request, and asked
 for again with another seed at temperature 0.7. If the last of --attempts has none either, the
@@ -26,6 +26,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,17 +35,10 @@ from checkpoint import load_config
 from plumbing.chat import Chat
 from plumbing.options import RunOptions
 from plumbing.ranks import on_rank0
-from plumbing.records import (
-    InputError,
-    conversation_text,
-    digest,
-    read_jsonl,
-    read_text,
-    write_jsonl,
-)
+from plumbing.records import InputError, digest, read_jsonl, read_text, write_jsonl
 from plumbing.stage import fingerprint
 from sample import SampleOptions, generate
-from scorers.openai_api import Endpoint, ReplyCache, base_url, new_reply
+from scorers.openai_api import Endpoint, ReplyCache, base_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +51,9 @@ class JudgeOptions:
     judge_tokens: int = 1024  # max tokens of a verdict with reasons
     judge_request: str = ""  # JSON object of more request fields; null removes one: {"seed": null}
     attempts: int = 3  # max attempts to get a parsable verdict
-    retries: int = 8  # of a request after transient failures; pauses double from 1 to 60 seconds
+    retries: int = 8  # of a request after transient failures; pauses double from 0.5 to 8 seconds
     request_timeout: float = 180.0  # seconds
-    concurrency: int = 8  # max requests under way at a time
+    concurrency: int = 8  # max concurrent requests
     requests_per_minute: float = 0.0  # rate limit; 0: none
     budget: float = 0.0  # max USD that all verdicts in the cache may cost; 0: no limit
     price_in: float = 0.0  # USD per million tokens of requests
@@ -111,10 +105,10 @@ if B is better, [[B>>A]] if B is much better.<|im_end|>
 {answer_b}<|im_end|>"""
 
 # What official prompts call the three texts.
-NAMES = {
-    "question": ("question", "question_1", "instruction", "prompt", "QUESTION"),
-    "answer_a": ("answer_a", "answer_1", "output_1", "ANSWER_A"),
-    "answer_b": ("answer_b", "answer_2", "output_2", "ANSWER_B"),
+OFFICIAL_NAMES = {
+    "question": ("question_1", "instruction", "prompt", "QUESTION"),
+    "answer_a": ("answer_1", "output_1", "ANSWER_A"),
+    "answer_b": ("answer_2", "output_2", "ANSWER_B"),
 }
 # P(the first answer is better) by verdict; [[A]], [[B]] and [[C]] (a tie) are MT-Bench's.
 VERDICTS = {
@@ -142,29 +136,31 @@ def fill_in(template: str, texts: dict[str, str]) -> str:
 def to_messages(template: str, texts: dict[str, str]) -> list[dict]:
     """A filled template: turns between <|im_start|>ROLE and <|im_end|>, else one user turn."""
     turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", template, re.DOTALL)
-    turns = turns or [("user", template)]
-    return [{"role": role, "content": fill_in(text.strip(), texts)} for role, text in turns]
+    return [
+        {"role": role, "content": fill_in(text.strip(), texts)}
+        for role, text in turns or [("user", template)]
+    ]
 
 
 def load_prompt(o: JudgeOptions, default: str) -> str:
-    """The default, or --judge-prompt after a check that it shows the judge all three texts."""
+    """The default, or --judge-prompt with our names; it must show the judge all three texts."""
     if not o.judge_prompt:
         return default
     template = read_text(o.judge_prompt)
-    for names in NAMES.values():
-        if not any(f"{{{name}}}" in template for name in names):
+    for name, others in OFFICIAL_NAMES.items():
+        for other in others:
+            template = template.replace(f"{{{other}}}", f"{{{name}}}")
+        if f"{{{name}}}" not in template:
             fix = "write it where the judge must see that text"
-            raise InputError(f"{o.judge_prompt}: has no place {{{names[0]}}}; {fix}")
+            raise InputError(f"{o.judge_prompt}: has no place {{{name}}}; {fix}")
     return template
 
 
 def read_choice(reply: dict) -> float | None:
     """P(m) from the first token's log-probs; else 1 or 0 if the text names one; else None."""
-    top = reply["top"] or {}
-    mass = {"m": 0.0, "M": 0.0}
-    for token, logp in top.items():
-        if token.strip() in mass:
-            mass[token.strip()] += math.exp(logp)
+    mass = Counter()
+    for token, logp in (reply["top"] or {}).items():
+        mass[token.strip()] += math.exp(logp)
     total = mass["m"] + mass["M"]
     if total:
         return mass["m"] / total
@@ -187,8 +183,8 @@ FORMS = {"choice": (CHOICE, read_choice), "verdict": (VERDICT, read_verdict)}
 class Judge:
     """Requests in, verdicts out, each paid for once. Every rank has one; rank 0 has the cache.
 
-    Raises InputError before anything is asked if options, key, package or the local model will not
-    do.
+    Raises InputError before anything is asked if options, key, package or the local model are
+    unusable.
     """
 
     def __init__(self, o: JudgeOptions, out: str | Path):
@@ -199,22 +195,25 @@ class Judge:
         self.path = Path(o.judge_cache or Path(out) / "verdicts.jsonl")
         self.malformed_path = self.path.with_suffix(".malformed.jsonl")
         self.used = set()  # keys of all replies asked for
-        self.malformed = 0  # requests that never had a verdict
+        self.unanswered = 0  # requests that never had a verdict
 
         # what tells this judge from another of the same name
+        self.name = o.judge
+        self.place = base_url(o)
         if self.local:
-            Chat(o.judge, o.run.chat_template)
-            load_config(o.judge)
+            self.chat = Chat(o.judge, o.run.chat_template)
+            self.max_positions = load_config(o.judge).max_positions
             self.name = on_rank0(fingerprint, o.judge)
             self.place = [o.run.dtype, o.run.chat_template]
-        else:
-            self.name = o.judge
-            self.place = base_url(o)
-        on_rank0(self.open)
+        self.malformed = on_rank0(self.open)
 
-    def open(self) -> None:
+    def open(self) -> dict[str, dict]:
+        """Returns replies without a verdict and their requests, by key, of earlier runs."""
         self.cache = ReplyCache(self.path)
-        self.endpoint = None if self.local else Endpoint(self.o, self.cache)
+        if not self.local:
+            self.endpoint = Endpoint(self.o, self.cache)
+        rows = read_jsonl(self.malformed_path) if self.malformed_path.is_file() else []
+        return {row["key"]: row for row in rows}
 
     def body(self, request: Request, attempt: int) -> dict:
         """What is sent and hashed. Another attempt has another seed, and a temperature."""
@@ -238,20 +237,26 @@ class Judge:
         """read(reply) of every request; None where no attempt got a reply with a verdict."""
         # ask for all, then again for those without a verdict, unless they are too long
         values = [None] * len(requests)
-        left = list(range(len(requests)))
+        left = range(len(requests))
         for attempt in range(self.o.attempts):
-            bodies = [self.body(requests[i], attempt) for i in left]
-            malformed = {}
-            for i, body, reply in zip(left, bodies, self.complete(bodies), strict=True):
+            replies = self.complete([self.body(requests[i], attempt) for i in left])
+            again = []
+            for i, reply in zip(left, replies, strict=True):
                 if reply["finish"] not in NO_VERDICT:
-                    values[i] = read({**reply, "text": without_thoughts(reply["text"])})
+                    # a reasoning model's thoughts are no verdict
+                    text = re.sub(r"^.*</think>", "", reply["text"], flags=re.DOTALL)
+                    values[i] = read({**reply, "text": text})
                 if values[i] is None:
-                    malformed[i] = {**reply, "messages": body["messages"]}
-            on_rank0(self.keep_malformed, list(malformed.values()))
-            left = [i for i, reply in malformed.items() if reply["finish"] != "too_long"]
+                    key = reply["key"]
+                    self.malformed[key] = {"id": key, **reply, "messages": requests[i].messages}
+                    if reply["finish"] != "too_long":
+                        again.append(i)
+            left = again
+            if self.malformed:
+                on_rank0(write_jsonl, self.malformed_path, list(self.malformed.values()))
 
         # a judge that never gives one is not a judge
-        self.malformed += values.count(None)
+        self.unanswered += values.count(None)
         if requests and values.count(None) == len(requests):
             problem = f"no verdict in any of {len(requests)} replies"
             fix = "choose another judge or another --judge-prompt"
@@ -260,73 +265,62 @@ class Judge:
             )
         return values
 
-    def keep_malformed(self, rows: list[dict]) -> None:
-        kept = {}
-        if self.malformed_path.is_file():
-            kept = {row["key"]: row for row in read_jsonl(self.malformed_path)}
-        new = {row["key"]: {"id": row["key"], **row} for row in rows}
-        if new.keys() - kept.keys():
-            write_jsonl(self.malformed_path, list({**kept, **new}.values()))
-
     def complete(self, bodies: list[dict]) -> list[dict]:
         """A reply {key, text, finish, top, in, out, usd} for every body, cached or new."""
         keys = [digest(body, self.place) for body in bodies]
-        self.used |= set(keys)
-        by_key = dict(zip(keys, bodies, strict=True))
-        known = on_rank0(lambda: by_key.keys() & self.cache.replies.keys())
-        missing = {key: body for key, body in by_key.items() if key not in known}
+        self.used.update(keys)
+        known = on_rank0(lambda: self.cache.replies.keys() & keys)
+        pairs = zip(keys, bodies, strict=True)
+        missing = {key: body for key, body in pairs if key not in known}
         if missing and self.local:
             self.sample(missing)
         elif missing:
-            on_rank0(lambda: self.endpoint.fetch(missing, len(known)))
+            on_rank0(lambda: self.endpoint.fetch(missing))
         return on_rank0(lambda: [self.cache.replies[key] for key in keys])
 
     def sample(self, bodies: dict[str, dict]) -> None:
-        """Replies of a local model into the cache."""
-        # prompts that fill the context get an empty reply
-        chat = Chat(self.o.judge, self.o.run.chat_template)
-        max_positions = load_config(self.o.judge).max_positions
+        """Replies of a local model into the cache; prompts that fill the context get none."""
         rows = [{"id": key, "messages": body["messages"]} for key, body in bodies.items()]
-        fitting = []
-        too_long = []
-        for row in rows:
-            fits = len(chat.prompt_ids(row)) < max_positions
-            (fitting if fits else too_long).append(row)
+        fitting = [row for row in rows if len(self.chat.prompt_ids(row)) < self.max_positions]
+        replies = {key: {"finish": "too_long"} for key in bodies}
 
-        # named by the requests: chunks of an interrupted call serve no others
+        # the folder is named by the requests: chunks of an interrupted call serve no others
         scratch = self.path.with_suffix(f".{digest(*bodies)}.partial")
-        sampled = scratch / "replies.jsonl"
         if fitting:
+            sampled = scratch / "replies.jsonl"
             body = next(iter(bodies.values()))  # all are of one attempt
             o = SampleOptions(
                 run=self.o.run, temperature=body["temperature"], max_new_tokens=body["max_tokens"]
             )
             generate(self.o.judge, fitting, sampled, o, scratch, f"judge {body['seed']}")
-        on_rank0(self.keep_sampled, sampled, too_long)
+            for row in read_jsonl(sampled):
+                replies[row["id"]] = {
+                    "text": row["response"],
+                    "finish": row["finish_reason"],
+                    "out": row["tokens"],
+                }
+        on_rank0(lambda: self.cache.add(replies))
         on_rank0(shutil.rmtree, scratch, True)
-
-    def keep_sampled(self, sampled: Path, too_long: list[dict]) -> None:
-        for row in read_jsonl(sampled) if sampled.is_file() else ():
-            reply = new_reply(row["response"], row["finish_reason"], n_out=row["tokens"])
-            self.cache.add(row["id"], reply)
-        for row in too_long:
-            self.cache.add(row["id"], new_reply("", "too_long"))
 
     def usage(self) -> dict:
         """Of all verdicts asked for, cached ones included: requests without one, replies, cost."""
+        cost = on_rank0(lambda: sum(self.cache.replies[key]["usd"] for key in self.used))
         return {
-            "malformed": self.malformed,
+            "malformed": self.unanswered,
             "judge_replies": len(self.used),
-            "judge_usd": on_rank0(self.cost),
+            "judge_usd": round(cost, 6),
         }
 
-    def cost(self) -> float:
-        return round(sum(self.cache.replies[key]["usd"] for key in self.used), 6)
 
-
-def without_thoughts(text: str) -> str:
-    """The text after a reasoning model's </think>."""
-    return re.sub(r"^.*</think>", "", text, flags=re.DOTALL)
+# Lower bounds of options.
+LEAST = {
+    "attempts": 1,
+    "concurrency": 1,
+    "judge_tokens": 1,
+    "retries": 0,
+    "requests_per_minute": 0,
+    "budget": 0,
+}
 
 
 def check_options(o: JudgeOptions) -> None:
@@ -336,11 +330,13 @@ def check_options(o: JudgeOptions) -> None:
         raise InputError(f"--judge: name {choice}")
 
     # ranges
-    for name in ("attempts", "concurrency", "judge_tokens"):
-        require(name, getattr(o, name), "at least 1", getattr(o, name) >= 1)
-    for name in ("retries", "requests_per_minute", "budget"):
-        require(name, getattr(o, name), "at least 0", getattr(o, name) >= 0)
-    require("request_timeout", o.request_timeout, "above 0", o.request_timeout > 0)
+    for name, least in LEAST.items():
+        value = getattr(o, name)
+        if value < least:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} must be at least {least}, got {value:g}")
+    if o.request_timeout <= 0:
+        raise InputError(f"--request-timeout must be above 0, got {o.request_timeout:g}")
     if o.budget and not (o.price_in or o.price_out):
         raise InputError("--budget: needs prices; give --price-in and --price-out")
 
@@ -356,19 +352,12 @@ def check_options(o: JudgeOptions) -> None:
     load_prompt(o, "")
 
 
-def require(name: str, value: float, needed: str, good: bool) -> None:
-    if not good:
-        raise InputError(f"--{name.replace('_', '-')} must be {needed}, got {value:g}")
-
-
 # ---------------------------------------------------------------------------------- pairs
-
-Comparisons = list[tuple[float | None, float | None]]
 
 
 def pairwise(
     judge: Judge, questions: list[str], a: list[str], b: list[str], form: str
-) -> Comparisons:
+) -> list[tuple[float | None, float | None]]:
     """P(a is better) by two comparisons per question, a shown first and b shown first.
 
     None where there is no verdict. Equal answers are a draw that nobody is asked about.
@@ -381,28 +370,12 @@ def pairwise(
     # two requests for each question, one in each order
     requests = []
     for i in differing:
-        for shown in ((questions[i], a[i], b[i]), (questions[i], b[i], a[i])):
-            texts = {}
-            for names, text in zip(NAMES.values(), shown, strict=True):
-                texts |= dict.fromkeys(names, text)
+        for first, second in ((a[i], b[i]), (b[i], a[i])):
+            texts = {"question": questions[i], "answer_a": first, "answer_b": second}
             requests.append(Request(to_messages(template, texts), form == "choice"))
 
     # the second order's verdict is about b
-    values = judge.ask(requests, read) if requests else []
+    values = judge.ask(requests, read)
     for i, first, second in zip(differing, values[::2], values[1::2], strict=True):
         comparisons[i] = (first, None if second is None else 1 - second)
     return comparisons
-
-
-def compare(
-    rows_a: list[dict], rows_b: list[dict], o: JudgeOptions, out: str | Path
-) -> list[float]:
-    """P(a is better) for each pair of records, the mean over both orders.
-
-    rows_a, rows_b: {prompt | messages, response}. A comparison without a verdict counts as a draw.
-    out: the directory of the cache. Every rank calls it with all records.
-    """
-    questions = [conversation_text(row) for row in rows_a]
-    a, b = ([row["response"] for row in rows] for rows in (rows_a, rows_b))
-    comparisons = pairwise(Judge(o, out), questions, a, b, "choice")
-    return [sum(0.5 if p is None else p for p in pair) / 2 for pair in comparisons]

@@ -23,9 +23,6 @@ from scorers.endpoint import endpoint
 from scorers.letter_judge import letter_judge
 from scorers.likelihood import likelihood
 
-# Reward models by the architecture in their config.json; all others are classifiers.
-REWARD_MODELS = {"LlamaForRewardModelWithGating": armorm}
-
 
 def load_scorer(
     spec: str,
@@ -40,67 +37,59 @@ def load_scorer(
     finished blocks. single: answers have no counterpart, so a scorer that compares raises
     InputError. A rank may call it alone.
     """
-    scorer = make_scorer(spec, base, run, scratch)
+    kind, _, name = spec.partition(":")
+    scorer = None
+    if ".py:" in spec:
+        scorer = load_function(spec)
+    elif spec == "random":
+        scorer = random_scorer(run)
+    elif kind == "endpoint" and name:
+        scorer = endpoint(name, run)
+    elif spec != "none":
+        # the model of a directory, in blocks
+        directory, make = local_model(spec, base)
+        key = []
+        if scratch:
+            template = run.chat_template
+            if Path(template).is_file():
+                template = fingerprint(template)
+            key = [spec, fingerprint(directory), run.dtype, template]
+        scorer = blockwise(make(directory, run), key, scratch)
     if single and is_pairwise(scorer):
-        needed = "the improver needs one that scores each, such as likelihood"
-        raise InputError(f"scorer {spec} compares two answers; {needed}")
+        fix = "name one that scores each, such as likelihood"
+        raise InputError(f"scorer {spec} compares two answers; {fix}")
     return scorer
 
 
-def make_scorer(spec: str, base, run: RunOptions, scratch: Path | None) -> Scorer | None:
-    # scorers that run no model on this machine
-    kind, _, name = spec.partition(":")
-    if ".py:" in spec:
-        return load_function(spec)
-    if spec == "none":
-        return None
-    if spec == "random":
-        return random_scorer(run)
-    if kind == "endpoint" and name:
-        return endpoint(name, run)
-
-    # scorers that run the model of a directory, in blocks
+def local_model(spec: str, base: str | Path | None) -> tuple:
+    """The directory of a scorer's model, and the function that makes the scorer."""
     if spec == "likelihood":
         if not base:
             raise InputError("--scorer likelihood scores under a model; give --base DIR")
-        directory = base
-        score = likelihood(directory, run)
-    elif kind == "judge" and name:
-        directory = name
-        score = letter_judge(directory, run)
-    else:
-        directory = spec
-        score = reward_model(directory, run)
-    key = []
-    if scratch:
-        template = run.chat_template
-        if Path(template).is_file():
-            template = fingerprint(template)
-        key = [spec, fingerprint(directory), run.dtype, template]
-    return blockwise(score, key, scratch)
-
-
-def reward_model(directory: str, run: RunOptions) -> Scorer:
-    path = Path(directory) / "config.json"
-    if not path.is_file():
+        return base, likelihood
+    kind, _, name = spec.partition(":")
+    if kind == "judge" and name:
+        return name, letter_judge
+    config = Path(spec) / "config.json"
+    if not config.is_file():
         problem = "not a scorer's name, and not a directory with a config.json"
-        raise InputError(f"--scorer {directory}: {problem}; see --help")
-    architecture = (load_json(path).get("architectures") or [""])[0]
-    return REWARD_MODELS.get(architecture, classifier)(directory, run)
+        raise InputError(f"--scorer {spec}: {problem}; see --help")
+    is_armorm = load_json(config).get("architectures") == ["LlamaForRewardModelWithGating"]
+    return spec, armorm if is_armorm else classifier
 
 
 def random_scorer(run: RunOptions) -> Scorer:
     """A number in [0, 1) that depends on seed, record and text alone."""
 
-    def score(rows: list[dict]) -> list[float]:
-        keys = [(row["id"], row["response"]) for row in rows]
-        return [rng(run.seed, "random scorer", *key).random() for key in keys]
+    def score(rows):
+        seeds = [(run.seed, "random scorer", row["id"], row["response"]) for row in rows]
+        return [rng(*seed).random() for seed in seeds]
 
     return score
 
 
 def scorer_files(spec: str) -> list[Path]:
-    """The files and directories that a stage with this scorer reads, beside its base model."""
+    """The files and directories that a stage with this scorer reads, besides its base model."""
     if ".py:" in spec:
         return plugin_files(spec)
     if spec in ("none", "random", "likelihood") or spec.startswith("endpoint:"):

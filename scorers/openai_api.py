@@ -4,29 +4,27 @@
     Endpoint(o, cache).fetch({key: body, ...})
     cache.replies[key]  # {key, text, finish, top, in, out, usd}
 
-o: llm_judge.JudgeOptions. Transient failures (429, 408, 5xx, time-outs, dropped connections, bodies
-that are not JSON) are retried after a pause that doubles, or as long as the endpoint asks. Any
-other (400, 401, 403, 404, an exhausted quota) stops at once. Either way, what was paid for is in
-the cache. The budget counts what the endpoint reports; it cannot see a reply that was lost on its
-way.
+o: llm_judge.JudgeOptions. The openai package retries transient failures (429, 408, 5xx, time-outs,
+dropped connections, bodies that are no chat completion) after a pause that doubles, or that the
+endpoint asks for. Any other failure (400, 401, 403, 404, an exhausted quota) stops at once. Either
+way, what was paid for is in the cache. The budget counts what the endpoint reports; it cannot see a
+reply that was lost in transit.
 """
 
 import json
 import os
-import random
 import threading
 import time
-from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
 from plumbing.records import InputError
 
-FIELDS = ("key", "text", "finish", "top", "in", "out", "usd")
-TRANSIENT = (408, 409, 425, 429)  # and 500 or above
+# Fields of a reply. finish: how it ended; top: log-prob by token for the first token; in, out:
+# numbers of tokens.
+EMPTY = {"key": "", "text": "", "finish": "", "top": None, "in": 0, "out": 0, "usd": 0.0}
 
 
 class ReplyCache:
@@ -37,6 +35,7 @@ class ReplyCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.replies = {}
+        self.usd = 0.0
         self.lock = threading.Lock()
 
         # what follows the last newline is half a line
@@ -45,30 +44,24 @@ class ReplyCache:
         if half:
             os.truncate(path, len(whole + newline))
 
-        for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 reply = json.loads(line)
-                self.replies[reply["key"]] = {name: reply[name] for name in FIELDS}
+                self.replies[reply["key"]] = reply
+                self.usd += reply["usd"]
             except (ValueError, KeyError, TypeError):
                 fix = "delete the line; it will be asked for again"
                 raise InputError(f"{path}: line {number} is not a reply; {fix}") from None
-        self.usd = sum(reply["usd"] for reply in self.replies.values())
 
-    def add(self, key: str, reply: dict, usd: float = 0.0) -> None:
-        """reply: {text, finish, top, in, out} as new_reply() gives it."""
-        entry = {"key": key, **reply, "usd": usd}
-        # unbuffered, in one write, so nothing is left to flush
-        with self.lock, open(self.path, "ab", buffering=0) as file:
-            file.write(json.dumps(entry).encode() + b"\n")
-            self.replies[key] = entry
-            self.usd += usd
-
-
-def new_reply(
-    text: str, finish: str, top: dict | None = None, n_in: int = 0, n_out: int = 0
-) -> dict:
-    """finish: how it ended; top: log-prob by token for the first token; n_in, n_out: tokens."""
-    return {"text": text, "finish": finish, "top": top, "in": n_in, "out": n_out}
+    def add(self, replies: dict[str, dict]) -> None:
+        """By key, the fields of each reply that differ from EMPTY."""
+        for key, reply in replies.items():
+            entry = {**EMPTY, "key": key, **reply}
+            # unbuffered, in one write, so nothing is left to flush
+            with self.lock, open(self.path, "ab", buffering=0) as file:
+                file.write(json.dumps(entry).encode() + b"\n")
+                self.replies[key] = entry
+                self.usd += entry["usd"]
 
 
 # ---------------------------------------------------------------------------------- the connection
@@ -84,15 +77,11 @@ def api_key() -> str:
     return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
-def one_line(text: str) -> str:
-    """The start of a text on one line, without the key, which endpoints like to repeat."""
-    if api_key():
-        text = text.replace(api_key(), "***")
-    return " ".join(text.split())[:200]
+def connect(o, hooks=None):
+    """An OpenAI client. Raises InputError without package or key; nothing is sent.
 
-
-def connect(o):
-    """(the openai package, a client). Raises InputError without package or key; nothing is sent."""
+    hooks: functions of httpx that see each request and each response, retries included.
+    """
     # the package is optional
     try:
         import openai
@@ -108,15 +97,13 @@ def connect(o):
             "with OPENAI_BASE_URL or --base-url"
         )
         raise InputError(f"judge {o.judge}: no such directory; {fix}")
-
-    # retries are call()'s, which keeps them to the rate limit
-    client = openai.OpenAI(
+    return openai.OpenAI(
         api_key=api_key() or "none",
         base_url=base_url(o) or None,
         timeout=o.request_timeout,
-        max_retries=0,
+        max_retries=o.retries,
+        http_client=openai.DefaultHttpxClient(event_hooks=hooks),
     )
-    return openai, client
 
 
 class Endpoint:
@@ -125,62 +112,39 @@ class Endpoint:
     def __init__(self, o, cache: ReplyCache):
         self.o = o
         self.cache = cache
-        self.openai, self.client = connect(o)
+        self.client = connect(o, {"request": [self.wait_for_turn], "response": [correct_status]})
         self.lock = threading.Lock()
-        self.stopped = threading.Event()
-        self.next_start = 0.0  # when a request may start, by time.monotonic()
-        self.problem = ""  # the last failure, for the progress bar
+        self.next_start = 0.0  # when the rate limit allows a request, by time.monotonic()
 
-    def fetch(self, bodies: dict[str, dict], known: int = 0) -> None:
-        """Get a reply to every body. On an error, replies under way are still awaited and cached.
-
-        known: number of replies that the caller has already, for the progress bar.
-        """
-        waiting = deque(bodies.items())
+    def fetch(self, bodies: dict[str, dict]) -> None:
+        """Get a reply to every body. On an error, pending replies are still awaited and cached."""
+        budget = self.o.budget or float("inf")
         running = {}  # future -> USD that it may cost
-        self.stopped.clear()
-        bar = tqdm(
-            desc=f"judge {self.o.judge}",
-            total=known + len(waiting),
-            initial=known,
-            unit=" replies",
-            leave=False,
-        )
+        bar = tqdm(total=len(bodies), desc=f"judge {self.o.judge}", unit=" replies", leave=False)
         with bar, ThreadPoolExecutor(self.o.concurrency) as pool:
-            try:
-                while running or waiting:
-                    self.submit(waiting, running, pool)
+            for key, body in bodies.items():
+                cost = self.max_cost(body)
+                while (
+                    len(running) == self.o.concurrency
+                    or self.cache.usd + sum(running.values()) + cost > budget
+                ):
                     if not running:
-                        raise self.out_of_budget(len(waiting))
-                    for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
-                        del running[future]
-                        future.result()  # raises what stopped it
-                        bar.update()
-                    bar.set_postfix_str(f"{self.cache.usd:.4f} USD {self.problem[:40]}")
-            finally:
-                # threads that pause before a retry give up; the pool waits for replies under way
-                self.stopped.set()
+                        raise self.out_of_budget(bodies)
+                    self.collect(running, bar)
+                running[pool.submit(self.call, key, body)] = cost
+            while running:
+                self.collect(running, bar)
 
-    def submit(self, waiting: deque, running: dict, pool: ThreadPoolExecutor) -> None:
-        """Start as many of the waiting requests as concurrency and budget allow."""
-        while waiting and len(running) < self.o.concurrency:
-            key, body = waiting[0]
-            cost = self.max_cost(body)
-            if self.o.budget and self.cache.usd + sum(running.values()) + cost > self.o.budget:
-                return
-            waiting.popleft()
-            running[pool.submit(self.call, key, body)] = cost
-
-    def out_of_budget(self, missing: int) -> InputError:
-        spent = f"{self.cache.usd:.4f} USD are spent, and the next reply may exceed it"
-        kept = f"{len(self.cache.replies)} replies are in {self.cache.path}"
-        fix = "raise it and rerun the same command"
-        return InputError(
-            f"--budget {self.o.budget:g}: {spent}; {kept}, {missing} are missing: {fix}"
-        )
+    def collect(self, running: dict, bar: tqdm) -> None:
+        """Wait for a reply and remove its future; raises what stopped it."""
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            del running[future]
+            future.result()
+            bar.update()
+        bar.set_postfix_str(f"{self.cache.usd:.4f} USD")
 
     def max_cost(self, body: dict) -> float:
-        """Upper bound of a request's cost in USD: a token of English is about 4 bytes, here 3."""
+        """Upper bound of a request's cost in USD: an English token is about 4 bytes, here 3."""
         n_in = len(json.dumps(body["messages"], ensure_ascii=False).encode()) / 3
         n_out = body.get("max_tokens") or body.get("max_completion_tokens") or self.o.judge_tokens
         return self.price(n_in, n_out)
@@ -188,125 +152,118 @@ class Endpoint:
     def price(self, n_in: float, n_out: float) -> float:
         return (n_in * self.o.price_in + n_out * self.o.price_out) / 1e6
 
+    def out_of_budget(self, bodies: dict[str, dict]) -> InputError:
+        missing = len(bodies.keys() - self.cache.replies.keys())
+        spent = f"{self.cache.usd:.4f} USD of --budget {self.o.budget:g} are spent"
+        problem = f"{spent}, the next reply may exceed it, and {missing} are missing"
+        return self.failure(problem, "raise it and rerun the same command")
+
+    def failure(self, problem: str, fix: str) -> InputError:
+        kept = f"replies so far are in {self.cache.path}"
+        return InputError(f"--judge {self.o.judge}: {problem}; {kept}; {fix}")
+
     # ------------------------------------------------------------------ one request, in a thread
 
-    def call(self, key: str, body: dict) -> None:
-        """Send one request until it is answered, and cache its reply."""
-        fields = {k: value for k, value in body.items() if k not in ("model", "messages")}
-        kept = f"replies so far are in {self.cache.path}"
-        for trial in range(self.o.retries + 1):
-            self.wait_for_turn()
-            # jitter: without it, all threads would come back at once
-            pause = min(60, 2**trial) * random.uniform(0.5, 1)
-            try:
-                raw = self.client.chat.completions.with_raw_response.create(
-                    model=body["model"], messages=body["messages"], extra_body=fields
-                )
-                reply = read_reply(json.loads(raw.http_response.text), body)
-                self.cache.add(key, reply, self.price(reply["in"], reply["out"]))
-                return
-            except self.openai.APIStatusError as error:
-                message = one_line(str(error.message))
-                ending = unanswerable(error.code, message)
-                if ending:
-                    self.cache.add(key, new_reply(message, ending))
-                    return
-                self.problem = f"{error.status_code} {message}"
-                if is_permanent(error):
-                    fix = "check --judge, --base-url, --judge-request and OPENAI_API_KEY"
-                    problem = f"the endpoint says {self.problem}"
-                    raise InputError(f"--judge {self.o.judge}: {problem}; {fix}; {kept}") from None
-                if self.postpone(retry_after(error.response.headers)):
-                    pause = 0.0
-            except (self.openai.APIConnectionError, ValueError) as error:
-                # ValueError: not JSON, or not a chat completion
-                self.problem = one_line(f"{type(error).__name__}: {error.__cause__ or error}")
-            if trial < self.o.retries:
-                self.stopped.wait(pause)
-        trials = f"no reply in {self.o.retries + 1} trials, the last failure was {self.problem}"
-        raise InputError(f"--judge {self.o.judge}: {trials}; {kept}: rerun the same command later")
-
-    def wait_for_turn(self) -> None:
-        """Wait until the rate limit and the endpoint's Retry-After allow another request."""
+    def wait_for_turn(self, request) -> None:
+        """Wait until the rate limit allows another request."""
         with self.lock:
-            start = max(self.next_start, time.monotonic())
-            self.next_start = start
+            time.sleep(max(0.0, self.next_start - time.monotonic()))
             if self.o.requests_per_minute:
-                self.next_start += 60 / self.o.requests_per_minute
-        if self.stopped.wait(max(0.0, start - time.monotonic())):
-            raise InputError(f"--judge {self.o.judge}: stopped")
+                self.next_start = time.monotonic() + 60 / self.o.requests_per_minute
 
-    def postpone(self, seconds: float) -> bool:
-        """Let no request start for as long as the endpoint asks; returns whether it asks."""
-        if seconds:
-            with self.lock:
-                self.next_start = max(self.next_start, time.monotonic() + seconds)
-        return seconds > 0
+    def call(self, key: str, body: dict) -> None:
+        """Send one request and cache its reply."""
+        from openai import APIConnectionError, APIStatusError
+
+        try:
+            text = self.client.post("/chat/completions", body=body, cast_to=str)
+            reply = read_reply(json.loads(text), body)
+            reply["usd"] = self.price(reply["in"], reply["out"])
+        except APIStatusError as error:
+            message = one_line(error.message)
+            ending = unanswerable(error.code, message)
+            if not ending:
+                fix = (
+                    "check --judge, --base-url, --judge-request and OPENAI_API_KEY, or rerun the "
+                    "same command later"
+                )
+                problem = f"the endpoint says {error.status_code} {message}"
+                raise self.failure(problem, fix) from None
+            reply = {"text": message, "finish": ending}
+        except APIConnectionError as error:
+            last = one_line(f"{type(error).__name__}: {error.__cause__ or error}")
+            problem = f"no reply in {self.o.retries + 1} trials, the last failure was {last}"
+            raise self.failure(problem, "rerun the same command later") from None
+        self.cache.add({key: reply})
 
 
 # ----------------------------------------------------------------------------- replies and failures
 
 
 def read_reply(answer, body: dict) -> dict:
-    """The reply in a chat completion. Raises ValueError if it is none.
+    """The fields of EMPTY from a chat completion. Raises ValueError if it is not one.
 
     finish: as reported, or "refusal". Counts of tokens are estimated where the endpoint gives none.
     """
-    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+    if not isinstance(answer, dict) or "choices" not in answer:
         raise ValueError(f"not a chat completion: {str(answer)[:200]}")
     choice = (answer["choices"] or [None])[0] or {}
     message = choice.get("message") or {}
 
     # the text, which some send in parts
-    text = message.get("content") or message.get("refusal") or ""
+    refusal = message.get("refusal")
+    text = message.get("content") or refusal or ""
     if isinstance(text, list):
-        text = "".join(part.get("text") or "" for part in text if isinstance(part, dict))
+        text = "".join(part.get("text") or "" for part in text)
     if not isinstance(text, str):
         raise ValueError(f"no text in the reply: {str(text)[:200]}")
-    text = writable(text)
-    finish = "refusal" if message.get("refusal") else choice.get("finish_reason") or "no choice"
+    finish = "refusal" if refusal else choice.get("finish_reason") or "no choice"
 
     # log-probs of the first token's alternatives
     tokens = (choice.get("logprobs") or {}).get("content") or [{}]
     top = {}
     for token in tokens[0].get("top_logprobs") or ():
-        if isinstance(token["logprob"], int | float):
-            top[writable(str(token["token"]))] = token["logprob"]
+        if token["logprob"] is not None:
+            top[writable(token["token"])] = token["logprob"]
 
     usage = answer.get("usage") or {}
-    n_in = usage.get("prompt_tokens") or len(json.dumps(body["messages"])) // 4
-    n_out = usage.get("completion_tokens") or len(text) // 4
-    return new_reply(text, finish, top or None, n_in, n_out)
+    return {
+        "text": writable(text),
+        "finish": finish,
+        "top": top or None,
+        "in": usage.get("prompt_tokens") or len(json.dumps(body["messages"])) // 4,
+        "out": usage.get("completion_tokens") or len(text) // 4,
+    }
 
 
 def writable(text: str) -> str:
-    """The text without halves of surrogate pairs, which can be sent but not written."""
+    """The text without unpaired surrogates, which can be sent but not written."""
     return text.encode(errors="replace").decode()
 
 
-def is_permanent(error) -> bool:
-    """Whether a status error will come again."""
-    transient = error.status_code in TRANSIENT or error.status_code >= 500
-    return error.code == "insufficient_quota" or not transient
+def one_line(text: str) -> str:
+    """The start of a text on one line, without the key, which endpoints like to repeat."""
+    if api_key():
+        text = text.replace(api_key(), "***")
+    return " ".join(text.split())[:200]
+
+
+def correct_status(response) -> None:
+    """Correct the status of failures that endpoints send under another: it decides on retries."""
+    response.read()
+    if response.is_success:
+        try:
+            read_reply(response.json(), {"messages": []})
+        except ValueError:
+            response.status_code = 502  # bad gateway
+    elif "insufficient_quota" in response.text:
+        response.status_code = 402  # payment required
 
 
 def unanswerable(code, message: str) -> str:
-    """How a reply ends that this one request will never get: filtered, or too long; else empty."""
+    """Why this request will never get a reply: content_filter, too_long; else empty."""
     if code == "content_filter":
         return "content_filter"
     if code == "context_length_exceeded" or "maximum context length" in message:
         return "too_long"
     return ""
-
-
-def retry_after(headers) -> float:
-    """Seconds that the endpoint asks to wait, given as a number or a date; 0 if it does not."""
-    value = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint import parse_config
+from forked import run_forked
 from model import Model
 from plumbing.ranks import distributed
 from plumbing.records import InputError, write_jsonl
@@ -161,29 +162,46 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def command_line(args: list, nproc: int = 1) -> list[str]:
-    """The arguments of a process: args[0] is a file of the project, by its name."""
+    """The arguments of a process: args[0] is a file of the project, by its name, or -m."""
     file, *options = map(str, args)
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
         if nproc > 1
         else []
     )
-    return [sys.executable, *torchrun, str(ROOT / file), *options]
+    return [sys.executable, *torchrun, file if file == "-m" else str(ROOT / file), *options]
 
 
 def run(
-    args: list, env: dict | None = None, nproc: int = 1, timeout: float = 300
+    args: list, env: dict | None = None, nproc: int = 1, timeout: float = 600
 ) -> tuple[int, str, str]:
-    """Run a command of the project to its end: (return code, standard output, standard error)."""
+    """Run a command of the project to its end: (return code, standard output, standard error).
+
+    A fork of a process that has imported torch; where torch itself must see the environment, or
+    torchrun is what is tested, a process of its own (`run_process`).
+    """
+    file, *options = args
+    command = ["-m", *options] if file == "-m" else [ROOT / file, *options]
+    return run_forked(command, environment(env), ROOT, nproc, timeout)
+
+
+def run_process(
+    args: list, env: dict | None = None, nproc: int = 1, timeout: float = 600
+) -> tuple[int, str, str]:
+    """As run(), in a new process, under the real torchrun where nproc is above 1."""
     done = subprocess.run(
         command_line(args, nproc),
         capture_output=True,
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env=environment(env),
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def environment(more: dict | None) -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(more or {})}
 
 
 def last_json(out: str) -> dict:

@@ -388,7 +388,7 @@ FAULTS = [
         "scores-by-rank",
         "scorers/base.py",
         old="for number in range(len(blocks)) for value in",
-        new="for number in merged for value in",
+        new="for number in scores for value in",
         tests=(
             "core/test_scorers.py::test_scores_of_several_ranks_are_in_the_order_of_the_records",
         ),
@@ -445,8 +445,8 @@ FAULTS = [
     Fault(
         "gate-reads-the-response",
         "scorers/armorm.py",
-        old="self.gating(prompt.float())",
-        new="self.gating(last.float())",
+        old="self.weights(prompt.float())",
+        new="self.weights(last.float())",
         tests=("core/test_scorers.py::test_armorm_by_hand",),
     ),
     # improve.py and gen_prompts.py
@@ -470,8 +470,8 @@ FAULTS = [
     Fault(
         "worst-of-n",
         "improve.py",
-        old='best = max(candidates[draft["id"]], key=rank)',
-        new='best = min(candidates[draft["id"]], key=rank)',
+        old="if rank > highest:",
+        new="if not highest or rank < highest:",
         tests=("core/test_improve.py::test_scorer_decides_among_the_finished",),
     ),
     Fault(
@@ -487,8 +487,8 @@ FAULTS = [
     Fault(
         "prefix-off-by-one",
         "gen_prompts.py",
-        old="shingles[: len(shingles) - int(",
-        new="shingles[: len(shingles) - 1 - int(",
+        old="shingles[: n - (shared - 1)]",
+        new="shingles[: n - shared]",
         tests=("core/test_gen_prompts.py::test_prefix_filtering_equals_brute_force",),
     ),
     Fault(
@@ -594,8 +594,8 @@ FAULTS = [
     Fault(
         "config-wins",
         "plumbing/options.py",
-        old="argv = without_entries(command, flags, argv) + argv",
-        new="argv = argv + without_entries(command, flags, argv)",
+        old="argv = given + argv",
+        new="argv = argv + given",
         tests=("core/test_options.py::test_config_file_gives_options_and_flags_win",),
     ),
     Fault(
@@ -608,8 +608,8 @@ FAULTS = [
     Fault(
         "damage-unseen",
         "plumbing/stage.py",
-        old="if not same and hash_file(path) != known_hash:",
-        new="if status.st_size != known[0]:",
+        old="if touched and hash_file(path) != known_hash:",
+        new="if status.st_size != size:",
         tests=("core/test_stage.py::test_a_damaged_result_is_made_again",),
     ),
     Fault(
@@ -652,7 +652,7 @@ FAULTS = [
     # eval/ and bench/
     Fault(
         "draw-is-a-loss",
-        "eval/heldout.py",
+        "eval/stats.py",
         old="0.5 if a == b else float(a > b)",
         new="float(a > b)",
         tests=("eval/test_heldout.py::test_win_rate_against_itself_is_one_half",),
@@ -667,8 +667,8 @@ FAULTS = [
     Fault(
         "length-not-controlled",
         "eval/alpaca_eval.py",
-        old="sigmoid(rest @ b[1:])",
-        new="sigmoid(rest @ b[1:] + length * b[0])",
+        old="sigmoid(X[:, 1:] @ b[1:])",
+        new="sigmoid(X @ b)",
         tests=(
             "eval/test_alpaca_eval.py::"
             "test_length_controlled_win_rate_takes_out_a_planted_effect_of_length",
@@ -684,8 +684,8 @@ FAULTS = [
     Fault(
         "budget-overrun",
         "scorers/openai_api.py",
-        old="self.cache.usd + sum(running.values()) + cost > self.o.budget",
-        new="self.cache.usd + cost > self.o.budget",
+        old="self.cache.usd + sum(running.values()) + cost > budget",
+        new="self.cache.usd + cost > budget",
         tests=("eval/test_llm_judge.py::test_the_budget_holds_with_many_requests_under_way",),
     ),
     Fault(
@@ -698,8 +698,8 @@ FAULTS = [
     Fault(
         "population-error",
         "eval/stats.py",
-        old="values.std(ddof=1) / len(values)",
-        new="values.std(ddof=0) / len(values)",
+        old="np.std(values, ddof=1) / len(values)",
+        new="np.std(values, ddof=0) / len(values)",
         tests=("eval/test_stats.py",),
     ),
     Fault(

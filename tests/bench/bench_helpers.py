@@ -1,10 +1,8 @@
 """What tests of bench/ share: running one of its commands."""
 
-import os
-import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import run
 
 
 def bench_command(name: str, args: list) -> list[str]:
@@ -13,12 +11,4 @@ def bench_command(name: str, args: list) -> list[str]:
 
 def run_bench(name: str, args: list, timeout: float = 600) -> tuple[int, str, str]:
     """Run `python -m bench.NAME ARGS`: (return code, standard output, standard error)."""
-    done = subprocess.run(
-        bench_command(name, args),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    return done.returncode, done.stdout, done.stderr
+    return run(["-m", f"bench.{name}", *args], timeout=timeout)

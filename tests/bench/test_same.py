@@ -1,18 +1,22 @@
 """bench/same.py: what counts as a result, what a difference looks like, and that two runs agree."""
 
-import hashlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bench_helpers import run_bench
 from conftest import ROOT
+from conftest import run as run_python
+from cycle import flags
 from safetensors.torch import save_file
 
 from bench import same
 from plumbing.records import write_text
+
+pytest_plugins = ["cycle"]
 
 
 @pytest.fixture
@@ -83,17 +87,18 @@ def test_nothing_is_not_the_same_as_nothing(tmp_path):
     assert same.compare(tmp_path, tmp_path) == 1
 
 
-def test_two_runs_and_hashes_by_the_command(run, tmp_path):
+def test_two_runs_by_the_command(run, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     assert run_bench("same", ["--runs", run, other])[0] == 0
     write_text(other / "iter1/prompts.jsonl", "{}\n")
     assert run_bench("same", ["--runs", run, other])[0] == 1
-    code, text, errors = run_bench("same", ["--hashes", run])
-    assert code == 0, errors
-    lines = dict(reversed(line.split(maxsplit=1)) for line in text.splitlines())
-    assert sorted(lines) == NAMES
-    content = (run / "iter1/prompts.jsonl").read_bytes()
-    assert lines["iter1/prompts.jsonl"] == hashlib.sha256(content).hexdigest()
+
+
+def test_the_command_needs_a_commit_or_two_runs(run):
+    for argv in ([], ["HEAD", "--runs", run, run]):
+        code, _, errors = run_bench("same", argv)
+        assert code == 2
+        assert "--runs" in errors
 
 
 def test_a_commit_is_unpacked_as_it_was(tmp_path):
@@ -106,18 +111,38 @@ def test_a_commit_is_unpacked_as_it_was(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.ranks
-def test_this_tree_gives_the_same_bytes_twice():
-    code, text, errors = run_bench("same", ["--old", ROOT, "--nproc", 2])
-    assert code == 0, text + errors
-    assert "results are the same" in text
+def test_this_tree_gives_the_same_bytes_twice(world, tmp_path, capsys):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    runs = [tmp_path / "old", tmp_path / "new"]
+    for out in runs:
+        for command in (
+            ["loop.py", *flags(world, out), "--keep-improvers"],
+            # without --, torchrun would take --run for a flag of its own
+            ["-m", "--", "methods.controls", "--run", out],
+        ):
+            done = subprocess.run([sys.executable, *launch, *command], cwd=ROOT)
+            assert done.returncode == 0
+    assert same.compare(*runs) == 0, capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_tree_with_other_numbers_is_told(tmp_path):
+def test_a_tree_with_other_numbers_is_told(world, tmp_path, capsys):
     """A higher learning rate of M_t: other policies, and what follows from them."""
-    flags = ["--old", ROOT, "--new-flags", "--policy.lr 1e-3 --iters 1", "--old-flags", "--iters 1"]
-    code, text, errors = run_bench("same", flags)
-    assert code == 1, text + errors
-    changed = {line.split(":")[0] for line in text.splitlines()[:-1]}
+    same.make(ROOT, tmp_path / "old")
+    out = tmp_path / "new/run"
+    argv = flags(world, out, "--keep-improvers", "--iters", "1", "--policy.lr", "1e-3")
+    code, _, errors = run_python(["loop.py", *argv])
+    assert code == 0, errors
+
+    assert same.compare(tmp_path / "old", tmp_path / "new") == 1
+    lines = capsys.readouterr().out.splitlines()[:-1]
+    missing = {line.split(":")[0] for line in lines if line.endswith(": missing")}
+    changed = {line.split(":")[0] for line in lines} - missing
+    assert {"run/iter2/eval.json", "run/controls/seed_sft_eval.json"} <= missing
     assert "run/iter1/policy/model.safetensors" in changed
     assert not {name for name in changed if "pairs.jsonl" in name or "prompts" in name}
+
+
+def test_a_tree_that_fails_ends_with_its_error(tmp_path):
+    with pytest.raises(RuntimeError, match="conftest"):
+        same.make(tmp_path, tmp_path / "out")

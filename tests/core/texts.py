@@ -19,7 +19,9 @@ def near_cdf(logits, u, temperature: float, tokens, tolerance: float) -> torch.T
     weights = (logits.double() / temperature).softmax(-1)
     high = weights.cumsum(-1).gather(1, tokens[:, None])[:, 0]
     low = high - weights.gather(1, tokens[:, None])[:, 0]
-    return (low - tolerance <= u) & (u <= high + tolerance)
+    not_below = low - tolerance <= u
+    not_above = u <= high + tolerance
+    return not_below & not_above
 
 
 @torch.no_grad()
@@ -30,12 +32,14 @@ def assert_same_text(
 
     tolerance: of the CDF, or of logits if o.temperature is 0.
     """
-    assert ours.ids == theirs.ids and ours.seed == theirs.seed
+    assert ours.ids == theirs.ids
+    assert ours.seed == theirs.seed
     if ours.output == theirs.output:
         return
-    pairs = enumerate(zip(ours.output, theirs.output, strict=False))
-    step = next((i for i, (a, b) in pairs if a != b), None)
-    assert step is not None, "one text is the beginning of the other"
+    pairs = zip(ours.output, theirs.output, strict=False)
+    differ = [a != b for a, b in pairs]
+    assert any(differ), "one text is the beginning of the other"
+    step = differ.index(True)
 
     # the distribution that both tokens were drawn from
     ids = [*ours.ids, *ours.output[:step]]

@@ -1,13 +1,10 @@
 """What tests of benchmarks share: a judge behind the stub, small official files, commands."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_rows
+from conftest import run, write_rows
 
 from plumbing.options import RunOptions
 from plumbing.records import rng
@@ -37,16 +34,7 @@ def judged_by(stub: Stub) -> dict:
 
 def run_module(name: str, args: list, nproc: int = 1) -> tuple[int, str, str]:
     """Run `python -m NAME ARGS`: (return code, standard output, standard error)."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    done = subprocess.run(
-        [sys.executable, *(torchrun if nproc > 1 else []), "-m", name, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    return done.returncode, done.stdout, done.stderr
+    return run(["-m", name, *args], nproc=nproc)
 
 
 def alpaca_file(folder: Path, n: int = 5) -> Path:

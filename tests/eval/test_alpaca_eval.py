@@ -174,7 +174,7 @@ def test_tables_and_baselines_in_other_forms(tmp_path):
     as_pandas = ",index,difficulty\n0,0,-1.5\n1,1,2.5\n"
     for text in ("index,difficulty\n0,-1.5\n1,2.5\n", as_pandas):
         path.write_text(text)
-        assert [*alpaca_eval.read_difficulty(path, 2)] == [-1.5, 2.5]
+        assert alpaca_eval.read_difficulty(path, 2) == {0: -1.5, 1: 2.5}
     for text in ('{"instruction": "x", "output": "y"}', "[7]"):
         path.write_text(text)
         with pytest.raises(InputError, match=r"difficulty.csv: (not a JSON list|record 1)"):
@@ -182,5 +182,5 @@ def test_tables_and_baselines_in_other_forms(tmp_path):
 
 
 def test_a_single_difficulty_is_not_needed(tiny):
-    assert alpaca_eval.read_difficulty(None, 5) is None
+    assert alpaca_eval.read_difficulty(None, 5)[4] == 0
     assert alpaca_eval.Options(run=FP32, model=tiny).difficulty is None

@@ -66,7 +66,7 @@ def test_a_benchmark_opens_with_what_its_reader_needs(name):
 
 
 def test_a_judged_benchmark_has_the_flags_of_the_sampler():
-    """They are listed in JudgedOptions, with the defaults of SampleOptions."""
+    """With the defaults of SampleOptions."""
     judged = {field.name: field.default for field in fields(answers.JudgedOptions)}
     sampling = {field.name: field.default for field in fields(SampleOptions)}
     assert sampling.items() <= judged.items() and MISSING not in sampling.values()

@@ -147,7 +147,7 @@ def test_prompts_that_are_not_ifevals_are_refused(tmp_path, change, what):
     path = write_rows(tmp_path / "prompts.jsonl", [PROMPTS[0], {**PROMPTS[1], **change}])
     with pytest.raises(InputError, match=what):
         ifeval.read_prompts(path, 0)
-    with pytest.raises(InputError, match="--data is missing"):
+    with pytest.raises(InputError, match="--data: missing; give IFEval"):
         ifeval.read_prompts(None, 0)
 
 

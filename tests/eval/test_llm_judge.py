@@ -30,11 +30,11 @@ from plumbing.records import InputError, digest
 from sample import SampleOptions, generate
 from scorers import llm_judge, openai_api
 from scorers.base import score_pairs
+from scorers.endpoint import endpoint
 from scorers.llm_judge import (
     Judge,
     JudgeOptions,
     Request,
-    compare,
     fill_in,
     load_prompt,
     pairwise,
@@ -52,11 +52,30 @@ PRICES = {"price_in": 10.0, "price_out": 30.0}
 COST = (TOKENS_IN * 10 + TOKENS_OUT * 30) / 1e6
 
 
+class Clock:
+    """Time that passes only while somebody sleeps: a stand-in for the module `time`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def time(self):
+        return time.time()
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """Pauses of milliseconds, and a key."""
-    monkeypatch.setattr(openai_api.random, "uniform", lambda low, high: 0.001)
+def clock(monkeypatch):
+    """No real pauses, and a key."""
+    clock = Clock()
+    monkeypatch.setattr("openai._base_client.time", clock)
+    monkeypatch.setattr(openai_api, "time", clock)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-written")
+    return clock
 
 
 def options(stub: Stub, **changes) -> JudgeOptions:
@@ -116,10 +135,12 @@ def test_a_transient_failure_is_retried_and_the_right_reply_kept(fault, tmp_path
     assert all(body == stub.bodies[1] for body in again), "the same request, not another attempt"
 
 
-@pytest.mark.parametrize("fault", ["500", "drop"])
-def test_what_fails_for_ever_stops_with_all_replies_kept(fault, tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "problem"), [("500", "the endpoint says 500"), ("drop", "no reply in 3 trials")]
+)
+def test_what_fails_for_ever_stops_with_all_replies_kept(fault, problem, tmp_path):
     with Stub(numbered, faults=only(fault, 2)) as stub:
-        message = r"no reply in 3 trials.*rerun the same command later"
+        message = rf"{problem}.*rerun the same command later"
         with pytest.raises(InputError, match=message) as caught:
             ask(stub, tmp_path, retries=2)
         assert "\n" not in str(caught.value)
@@ -153,62 +174,36 @@ def test_replies_under_way_at_a_permanent_failure_are_kept(tmp_path):
     assert len(read_rows(tmp_path / "verdicts.jsonl")) == 2
 
 
-class Clock:
-    """Time that passes only while somebody waits: a stand-in for `time` and for an Event."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-    def time(self):
-        return time.time()
-
-    def wait(self, seconds):
-        self.now += seconds
-        return False
-
-    def set(self):
-        pass
-
-    clear = set
-
-
-def pauses(stub: Stub, out, monkeypatch, **changes) -> list[float]:
+def pauses(stub: Stub, out, clock: Clock, **changes) -> list[float]:
     """Seconds between the requests that three right verdicts took, by a clock."""
-    clock = Clock()
     stub.clock = clock.monotonic
     judge = Judge(options(stub, **changes), out)
-    monkeypatch.setattr(openai_api, "time", clock)
-    judge.endpoint.stopped = clock
     assert judge.ask(requests(3), read_verdict) == NUMBERED
     return [b - a for a, b in zip(stub.times, stub.times[1:], strict=False)]
 
 
 @pytest.mark.parametrize(("fault", "least"), [("429 after 7", 7), ("429 date", 28)])
-def test_retry_after_is_respected_as_number_and_as_date(fault, least, tmp_path, monkeypatch):
+def test_retry_after_is_respected_as_number_and_as_date(fault, least, tmp_path, clock):
     with Stub(numbered, faults=["", fault]) as stub:
-        first, second, *_ = pauses(stub, tmp_path, monkeypatch)
+        first, second, *_ = pauses(stub, tmp_path, clock)
     assert second >= least > first
 
 
-def test_if_the_endpoint_says_how_long_there_is_no_other_pause(tmp_path, monkeypatch):
-    monkeypatch.setattr(openai_api.random, "uniform", lambda low, high: high)
+def test_if_the_endpoint_says_how_long_there_is_no_other_pause(tmp_path, clock):
     with Stub(numbered, faults=["429 after 7"] * 6) as stub:
-        assert pauses(stub, tmp_path, monkeypatch)[:6] == [7] * 6
+        assert pauses(stub, tmp_path, clock)[:6] == [7] * 6
 
 
-def test_pauses_double_up_to_a_minute(tmp_path, monkeypatch):
-    monkeypatch.setattr(openai_api.random, "uniform", lambda low, high: high)
+def test_pauses_double(tmp_path, clock):
     with Stub(numbered, faults=["500"] * 8) as stub:
-        waited = pauses(stub, tmp_path, monkeypatch, retries=8)
-    assert waited[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
+        waited = pauses(stub, tmp_path, clock, retries=8)
+    longest = [0.5, 1, 2, 4, 8, 8, 8, 8]
+    assert all(0.5 * most <= pause <= most for pause, most in zip(waited, longest, strict=False))
 
 
-def test_requests_keep_to_the_rate_limit_and_retries_count(tmp_path, monkeypatch):
+def test_requests_keep_to_the_rate_limit_and_retries_count(tmp_path, clock):
     with Stub(numbered, faults=["", "500"]) as stub:
-        waited = pauses(stub, tmp_path, monkeypatch, requests_per_minute=12)
+        waited = pauses(stub, tmp_path, clock, requests_per_minute=12)
     assert waited == pytest.approx([5, 5, 5])
 
 
@@ -575,7 +570,9 @@ def test_a_missing_verdict_is_none_in_its_own_order(tmp_path):
         assert pairwise(judge, ["One?"], ["short"], ["long"], "verdict") == [(None, 0.0)]
 
 
-def test_compare_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_path):
+def test_a_score_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
     def rows(texts):
         pairs = zip(QUESTIONS, texts, strict=True)
         return [{"id": question, "prompt": question, "response": text} for question, text in pairs]
@@ -586,11 +583,10 @@ def test_compare_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_p
         return longer_is_better(body)
 
     with Stub(reply) as stub:
-        o = options(stub)
-        forward = compare(rows(LONG), rows(SHORT), o, tmp_path)
-        assert forward == pytest.approx([0.5, 1.0, 0.5])
-        backward = compare(rows(SHORT), rows(LONG), o, tmp_path)
-        assert backward == pytest.approx([0.5, 0.0, 0.5])
+        monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
+        score = endpoint("stub", FP32)
+        assert score(rows(LONG), rows(SHORT)) == pytest.approx([0.5, 1.0, 0.5])
+        assert score(rows(SHORT), rows(LONG)) == pytest.approx([0.5, 0.0, 0.5])
         assert len(stub.bodies) == 4
 
     # a conversation, and no verdict in one of the orders
@@ -603,7 +599,8 @@ def test_compare_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_p
         return "M" if "longest" in content(body).split("# Answer M")[1] else "x"
 
     with Stub(prefers_longest) as stub:
-        assert compare(a, b, options(stub), tmp_path) == [0.25]
+        monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
+        assert endpoint("stub", FP32)(a, b) == [0.25]
     assert "user: Hi\n\nassistant: Ho\n\nuser: Well?" in content(stub.bodies[0])
 
 
@@ -803,6 +800,10 @@ def test_two_ranks_ask_no_more_than_one(tiny, tmp_path):
         "dtype": "float32",
         "out": tmp_path / "out",
     }
+    # what an earlier run kept must not set rank 0 apart from the others
+    (tmp_path / "out").mkdir()
+    earlier = [{"key": "earlier", "messages": [{"role": "user", "content": "?"}]}]
+    write_rows(tmp_path / "out" / "verdicts.malformed.jsonl", earlier)
     results = []
     with Stub(longer_is_better) as stub:
         for nproc in (2, 1):

@@ -86,7 +86,8 @@ def test_from_checkpoint_to_score(tiny, tmp_path, capsys):
 def test_the_second_turn_follows_the_first_by_temperature(tiny, tmp_path):
     out = tmp_path / "out"
     o = mt_bench.Options(run=FP32, model=tiny, data=mt_files(tmp_path), max_new_tokens=12)
-    mt_bench.converse(o, mt_bench.read_data(o).questions, out)
+    questions, _ = mt_bench.read_data(o)
+    mt_bench.converse(o, questions, out)
     for temperature, ids in (("0.7", ["81"]), ("0.1", ["83"]), ("0.0", ["82", "84"])):
         first, second = (read_rows(out / f"turn{turn}-{temperature}.jsonl") for turn in (1, 2))
         assert [row["id"] for row in first] == [row["id"] for row in second] == ids
@@ -149,16 +150,18 @@ def test_prompts_are_its_own(tmp_path):
 
 def test_official_files(shared_data, tmp_path):
     o = mt_bench.Options(model=tmp_path, data=shared_data / "mt_bench")
-    data = mt_bench.read_data(o)
-    assert len(data.questions) == 80
-    assert len(data.references) == 30
-    for row in data.questions:
-        reference = data.references.get(row["question_id"])
-        assert data.reference(row) == reference
+    questions, prompts = mt_bench.read_data(o)
+    official = read_rows(o.data / "reference_answer_gpt-4.jsonl")
+    references = {row["question_id"]: row["choices"][0]["turns"] for row in official}
+    assert len(questions) == 80
+    assert len(references) == 30
+    for row in questions:
+        reference = references.get(row["question_id"])
+        assert row.get("ref_answer") == reference
         assert bool(reference) == (row["category"] in mt_bench.WITH_REFERENCE)
         for turn in (1, 2):
             answers = ["ANSWER ONE", "ANSWER TWO"]
-            request = mt_bench.to_request(data.prompts, row, turn, answers, reference)
+            request = mt_bench.to_request(prompts, row, turn, answers)
             system, user = request.messages
             assert row["turns"][turn - 1] in user["content"]
             assert "ANSWER ONE" in user["content"]
@@ -166,9 +169,11 @@ def test_official_files(shared_data, tmp_path):
             assert not re.search(r"\{(question|answer|ref_answer)\w*\}", user["content"])
             assert bool(reference) == ("eference answer" in user["content"].lower())
             assert system["role"] == "system"
-    few = mt_bench.read_data(replace(o, limit=8)).questions
-    categories = dict.fromkeys(row["category"] for row in data.questions)
+    few, _ = mt_bench.read_data(replace(o, limit=8))
+    categories = dict.fromkeys(row["category"] for row in questions)
     assert [row["category"] for row in few] == list(categories)
+    more, _ = mt_bench.read_data(replace(o, limit=100))
+    assert more == questions
 
 
 def test_what_its_files_lack_is_named(tiny, tmp_path):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -177,22 +178,24 @@ def two(tmp_path_factory):
 
 def test_report_still_prints_and_returns_the_summary(two, capsys):
     result = report.report(two)
-    assert result["scores"] == [0.4, 0.5, pytest.approx(0.6)] and result["pairs"] == [3, 3]
+    assert result["scores"] == [0.4, 0.5, pytest.approx(0.6)]
+    assert result["pairs"] == [3, 3]
     assert result["tokens"] == 100 + 2 * (50 + 40 + 30 + 60 * 9)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"iterations of {two}" and lines[2].split()[:3] == ["t", "lists", "prompts"]
+    assert lines[1] == f"iterations of {two}"
+    assert lines[2].split()[:3] == ["t", "lists", "prompts"]
     row = dict(zip(re.split(r"\s{2,}", lines[2].strip()), lines[4].split(), strict=True))
     wanted = {"t": "2", "D": "6", "answers": "2", "improver": "3", "rewrites": "2", "policy": "3"}
     wanted |= {"seconds: prompts": "1", "eval": "1"}
     assert {name: row[name] for name in wanted} == wanted
-    assert "What M_0 says." in lines and (two / "scores.svg").is_file()
+    assert "What M_0 says." in lines
+    assert (two / "scores.svg").is_file()
 
 
 def test_the_page_holds_what_the_files_say(two):
     data, _ = blocks_of(two / "report.html")
     assert (data["run"], data["T"], data["seeds"], data["processes"]) == ("run", 2, 3, 2)
-    assert data["config"]["model"] == "models/zero"
-    assert data["config"]["loss"] == loop.Options().policy.loss
+    assert data["config"] == json.loads((two / "config.json").read_text())
     assert [e["name"] for e in data["evaluations"]] == ["M_0", "R_1", "M_1", "R_2", "M_2"]
     assert data["evaluations"][4] == {"name": "M_2", "score": 0.6, "se": 0.02, "words": 9.0}
     assert data["note"] == "What M_0 says."
@@ -209,7 +212,8 @@ def test_the_page_holds_what_the_files_say(two):
     stages = [("generator", 0, 3), ("improver", 1, 4), ("improver", 2, 4)]
     stages += [("policy", 1, 5), ("policy", 2, 5)]
     found = [(c["stage"], c["t"], len(c["columns"]["step"])) for c in data["curves"]]
-    assert found == stages and all(c["width"] == 1 for c in data["curves"])
+    assert found == stages
+    assert all(c["width"] == 1 for c in data["curves"])
     margins = [c["columns"]["rewards/margins"] for c in data["curves"] if c["stage"] == "policy"]
     assert margins == [[1, 2, 3, 4, 5]] * 2
 
@@ -231,6 +235,44 @@ def test_the_page_holds_all_pairs(two):
     assert texts[5] == [*asked, *answers, 0]
 
 
+def test_scores_are_drawn_in_a_row_for_each_model():
+    results = {
+        "M_0": {"score": 0.25, "se": 0.05},
+        "R_1": {"words": 3.0},
+        "M_1": {"score": 0.5},
+        "one shot": {"score": 0.7, "se": 0.0},
+    }
+    root = ElementTree.fromstring(report.score_chart(results))
+    svg = "{http://www.w3.org/2000/svg}"
+    texts = [element.text for element in root.iter(f"{svg}text")]
+    assert texts[1:] == ["M_0", "0.250", "M_1", "0.500", "one shot", "0.700"]
+    x = [float(element.get("cx")) for element in root.iter(f"{svg}circle")]
+    assert x == pytest.approx([160 + 360 * share / 50 for share in (5, 30, 50)], abs=0.1)
+    first = next(root.iter(f"{svg}path")).get("d")
+    assert first == "M160.0 40H232.0"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, []),
+        (1, [2]),
+        (2, [1, 3]),
+        (4, [0, 1, 2, 3]),
+        (9, [0, 1, 2, 3]),
+    ],
+)
+def test_examples_are_spread_evenly(tmp_path, capsys, count, shown):
+    rows = []
+    for i in range(4):
+        rows.append({"prompt": f"Question {i}", "response": "One\ntwo"})
+    write_rows(tmp_path / "iter0/heldout_answers.jsonl", rows)
+    report.show_examples(tmp_path, 0, count)
+    out = capsys.readouterr().out
+    assert re.findall(r"Question (\d)", out) == [str(i) for i in shown]
+    assert out.count(f"  M_0:           One\n{' ' * 17}two\n") == len(shown)
+
+
 def test_options_that_differ_are_listed_with_their_help(tmp_path):
     def rows(*flags: str) -> dict:
         o = parse_options(loop.Options, [*flags, "--out", "runs/demo"])
@@ -238,12 +280,14 @@ def test_options_that_differ_are_listed_with_their_help(tmp_path):
 
     found = rows("--iters", "7", "--policy.beta", "0.25")
     assert found["iters"] == [7, 4, "T"]
-    assert found["policy.beta"] == [0.25, 0.1, "parameter of loss dpo"] and len(found) == 2
+    assert found["policy.beta"] == [0.25, 0.1, "parameter of loss dpo"]
+    assert len(found) == 2
     assert rows("--dtype", "float32")["dtype"][:2] == ["float32", "bfloat16"]
     # a loss is compared with its own defaults
     found = rows("--policy.loss", "simpo", "--policy.gamma", "2", "--policy.beta", "2")
     assert found["policy.loss"][:2] == ["simpo", "dpo"]
-    assert found["policy.gamma"][:2] == [2.0, 1.6] and len(found) == 2
+    assert found["policy.gamma"][:2] == [2.0, 1.6]
+    assert len(found) == 2
     assert rows() == {}
 
     # the page lists what the run recorded; an older run has no record
@@ -274,7 +318,9 @@ def test_metrics_name_what_each_stage_read(two):
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     assert all(line["paths"] == {"model": "M"} for line in lines)
     names = [line["stage"] for line in lines]
-    assert names.count("iter1/policy") == 1 and "generator" in names and len(names) == 17
+    assert names.count("iter1/policy") == 1
+    assert "generator" in names
+    assert len(names) == 17
 
 
 def test_long_curves_are_means_over_equally_many_steps(tmp_path):
@@ -282,8 +328,10 @@ def test_long_curves_are_means_over_equally_many_steps(tmp_path):
     train(tmp_path / "policy", 1001, loss=float, odd=lambda i: odd.get(i, 1.0))
     curve = report.curves(tmp_path / "policy", 4)
     columns = curve["columns"]
-    assert curve["t"] == 4 and curve["width"] == 7
-    assert len(columns["loss"]) == 143 == len(columns["step"]) and columns["loss"][:2] == [4, 11]
+    assert curve["t"] == 4
+    assert curve["width"] == 7
+    assert len(columns["loss"]) == 143 == len(columns["step"])
+    assert columns["loss"][:2] == [4, 11]
     assert columns["loss"][-1] == pytest.approx(sum(range(995, 1002)) / 7)
     assert report.plain(columns["odd"][:3]) == [None, None, 1], "JSON has no NaN"
     manifest_path(tmp_path / "policy").unlink()
@@ -374,7 +422,8 @@ def test_texts_are_on_the_page_once(tmp_path):
     """
     one = {**pair(2, 0), "draft": "DRAFT", "base": "BASE", "rejected": "REJECTED"}
     out = make_run(tmp_path / "run", [[pair(1, 0)], [one]])
-    [(numbers, first), (_, second)] = report.pair_rows(out, 2)
+    folders = [out / "iter1", out / "iter2"]
+    [(numbers, first), (_, second)] = report.pair_rows(folders)
     assert numbers == [1, -1.0, -2.0, 5, 3, 3]
     assert (first[3], first[5], first[6]) == (0, "first answer 0", 0)
     assert second[3:] == ["DRAFT", "a much better answer 0", "REJECTED", "BASE"]
@@ -384,9 +433,11 @@ def test_texts_are_on_the_page_once(tmp_path):
         assert text.count(f'"{word}"') == 1
     for name in ("prompts", "rewrites", "base_answers"):
         (out / "iter2" / f"{name}.jsonl").unlink()
-    [_, (numbers, texts)] = report.pair_rows(out, 2)
-    assert texts[2:4] == [None, None] and texts[6] is None and numbers[5] is None
-    assert list(report.pair_rows(out, 0)) == []
+    [_, (numbers, texts)] = report.pair_rows(folders)
+    assert texts[2:4] == [None, None]
+    assert texts[6] is None
+    assert numbers[5] is None
+    assert list(report.pair_rows([])) == []
 
 
 def test_scores_may_be_missing_and_prompts_may_be_conversations(tmp_path):
@@ -394,7 +445,8 @@ def test_scores_may_be_missing_and_prompts_may_be_conversations(tmp_path):
     row = {**pair(1, 0), "score_chosen": None, "score_rejected": None, "messages": turns}
     del row["prompt"]
     data, texts = blocks_of(make_page(tmp_path, [[row]]))
-    assert data["pairs"]["score_chosen"] == [None] and texts[0][1] == turns
+    assert data["pairs"]["score_chosen"] == [None]
+    assert texts[0][1] == turns
     assert ["iteration 1", "Why?"] in [point[2:] for point in data["map"]["points"]]
 
 
@@ -404,7 +456,9 @@ def test_no_text_can_leave_its_script_element():
     inside = text.removeprefix('<script type="application/json" id="data">').removesuffix(
         "</script>\n"
     )
-    assert "<" not in inside and "\u2028" not in inside and "\u2029" not in inside
+    assert "<" not in inside
+    assert "\u2028" not in inside
+    assert "\u2029" not in inside
     inside.encode()  # no lone surrogate, which no file could hold
     assert json.loads(inside) == {EVIL: [EVIL, "<", "\ud800 alone", HEBREW, None], "x": None}
 
@@ -414,7 +468,8 @@ def test_the_page_is_written_whole_and_needs_nothing_else(two):
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:,)""", text)
     for word in ("@import", "url(", "innerHTML", "insertAdjacentHTML", "document.write"):
         assert word not in text
-    assert "default-src 'none'" in text and not list(two.glob("*.tmp"))
+    assert "default-src 'none'" in text
+    assert not list(two.glob("*.tmp"))
 
 
 def test_a_kill_leaves_the_old_page_whole(tmp_path, monkeypatch):
@@ -438,14 +493,18 @@ def test_an_interrupted_run_counts_its_finished_iterations(tmp_path, capsys):
     out = make_run(tmp_path / "run", [[pair(t, 0)] for t in (1, 2)])
     assert report.report(out)["pairs"] == [1, 1]
     (out / "iter2" / "eval.json").unlink()  # the policy is there, its evaluation is not
-    assert report.report(out)["pairs"] == [1] and len(blocks_of(out / "report.html")[1]) == 1
+    assert report.report(out)["pairs"] == [1]
+    assert len(blocks_of(out / "report.html")[1]) == 1
     (out / "iter1" / "eval.json").unlink()
     capsys.readouterr()
     result = report.report(out)
-    assert result["pairs"] == [] and result["scores"] == [0.4]
+    assert result["pairs"] == []
+    assert result["scores"] == [0.4]
     assert "none is finished" in capsys.readouterr().out
     data, texts = blocks_of(out / "report.html")
-    assert data["T"] == 0 and texts == [] and data["pairs"] == {}
+    assert data["T"] == 0
+    assert texts == []
+    assert data["pairs"] == {}
 
 
 @pytest.mark.slow
@@ -455,7 +514,9 @@ def test_the_command_says_what_it_wants(tmp_path):
     for arguments, said in (([], usage), (["--help"], usage), ([tmp_path], missing)):
         command = [sys.executable, "-m", "eval.report", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_an_evaluation_says_what_its_numbers_show(tmp_path):
@@ -510,7 +571,9 @@ def test_the_plane_is_that_of_the_two_largest_principal_components():
 )
 def test_few_or_equal_prompts_have_points_too(texts):
     points, share = report.project(texts)
-    assert len(points) == len(texts) and np.isfinite(points).all() and 0 <= share <= 1
+    assert len(points) == len(texts)
+    assert np.isfinite(points).all()
+    assert 0 <= share <= 1
 
 
 def test_the_map_is_of_all_prompts_and_seeds_or_what_diversity_made(tmp_path, monkeypatch):
@@ -519,10 +582,12 @@ def test_the_map_is_of_all_prompts_and_seeds_or_what_diversity_made(tmp_path, mo
     made = report.prompt_map(out, folders)
     sources = ["iteration 1"] * 4 + ["iteration 2"] * 4 + ["seeds"] * 3
     assert sorted(p[2] for p in made["points"]) == sources
-    assert "11 of 11 prompts" in made["how"] and "TF-IDF" in made["how"]
+    assert "11 of 11 prompts" in made["how"]
+    assert "TF-IDF" in made["how"]
     monkeypatch.setattr(report, "MAPPED", 5)
     made = report.prompt_map(out, folders)
-    assert len(made["points"]) == 5 and "5 of 11 prompts" in made["how"]
+    assert len(made["points"]) == 5
+    assert "5 of 11 prompts" in made["how"]
     (out / "seeds.jsonl").unlink()
     sources = {p[2] for p in report.prompt_map(out, folders)["points"]}
     assert sources == {"iteration 1", "iteration 2"}
@@ -530,8 +595,9 @@ def test_the_map_is_of_all_prompts_and_seeds_or_what_diversity_made(tmp_path, mo
     for t in (1, 10, 9):  # the last iteration's is taken
         (out / f"iter{t}/eval/diversity").mkdir(parents=True)
         (out / f"iter{t}/eval/diversity/map.json").write_text(json.dumps([{**point, "x": t}]))
-    made = report.prompt_map(out, folders)
-    assert made["points"] == [[10, 2, "iter1/prompts", "P"]] and "eval/diversity.py" in made["how"]
+    made = report.prompt_map(out, [out / f"iter{t}" for t in range(1, 11)])
+    assert made["points"] == [[10, 2, "iter1/prompts", "P"]]
+    assert "eval/diversity.py" in made["how"]
 
 
 # ------------------------------------------------------------------------------------ in a browser
@@ -704,24 +770,29 @@ def test_hostile_texts_are_shown_as_texts(chrome, evil, size):
     page = Page(chrome, evil, size)
     page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
     shown = page.texts(".row span")
-    assert shown[:3] == [(text + " 1")[:300] for text in (EVIL, HEBREW, LONG)] and shown[3] == EVIL
+    assert shown[:3] == [(text + " 1")[:300] for text in (EVIL, HEBREW, LONG)]
+    assert shown[3] == EVIL
     for k, text in enumerate((EVIL, HEBREW, LONG)):
         page.js("document.querySelectorAll('.row')[arguments[0]].click()", k)
         if not page.count("#detail"):
             page.js("document.querySelectorAll('.row')[arguments[0]].click()", k)
-        assert page.text(".asked") == f"{text} 1" and page.texts(".chip") == [text, text[:40]]
+        assert page.text(".asked") == f"{text} 1"
+        assert page.texts(".chip") == [text, text[:40]]
         shown = ["draft " + text, text + " chosen", "no " + text, "base " + text]
         assert page.texts(".texts .words") == shown
         assert not page.troubles()
     page.js("document.querySelectorAll('.row')[3].click()")
     assert page.texts("#detail > .words") == [f"{LONG} earlier", EVIL]
     assert page.texts("#detail > h4") == [EVIL, "user"]
-    assert page.js("window.hacked ?? null") is None and page.count("img, b b, iframe, object") == 0
+    assert page.js("window.hacked ?? null") is None
+    assert page.count("img, b b, iframe, object") == 0
     assert page.count("script") == 3, "data, one block, the page's own"
     for selector in ("#scores thead", "#map .legend", "#yields", ".options"):
         assert EVIL in page.text(selector), selector
-    assert EVIL.strip() in page.text(".note") and "x <b>" in page.text("#benchmarks")
-    assert EVIL.split("/")[-1] in page.text("#facts") and "(empty)" in page.text(".options")
+    assert EVIL.strip() in page.text(".note")
+    assert "x <b>" in page.text("#benchmarks")
+    assert EVIL.split("/")[-1] in page.text("#facts")
+    assert "(empty)" in page.text(".options")
     assert page.text("h1") == "SynPO run “run <img src=x onerror=hacked=1>”"
     assert page.search(EVIL.split(" ")[0]) == [(EVIL + " 1")[:300], EVIL, EVIL + " 2", EVIL]
     assert not page.troubles()
@@ -741,16 +812,19 @@ def many(tmp_path_factory):
 @pytest.mark.browser
 def test_forty_thousand_pairs_can_be_searched_and_sorted(chrome, many):
     page = Page(chrome, many)
-    assert page.text("[role=status]") == "1\u201340 of 40,000" and page.count(".row") == 40
+    assert page.text("[role=status]") == "1\u201340 of 40,000"
+    assert page.count(".row") == 40
     elements = page.count("*")
-    assert elements < 6000 and page.js("parsed.filter(Boolean).length") == 1, "of 313 blocks"
+    assert elements < 6000
+    assert page.js("parsed.filter(Boolean).length") == 1, "of 313 blocks"
     both = [f"Question 13579 of iteration {t}?" for t in (1, 2)]
     assert page.search("key13579") == both
     assert page.search("13579 second") == both[1:], "all words, each in any of its texts"
     assert page.search('"better answer 19999"') == [
         f"Question 19999 of iteration {t}?" for t in (1, 2)
     ]
-    assert page.search('"answer better"') == [] and page.text(".list") == "No pair matches."
+    assert page.search('"answer better"') == []
+    assert page.text(".list") == "No pair matches."
     assert page.count("#detail") == 0
     page.choose("Iteration", "2")
     assert page.search("ID2-4711") == ["Question 4711 of iteration 2?"], "whatever the case"
@@ -762,8 +836,10 @@ def test_forty_thousand_pairs_can_be_searched_and_sorted(chrome, many):
     assert page.texts(".row span")[0] == "Question 0 of iteration 2?"
     for _ in range(3):
         page.js("document.querySelector('.pages button:last-child').click()")
-    assert page.text("[role=status]") == "121\u2013160 of 20,000" and page.count(".row") == 40
-    assert page.count("*") < elements + 200 and not page.troubles()
+    assert page.text("[role=status]") == "121\u2013160 of 20,000"
+    assert page.count(".row") == 40
+    assert page.count("*") < elements + 200
+    assert not page.troubles()
 
 
 @pytest.mark.slow
@@ -803,9 +879,11 @@ def test_the_keyboard_is_enough(chrome, fifty):
     page = Page(chrome, fifty)
     assert page.text(".asked") == asked(0), "where there is room, a pair is open"
     page.press("/")
-    assert focused(page) == "search" and page.js("document.activeElement.value") == ""
+    assert focused(page) == "search"
+    assert page.js("document.activeElement.value") == ""
     page.press("k", "e", "y", "4", KEY.enter)
-    assert focused(page) == asked(4) == page.text(".asked") and page.count(".row") == 11
+    assert focused(page) == asked(4) == page.text(".asked")
+    assert page.count(".row") == 11
     page.press("j")
     assert focused(page) == asked(40) == page.text(".asked")
     page.press(KEY.down, KEY.down, KEY.up, "k")
@@ -822,16 +900,16 @@ def test_the_keyboard_is_enough(chrome, fifty):
     assert page.text("[role=status]") == "1\u201340 of 50"
     assert focused(page) == asked(39) == page.text(".asked")
     page.press("k", KEY.tab)
-    assert focused(page) == "submit" and page.text(":focus") == "Next \u203a", (
-        "the list is one stop"
-    )
+    assert focused(page) == "submit"
+    assert page.text(":focus") == "Next \u203a", "the list is one stop"
     assert not page.troubles()
 
 
 @pytest.mark.browser
 def test_where_there_is_no_room_a_pair_opens_below_its_row(chrome, fifty):
     page = Page(chrome, fifty, NARROW)
-    assert page.count("#detail") == 0 and page.count(".row") == 12
+    assert page.count("#detail") == 0
+    assert page.count(".row") == 12
     page.press("j", KEY.enter)
     assert (
         page.text("li:has(#detail) .row span")
@@ -842,12 +920,15 @@ def test_where_there_is_no_room_a_pair_opens_below_its_row(chrome, fifty):
     page.press("j")
     assert page.text("li:has(#detail) .row span") == "Question 2 of iteration 1?"
     page.press(KEY.escape)
-    assert page.count("#detail") == 0 and focused(page) == "Question 2 of iteration 1?"
+    assert page.count("#detail") == 0
+    assert focused(page) == "Question 2 of iteration 1?"
     page.press(KEY.enter, KEY.enter)
-    assert page.count("#detail") == 0 and not page.troubles()
+    assert page.count("#detail") == 0
+    assert not page.troubles()
     boxes = page.js("""[...document.querySelectorAll("figure, .list, .tools > *")]
         .map(e => e.getBoundingClientRect().right)""")
-    assert len(boxes) > 10 and max(boxes) <= 360
+    assert len(boxes) > 10
+    assert max(boxes) <= 360
 
 
 @pytest.mark.browser
@@ -862,7 +943,8 @@ def test_tab_reaches_everything_in_the_order_of_the_page(chrome, two):
             page.js("""(e => [e.closest("section, nav, header")?.id || e.tagName, e.tagName,
             e.getAttribute("aria-label") ?? e.textContent])(document.activeElement)""")
         )
-    assert places[0][2] == "Skip to the pairs" and [p for p in places if p[1] == "INPUT"]
+    assert places[0][2] == "Skip to the pairs"
+    assert [p for p in places if p[1] == "INPUT"]
     names = [place for i, (place, *_) in enumerate(places) if i == 0 or place != places[i - 1][0]]
     sections = ["scores", "pairs", "yields", "training", "map", "time"]
     assert [name for name in names if name in sections] == sections
@@ -885,7 +967,8 @@ def test_charts_are_read_by_arrow_keys_and_pointer(chrome, two):
     scores = {"M₀": "0.400", "M₁": "0.500", "M₂": "0.600", "R₁": "0.500", "R₂": "0.600"}
     assert said == [f"{name}: {score} ± 0.039" for name, score in scores.items()]
     label = page.js("document.querySelector(arguments[0]).ariaLabel", svg)
-    assert page.text("#live") == said[-1] and all(text in label for text in said)
+    assert page.text("#live") == said[-1]
+    assert all(text in label for text in said)
     page.js("""(box => document.querySelector("#map svg").dispatchEvent(
         new PointerEvent("pointermove", {clientX: box.x, clientY: box.y}))
         )(document.querySelector("#map circle.fill").getBoundingClientRect())""")
@@ -922,7 +1005,8 @@ def test_differences_are_longest_common_subsequences(chrome, two):
         runs = page.js("difference(arguments[0], arguments[1])", a, b)
         assert ["".join(text for text, _ in side) for side in runs] == ["".join(a), "".join(b)]
         kept = ["".join(text for text, both in side if both) for side in runs]
-        assert kept[0] == kept[1] and len(kept[0]) == lcs(a, b)
+        assert kept[0] == kept[1]
+        assert len(kept[0]) == lcs(a, b)
     words = "One, two's 漢字 ünï—x\n  end."
     parts = ["One", ",", " ", "two's", " ", "漢", "字", " ", "ünï", "—", "x", "\n  ", "end", "."]
     assert page.js("split(arguments[0])", words) == parts
@@ -948,7 +1032,8 @@ def test_a_pair_shows_what_its_rewrite_changed(chrome, tmp_path):
         "R₁\u2019s rewrite: chosen5 words, score -1",
     ]
     assert view.texts(".texts h4") == heads
-    assert view.texts("del") == ["red"] and view.texts("ins") == ["a mammal"]
+    assert view.texts("del") == ["red"]
+    assert view.texts("ins") == ["a mammal"]
     view.press("j")
     one = "M₁\u2019s answer: draft · R₂\u2019s rewrite: chosen3 words, score -1"
     assert view.texts(".texts h4") == [one, "M₀\u2019s answer: rejected1 word, score -2"]
@@ -959,7 +1044,8 @@ def test_a_pair_shows_what_its_rewrite_changed(chrome, tmp_path):
     view.choose("Marked differences", "rejected")
     assert (view.texts("del"), view.texts("ins")) == (["is no"], ["was yes"])
     view.choose("Marked differences", "none")
-    assert view.count("ins, del") == 0 and not view.troubles()
+    assert view.count("ins, del") == 0
+    assert not view.troubles()
 
 
 @pytest.mark.browser
@@ -967,7 +1053,9 @@ def test_a_search_is_marked_in_what_it_found(chrome, fifty):
     page = Page(chrome, fifty)
     assert page.search("BETTER 17")[0] == "Question 17 of iteration 1?"
     found = page.js("[...CSS.highlights.get('found')].map(range => range.toString())")
-    assert set(found) == {"better", "17"} and page.search("(") == [] and page.search("[7") == []
+    assert set(found) == {"better", "17"}
+    assert page.search("(") == []
+    assert page.search("[7") == []
     assert not page.troubles()
 
 
@@ -995,23 +1083,27 @@ def test_a_page_for_every_run(chrome, tmp_path, name):
     for size in (WIDE, NARROW):
         view = Page(chrome, make_page(tmp_path, pairs, **changes), size)
         text = view.text("body > main")
-        assert not view.troubles() and "undefined" not in text and "NaN" not in text
+        assert not view.troubles()
+        assert "undefined" not in text
+        assert "NaN" not in text
         drawn = view.js("[...document.querySelectorAll('svg')].map(svg => svg.outerHTML).join()")
         assert not re.search("NaN|Infinity|undefined|object", drawn)
         sections = view.js("[...document.querySelectorAll('main > section')].map(s => s.id)")
         T = len(pairs)
         wanted = ["scores"] * changes.get("scored", True) + ["pairs"] + ["yields"] * bool(T)
         wanted += ["training", "map", "time"]
-        assert sections == wanted and view.texts("nav a") == view.texts("h2")
-        assert view.count(".row") == sum(map(len, pairs)) and view.count("#benchmarks") == 0
+        assert sections == wanted
+        assert view.texts("nav a") == view.texts("h2")
+        assert view.count(".row") == sum(map(len, pairs))
+        assert view.count("#benchmarks") == 0
     if name == "no scorer":
-        assert "no scores" in view.text("#yields") and "gap" not in view.text(".list")
+        assert "no scores" in view.text("#yields")
+        assert "gap" not in view.text(".list")
     if name == "previous rejected":
         view.press("j", "j", KEY.enter)
         first, _, third = view.texts(".texts h4")
-        assert first.startswith("M₁\u2019s answer: draft, rejected") and third.startswith(
-            "M₀\u2019s answer"
-        )
+        assert first.startswith("M₁\u2019s answer: draft, rejected")
+        assert third.startswith("M₀\u2019s answer")
     if name.startswith("nothing"):
         assert view.text("#headline") == "No iteration is finished yet."
         assert "No pairs yet" in view.text("#pairs")

@@ -28,7 +28,12 @@ judge.pairwise = True
 
 
 def test_accuracy_by_hand(tmp_path, capsys):
-    answers = (("aa", "b", 1), ("aaa", "b", 2), ("a", "b", 2), ("a", "bbb", 2))
+    answers = (
+        ("aa", "b", 1),
+        ("aaa", "b", 2),
+        ("a", "b", 2),
+        ("a", "bbb", 2),
+    )
     path = tmp_path / "labelled.json"
     rows = []
     for one, two, label in answers:
@@ -70,7 +75,9 @@ def test_other_layouts(tmp_path):
 def test_the_command_with_two_ranks(tmp_path):
     changes = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
     model = tiny_checkpoint(tmp_path / "rm", seed=3, id2label={"0": "LABEL_0"}, **changes)
-    labelled = [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "no"} for i in range(5)]
+    labelled = []
+    for i in range(5):
+        labelled.append({"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "no"})
     data = write_rows(tmp_path / "pairs.jsonl", labelled)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     flags = [f"--scorer={model}", f"--data={data}", "--dtype=float32"]
