@@ -79,6 +79,7 @@ def test_a_command_is_measured_by_its_own_flags(tmp_path, monkeypatch):
     assert (one.processes, one.node_gpus, one.device) == (16, 8, "gpu")
     assert not one.activation_checkpointing and two.activation_checkpointing
     assert (two.micro_batch_tokens, pair, two.processes) == (1000, 200, 1)
+    assert two.model == tmp_path.resolve()
     memory.estimate_command([*dpo, "--micro-batch-tokens", "50"])  # the least is one pair
     assert asked[-1][0].micro_batch_tokens == 200
 

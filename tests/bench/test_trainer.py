@@ -62,23 +62,27 @@ def asked(monkeypatch) -> list:
     """(part, arguments) of every run, none of which takes place."""
     calls = []
 
-    def run_part(command, part, arguments, cwd=None):
+    def run_part(command, part, arguments):
+        assert command[1:] == ["-m", "bench.trainer"]
         calls.append((part, arguments))
-        if part != "trl":
-            return OURS
-        assert command[:2] == ["PYTHON", "-I"]
+        return OURS
+
+    def run_peer(python, part, arguments):
+        assert python == "PYTHON"
+        calls.append((part, arguments))
         names = ("peak_gb", "seconds", "reference_seconds", "moved")
         peer = {name: OURS[name] for name in names}
         return {**peer, "peak_gb": 4.0, "seconds": 6.0}
 
     monkeypatch.setattr(trainer, "run_part", run_part)
+    monkeypatch.setattr(trainer, "run_peer", run_peer)
     return calls
 
 
 def options(given: list, **more) -> SimpleNamespace:
     sizes = {"steps": 1, "batch": 2, "max_length": 64, "micro_batch_tokens": 64}
     flags = {"activation_checkpointing": True, **sizes, **more}
-    return SimpleNamespace(model=str(given[1]), pairs=str(given[3]), **flags)
+    return SimpleNamespace(model=given[1], pairs=given[3], **flags)
 
 
 def test_ratios_to_the_peer(given, asked, capsys):
@@ -89,8 +93,8 @@ def test_ratios_to_the_peer(given, asked, capsys):
     assert "dpo: 3.00x TRL, reference pass 1.00x, 0.25 of its memory" in out
     assert "sft: 3.00x TRL, 0.25 of its memory" in out
     assert [part for part, _ in asked] == ["ours", "trl"] * 3
-    assert all(("activation_checkpointing" in one) == (part == "ours") for part, one in asked)
-    assert asked[4][1]["max_length"] == 256 and asked[4][1]["pairs"] != str(given[3])
+    assert all(one["activation_checkpointing"] for _, one in asked)
+    assert asked[4][1]["max_length"] == 256 and asked[4][1]["pairs"] != given[3]
 
 
 def test_growth(given, asked):
@@ -139,6 +143,6 @@ def test_pairs_come_again_where_a_file_has_fewer(given):
 
 
 def test_a_checkpoint_of_another_size(given):
-    made = trainer.changed(str(given[1]), num_hidden_layers=1)
+    made = trainer.changed(given[1], num_hidden_layers=1)
     assert load_config(made).num_hidden_layers == 1
     assert Chat(made).template == Chat(given[1]).template
