@@ -1,4 +1,5 @@
-"""What the commands of bench/ share: parts in processes of their own, and how a command ends.
+"""What the commands of bench/ share: options, parts in processes of their own, and how a command
+ends.
 
 A part in a process of its own is timed and weighed alone. A benchmark that has such parts calls
 run_part(); its own main() begins with answer(PARTS).
@@ -9,29 +10,45 @@ import json
 import os
 import subprocess
 import sys
+import time
+from functools import wraps
 from pathlib import Path
 
-from bench.tables import write_figures
+from bench.tables import add_json_flag, write_figures
 from eval.table import table
+from plumbing.options import flags_of
 from plumbing.records import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / "bench/peers.py"
+CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
 
 
-def run_part(
-    command: list[str], part: str, arguments: dict, cwd: Path = ROOT, env: dict | None = None
-) -> dict:
-    """Run COMMAND --part PART JSON to its end; returns the JSON object that it prints last."""
+def last_json(command: list[str], cwd: Path = ROOT, env: dict | None = None) -> dict:
+    """Run a command to its end; returns the JSON object that it prints last."""
     done = subprocess.run(
-        [*command, "--part", part, json.dumps(arguments)],
+        command,
         cwd=cwd,
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        sys.exit(f"{part}:\n{done.stderr[-3000:]}")
+        sys.exit(f"{' '.join(command)}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_part(command: list[str], part: str, arguments: dict, **where) -> dict:
+    """Run COMMAND --part PART JSON; where: last_json()'s cwd and env."""
+    # paths become absolute: the part may run in another directory
+    given = json.dumps(arguments, default=os.path.abspath)
+    return last_json([*command, "--part", part, given], **where)
+
+
+def run_peer(python: str, part: str, arguments: dict) -> dict:
+    """Run a part of bench/peers.py with the Python of an environment that has the peer."""
+    # isolated, and not in our directory: a peer must not take our files for its own
+    return run_part([python, "-I", str(PEERS)], part, arguments, cwd=PEERS.parent)
 
 
 def answer(parts: dict) -> None:
@@ -43,6 +60,24 @@ def answer(parts: dict) -> None:
         sys.exit()
 
 
+def watch(owner, name: str, note) -> None:
+    """Call note(seconds by clock, result, *args) after every call of owner.name.
+
+    It is replaced where it is looked up, so its callers need not know.
+    """
+    function = getattr(owner, name)
+
+    @wraps(function)
+    def watched(*args, **named):
+        before = {clock: read() for clock, read in CLOCKS.items()}
+        result = function(*args, **named)
+        seconds = {clock: read() - before[clock] for clock, read in CLOCKS.items()}
+        note(seconds, result, *args)
+        return result
+
+    setattr(owner, name, watched)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose help begins with a module's docstring."""
     return argparse.ArgumentParser(
@@ -50,6 +85,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def parser_of(options: type) -> argparse.ArgumentParser:
+    """A parser of --json and of a dataclass's fields, whose comments are their help texts."""
+    parser = make_parser(sys.modules[options.__module__].__doc__)
+    for flag in flags_of(options, []):
+        flag.add_to(parser)
+    add_json_flag(parser)
+    return parser
 
 
 def finish(main, *args) -> None:
@@ -74,5 +118,5 @@ def measure(parts: dict, args: argparse.Namespace) -> dict[str, list[dict]]:
 
 
 def progress(text: str) -> None:
-    """A line for who waits; results go to standard output."""
+    """A progress line on standard error; results go to standard output."""
     print(text, file=sys.stderr, flush=True)

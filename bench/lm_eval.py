@@ -12,42 +12,43 @@ programs run beside. --batch is the peer's. Tables on standard output, JSON in t
 """
 
 import json
-import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench.command import finish, make_parser, progress
-from bench.tables import add_json_flag, write_figures
-from eval.leaderboard import TASKS, Options, files_of, headline, task_manager, write_definitions
+from bench.command import CLOCKS, finish, parser_of, progress, watch
+from bench.tables import write_figures
+from eval import leaderboard
+from eval.leaderboard import TASKS, files_of, headline, task_manager, write_definitions
 from eval.lm_eval_adapter import Harness, evaluate
 from eval.stats import mean
 from eval.table import table
 from plumbing.options import RunOptions
 from plumbing.ranks import DEVICE, distributed
 
-CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
+
+@dataclass
+class Options:
+    model: Path
+    data: Path  # files as for eval/leaderboard.py
+    out: Path = Path("runs/bench-lm-eval")  # definitions
+    tasks: str = "arc_challenge,truthfulqa_mc2,mmlu,winogrande,gsm8k"
+    limit: int = 20  # questions a task, and MMLU subject
+    subjects: int = 3  # of MMLU
+    dtype: str = "float32"
+    batch: int = 1  # of the peer; 1 suits a CPU
+    generate_batch: int = 8  # the same, of generation
+    batch_tokens: int = 4096  # of ours
 
 
 class Clocked:
-    """A model whose own work is timed: seconds by clock since the last reset."""
+    """A model whose own work is timed: seconds by clock."""
 
     def __init__(self, model):
         self.model = model
-        self.reset()
-        for name in ("loglikelihood", "generate_until"):
-            setattr(model, name, self.clocked(getattr(model, name)))
-
-    def reset(self) -> None:
-        self.seconds = dict.fromkeys(CLOCKS, 0.0)
-
-    def clocked(self, method):
-        def work(*args, **named):
-            before = {name: clock() for name, clock in CLOCKS.items()}
-            results = method(*args, **named)
-            for name, clock in CLOCKS.items():
-                self.seconds[name] += clock() - before[name]
-            return results
-
-        return work
+        self.seconds: Counter = Counter()
+        for method in ("loglikelihood", "generate_until"):
+            watch(model, method, lambda seconds, *_: self.seconds.update(seconds))
 
 
 def responses(found: dict) -> list:
@@ -71,22 +72,19 @@ def difference(theirs: list, ours: list) -> dict:
     }
 
 
-def run_task(name: str, peer: Clocked, us: Clocked, o: Options, batch: int) -> dict:
+def run_task(name: str, peer: Clocked, us: Clocked, o: leaderboard.Options) -> dict:
     """A task through both; returns its row."""
     tasks = write_definitions(name, files_of(TASKS[name], o), o)
-    peer.model.batch_size_per_gpu = batch
-    metric = TASKS[name].metric
-    given = {}
-    scores = {}
+    given = []
+    scores = []
     for who in (peer, us):
-        who.reset()
+        who.seconds.clear()
         manager = task_manager(name, tasks, o)
         found = evaluate(who.model, tasks, manager, o.limit, samples=True)
-        given[who] = responses(found)
-        scores[who] = mean([float(headline(found, task, metric)[0]) for task in tasks])
-    row = {"task": name, **difference(given[peer], given[us])}
-    row["score: peer"] = scores[peer]
-    row["us"] = scores[us]
+        given.append(responses(found))
+        values = [float(headline(found, task, TASKS[name].metric)[0]) for task in tasks]
+        scores.append(mean(values))
+    row = {"task": name, **difference(*given), "score: peer": scores[0], "us": scores[1]}
 
     # seconds of both, by either clock
     for clock in CLOCKS:
@@ -101,7 +99,7 @@ def main(args) -> dict:
     from lm_eval.models.huggingface import HFLM
 
     run = RunOptions(dtype=args.dtype)
-    o = Options(
+    o = leaderboard.Options(
         run=run,
         model=args.model,
         data=args.data,
@@ -114,16 +112,11 @@ def main(args) -> dict:
         harness = Harness(args.model, run, args.batch_tokens)
         harness.weights(packed=False)
         us = Clocked(harness)
-        theirs = HFLM(
-            pretrained=str(args.model),
-            dtype=args.dtype,
-            device=str(DEVICE),
-            batch_size=args.batch,
-        )
-        peer = Clocked(theirs)
+        peer = Clocked(HFLM(str(args.model), dtype=args.dtype, device=str(DEVICE)))
         for name in args.tasks.split(","):
             batch = args.generate_batch if name == "gsm8k" else args.batch
-            rows.append(run_task(name, peer, us, o, batch))
+            peer.model.batch_size_per_gpu = batch
+            rows.append(run_task(name, peer, us, o))
             progress(json.dumps(rows[-1]))
 
     # each task, and the totals
@@ -146,16 +139,4 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="files as for eval/leaderboard.py")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-lm-eval"), help="definitions")
-    parser.add_argument("--tasks", default="arc_challenge,truthfulqa_mc2,mmlu,winogrande,gsm8k")
-    parser.add_argument("--limit", type=int, default=20, help="questions a task, and MMLU subject")
-    parser.add_argument("--subjects", type=int, default=3, help="of MMLU")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=1, help="of the peer; 1 suits a CPU")
-    parser.add_argument("--generate-batch", type=int, default=8, help="the same, of generation")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="of ours")
-    add_json_flag(parser)
-    finish(main, parser.parse_args())
+    finish(main, parser_of(Options).parse_args())

@@ -13,20 +13,17 @@ more. Attention is taken to be flash-attn's. The last line is JSON.
 
 import argparse
 import gc
-import inspect
 import json
 import math
-import os
 import sys
 import tempfile
-import threading
-import time
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from traceback import walk_stack
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -37,10 +34,12 @@ from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
-from bench.command import answer, finish, make_parser, run_part
-from bench.tables import add_json_flag, write_figures
+from bench.command import answer, finish, parser_of, run_part
+from bench.peers import most_resident, resident
+from bench.tables import write_figures
 from checkpoint import parse_config
 from dpo import train_policy
 from eval.table import table
@@ -51,16 +50,17 @@ from plumbing.ranks import gather, distributed
 from plumbing.records import InputError
 
 # The part of the work to which new memory belongs, by the innermost of these functions that asks
-# for it; "activations" where none does. FSDP's own names only decide labels: the total stands.
-PARTS_BY_FUNCTION = {  # name -> file, part
-    "shard": ("/train.py", "parameters"),
-    "foreach_all_gather": ("/_fsdp_collectives.py", "all-gathers"),
-    "init_all_gather_outputs": ("/_fsdp_param.py", "all-gathers"),
-    "foreach_reduce": ("/_fsdp_collectives.py", "reduce-scatters"),
-    "forward": ("/ops/logps.py", "logits chunks"),
-    "backward": ("/ops/logps.py", "logits chunks"),
-    "run_backward": ("/bench/memory.py", "backward"),
-    "run_optimizer": ("/bench/memory.py", "optimizer"),
+# for it; "activations" where none does. PyTorch's own names only decide labels: the total stands.
+PARTS_BY_FUNCTION = {
+    "shard": "parameters",
+    "foreach_all_gather": "all-gathers",
+    "FSDPParam.init_all_gather_outputs": "all-gathers",
+    "foreach_reduce": "reduce-scatters",
+    "TokenLogps.forward": "logits chunks",
+    "TokenLogps.backward": "logits chunks",
+    "Tensor.backward": "backward",
+    "clip_grad_norm_": "optimizer",
+    "Adam.step": "optimizer",
 }
 PARTS = (
     "parameters",
@@ -90,11 +90,10 @@ SMALL = {
 class Setup:
     """What the memory of a training process depends on."""
 
-    model: str
+    model: str | Path
     processes: int = 1
     max_length: int = 512  # tokens of a sequence
     micro_batch_tokens: int = 2048
-    prompt_tokens: int = 1  # of each sequence: these need no head
     activation_checkpointing: bool = False
     dtype: str = "bfloat16"
     device: str = "cpu"  # whose functions to estimate: cpu or gpu
@@ -107,9 +106,8 @@ class Setup:
 
     @property
     def sequences(self) -> list[train.Sequence]:
-        length = min(self.max_length, self.micro_batch_tokens)
-        count = max(1, self.micro_batch_tokens // length)
-        return [([1] * length, self.prompt_tokens)] * count
+        count = max(1, self.micro_batch_tokens // self.max_length)
+        return [([1] * self.max_length, 1)] * count
 
 
 # ---------------------------------------------------------------------------------- two steps
@@ -120,18 +118,11 @@ def two_steps(net: torch.nn.Module, sequences: list[train.Sequence]) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True)
     for _ in range(2):
         for _ in range(2):
-            run_backward(train.response_logps(net, sequences))
-        run_optimizer(net, optimizer)
+            logps = train.response_logps(net, sequences)
+            torch.stack([one.sum() for one in logps]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def run_backward(logps: list[torch.Tensor]) -> None:
-    torch.stack([one.sum() for one in logps]).sum().backward()
-
-
-def run_optimizer(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    optimizer.step()
 
 
 # ---------------------------------------------------------------------------------- estimates
@@ -142,76 +133,47 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive: dict[int, str] = {}  # id of a storage -> its part
-        self.bytes: Counter = Counter()  # by part, but for all-gathers
-        self.gathered: dict[int, weakref.ref] = {}  # id of a storage -> that storage
+        self.alive: WeakKeyDictionary = WeakKeyDictionary()  # storage -> its part
         self.reductions = 0
         self.peak: Counter = Counter()  # bytes by part
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
-        new = [self.add(tensor) for tensor in local_tensors(result)]
-        if any(new):
-            now = self.now()
-            if now.total() > self.peak.total():
-                self.peak = now
+        storages = [tensor.untyped_storage() for tensor in local_tensors(result)]
+        new = [storage for storage in storages if storage not in self.alive]
+        for storage in new:
+            self.alive[storage] = self.part()
+        if new:
+            # sizes are read anew: FSDP frees an all-gather by resizing its storage to 0
+            now: Counter = Counter()
+            for storage, part in self.alive.items():
+                now[part] += storage.nbytes()
+            self.peak = max(self.peak, now, key=Counter.total)
         return result
-
-    def add(self, tensor: torch.Tensor) -> bool:
-        """Follow a tensor's storage until it is freed; returns whether it is new."""
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self.alive:
-            return False
-        part = self.part()
-        self.alive[key] = part
-        size = storage.nbytes()
-        if part == "all-gathers":
-            # FSDP frees them by resizing the storage to 0: now() asks for their size each time
-            self.gathered[key] = weakref.ref(storage)
-            size = 0
-        self.bytes[part] += size
-        weakref.finalize(storage, self.forget, key, size)
-        return True
-
-    def forget(self, key: int, size: int) -> None:
-        self.bytes[self.alive.pop(key)] -= size
-        self.gathered.pop(key, None)
-
-    def now(self) -> Counter:
-        """Bytes alive, by part."""
-        storages = [reference() for reference in self.gathered.values()]
-        gathered = sum(storage.nbytes() for storage in storages if storage is not None)
-        return Counter({**self.bytes, "all-gathers": gathered})
 
     def part(self) -> str:
         """The part of the work that the code now running belongs to."""
-        frame = inspect.currentframe()
         inside_allocate = False
-        while frame is not None:
-            name = frame.f_code.co_name
-            file, part = PARTS_BY_FUNCTION.get(name, ("", ""))
-            if file and frame.f_code.co_filename.endswith(file):
-                # FSDP allocates the input of a reduction, then its output, which are the gradients
-                if part == "reduce-scatters" and inside_allocate:
-                    self.reductions += 1
-                    return part if self.reductions % 2 else "gradients"
+        for frame, _ in walk_stack(None):
+            inside_allocate |= frame.f_code.co_name == "allocate"
+            part = PARTS_BY_FUNCTION.get(frame.f_code.co_qualname)
+            # FSDP allocates the input of a reduction, then its output, which are the gradients
+            if part == "reduce-scatters" and inside_allocate:
+                self.reductions += 1
+                return part if self.reductions % 2 else "gradients"
+            if part:
                 return part
-            inside_allocate |= name == "allocate"
-            frame = frame.f_back
         return "activations"
 
 
 def local_tensors(result) -> Iterator[torch.Tensor]:
     """The tensors that an operation returns and that have memory of this process."""
-    if isinstance(result, list | tuple):
-        for one in result:
-            yield from local_tensors(one)
-    elif isinstance(result, DTensor):
-        with torch.no_grad():
-            yield from local_tensors(result.to_local())
-    elif isinstance(result, FakeTensor) and result.device.type != "meta":
-        yield result
+    for one in tree_leaves(result):
+        if isinstance(one, DTensor):
+            with torch.no_grad():
+                one = one.to_local()
+        if isinstance(one, FakeTensor) and one.device.type != "meta":
+            yield one
 
 
 class FakeFlash(torch.autograd.Function):
@@ -229,29 +191,16 @@ class FakeFlash(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def fake_flash(q, k, v, *_, **__) -> torch.Tensor:
-    return FakeFlash.apply(q, k, v)
-
-
-def do_nothing(*_) -> None:
-    pass
-
-
-def always(*_) -> bool:
-    return True
-
-
 def run_estimate(**setup) -> dict:
     """Bytes by part at the peak of two_steps(), of rank 0 of setup.processes."""
     setup = Setup(**setup)
     # no numbers: no weights are read, and no compiled function is called
-    train.load_weights = do_nothing
-    cpu.call = do_nothing
+    train.load_weights = cpu.call = lambda *_: None
     if setup.device == "cpu":
         cpu.PLAIN = (*cpu.PLAIN, FakeTensor)
     else:
-        attention.use_flash = always
-        attention.flash_attn_varlen_func = fake_flash
+        attention.use_flash = lambda *_: True
+        attention.flash_attn_varlen_func = lambda q, k, v, *_, **__: FakeFlash.apply(q, k, v)
 
     # the mesh needs real tensors
     dist.init_process_group("fake", rank=0, world_size=setup.processes)
@@ -263,7 +212,6 @@ def run_estimate(**setup) -> dict:
     return {
         "parts": {part: tracker.peak[part] for part in PARTS},
         "total": tracker.peak.total(),
-        "tokens": sum(len(ids) for ids, _ in setup.sequences),
     }
 
 
@@ -273,39 +221,20 @@ def run_estimate(**setup) -> dict:
 def run_measure(**setup) -> dict:
     """Real training of the same shape: how far this process grows over what it had before."""
     setup = Setup(**setup)
-    peak = 0
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.is_set():
-            peak = max(peak, resident())
-            time.sleep(0.002)
-
     with distributed(), tempfile.TemporaryDirectory() as folder:
         # a tiny model first, so that what Python and its libraries take is there already
-        tiny = {
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "vocab_size": 64,
-        }
-        random_checkpoint(Path(folder), **tiny)
-        two_steps(train.shard(folder, setup.options), setup.sequences)
+        tiny = random_checkpoint(
+            Path(folder),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            vocab_size=64,
+        )
+        two_steps(train.shard(tiny, setup.options), setup.sequences)
         gc.collect()
         before = resident()
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         two_steps(train.shard(setup.model, setup.options), setup.sequences)
-        ended.set()
-        watcher.join()
-        return {"total": max(gather(peak - before))}
-
-
-def resident() -> int:
-    """Bytes of memory that this process has now, without pages of files such as a checkpoint's."""
-    _, pages, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
-    return (pages - shared) * os.sysconf("SC_PAGE_SIZE")
+        return {"total": max(gather(most_resident() - before))}
 
 
 def random_checkpoint(folder: Path, **changes) -> str:
@@ -342,28 +271,30 @@ def measure(setup: Setup) -> dict:
     return run_part(command, "measure", asdict(setup), env=env)
 
 
+@dataclass
+class EstimateOptions:
+    processes: int = 1  # that train together
+    gpu_gb: float = 80.0  # memory of a GPU
+    node_gpus: int = 8  # parameters are sharded in a node
+
+
 def estimate_command(argv: list[str]) -> dict:
     """Print the peak memory of `train.py FLAGS` or `dpo.py FLAGS`, and what would fit a GPU."""
-    parser = make_parser(__doc__)
-    parser.add_argument("file")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of a GPU")
-    parser.add_argument("--node-gpus", type=int, default=8, help="parameters are sharded in a node")
-    add_json_flag(parser)
-    args, flags = parser.parse_known_args(argv)
+    file, *rest = argv
+    args, flags = parser_of(EstimateOptions).parse_known_args(rest)
     # how many sequences of full length an example has
     commands = {"train.py": (train.finetune, 1), "dpo.py": (train_policy, 2)}
-    if Path(args.file).name not in commands:
-        raise InputError(f"{args.file}: give train.py or dpo.py, and its flags")
+    if Path(file).name not in commands:
+        raise InputError(f"{file}: give train.py or dpo.py, and its flags")
     if args.processes > args.node_gpus and args.processes % args.node_gpus:
         problem = f"must be whole nodes of {args.node_gpus} (--node-gpus)"
         raise InputError(f"--processes {problem}, got {args.processes}")
-    function, sequences = commands[Path(args.file).name]
+    function, sequences = commands[Path(file).name]
     given = parse_options(function, flags)
     o = given["o"]
     unit = sequences * o.max_length
     setup = Setup(
-        model=str(given["model"].resolve()),
+        model=given["model"].resolve(),
         processes=args.processes,
         max_length=o.max_length,
         micro_batch_tokens=max(1, o.micro_batch_tokens // unit) * unit,
@@ -386,7 +317,8 @@ def show_estimate(setup: Setup, unit: int, args: argparse.Namespace) -> dict:
     largest = max(0, 16 + math.floor(16 * room / (more["total"] - some["total"]))) * unit
 
     # a row for each part
-    batch = f"micro-batches of {one['tokens']:,} tokens, sequences of {setup.max_length:,}"
+    tokens = setup.micro_batch_tokens
+    batch = f"micro-batches of {tokens:,} tokens, sequences of {setup.max_length:,}"
     checkpointing = ", activation checkpointing" if setup.activation_checkpointing else ""
     print(f"{setup.model}: {setup.processes} processes, {batch}{checkpointing}")
     sizes = {**one["parts"], "total at peak": one["total"]}
@@ -395,41 +327,43 @@ def show_estimate(setup: Setup, unit: int, args: argparse.Namespace) -> dict:
     print(f"total {one['total'] / 1e9:.2f} GB per process at peak")
     print(f"largest micro-batch in {args.gpu_gb:g} GB: {largest:,} tokens")
     write_figures(args.json, {"parts": rows})
-    return {**one, "largest": largest}
+    return {**one, "tokens": tokens, "largest": largest}
+
+
+@dataclass
+class CompareOptions:
+    max_length: int = 512  # tokens of a sequence
+    micro_batch_tokens: int = 2048  # of each process
+    dtype: str = "bfloat16"  # of the computation
 
 
 def compare_command(argv: list[str]) -> list[dict]:
     """Estimates of a small model on 1, 2 and 4 processes against what real processes take."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--model", default="", help="checkpoint (default: small, random weights)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
-    parser.add_argument("--prompt-tokens", type=int, default=1, help="these need no head")
-    parser.add_argument("--dtype", default="bfloat16", help="of the computation")
-    add_json_flag(parser)
-    args = parser.parse_args(argv)
-
+    args = parser_of(CompareOptions).parse_args(argv)
     # a row for each number of processes, without and with activation checkpointing
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup(
-            model=str(Path(args.model).resolve())
-            if args.model
-            else random_checkpoint(Path(folder)),
-            max_length=args.max_length,
-            micro_batch_tokens=args.micro_batch_tokens,
-            prompt_tokens=args.prompt_tokens,
-            dtype=args.dtype,
-        )
+        model = random_checkpoint(Path(folder))
         for processes in (1, 2, 4):
             for checkpointing in (False, True):
-                one = replace(setup, processes=processes, activation_checkpointing=checkpointing)
-                estimated = estimate(one)["total"]
-                measured = measure(one)["total"]
-                row = {"processes": processes, "activation checkpointing": checkpointing}
-                row["estimated"] = f"{estimated / 1e6:.0f} MB"
-                row["measured"] = f"{measured / 1e6:.0f} MB"
-                rows.append({**row, "ratio": f"{estimated / measured:.2f}"})
+                setup = Setup(
+                    model,
+                    processes,
+                    args.max_length,
+                    args.micro_batch_tokens,
+                    checkpointing,
+                    args.dtype,
+                )
+                estimated = estimate(setup)["total"]
+                measured = measure(setup)["total"]
+                row = {
+                    "processes": processes,
+                    "activation checkpointing": checkpointing,
+                    "estimated": f"{estimated / 1e6:.0f} MB",
+                    "measured": f"{measured / 1e6:.0f} MB",
+                    "ratio": f"{estimated / measured:.2f}",
+                }
+                rows.append(row)
     print(table(rows))
     write_figures(args.json, rows)
     return rows

@@ -33,22 +33,26 @@ def most_resident() -> int:
 # ---------------------------------------------------------------------------------- sampling
 
 
+def read_rows(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def read_requests(path: str, count: int = 0) -> list[dict]:
     """`count` records of a file (0: all), from the start again where it has fewer."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = read_rows(path)
     return [rows[i % len(rows)] for i in range(count or len(rows))]
 
 
+def turn(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
 def chat_texts(tokenizer, rows: list[dict]) -> list[str]:
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
-        )
-        for row in rows
-    ]
+    conversations = [turn("user", row["prompt"]) for row in rows]
+    return tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
 
 
-def run_transformers(model: str, requests: str, batch: int, count: int = 0) -> dict:
+def run_transformers(model: str, requests: str, batch: int, count: int, **_) -> dict:
     """Static batches of similar lengths, the order that suits it best."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,12 +62,13 @@ def run_transformers(model: str, requests: str, batch: int, count: int = 0) -> d
     rows = sorted(read_requests(requests, count), key=lambda row: row["max_new_tokens"])
 
     @torch.inference_mode()
-    def generate(rows: list[dict], most: int) -> None:
+    def generate(rows: list[dict]) -> None:
         for i in range(0, len(rows), batch):
             # padded on the left; every row of a batch writes as many tokens as its longest
-            texts = chat_texts(tokenizer, rows[i : i + batch])
+            group = rows[i : i + batch]
+            texts = chat_texts(tokenizer, group)
             inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-            tokens = min(most, max(row["max_new_tokens"] for row in rows[i : i + batch]))
+            tokens = max(row["max_new_tokens"] for row in group)
             net.generate(
                 **inputs,
                 max_new_tokens=tokens,
@@ -75,11 +80,11 @@ def run_transformers(model: str, requests: str, batch: int, count: int = 0) -> d
             )
 
     # a short warm-up, then the measurement
-    generate(rows[:4], 4)
-    return {"seconds": timed(lambda: generate(rows, 1 << 30))}
+    generate([{**row, "max_new_tokens": 4} for row in rows[:4]])
+    return {"seconds": timed(lambda: generate(rows))}
 
 
-def run_vllm(model: str, requests: str, batch: int, count: int = 0) -> dict:
+def run_vllm(model: str, requests: str, count: int, **_) -> dict:
     """vLLM's continuous batching, on its CPU build."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -110,13 +115,8 @@ def read_pairs(path: str, count: int, max_length: int) -> list[dict]:
 
     Prompts that would leave no room for a response are left out.
     """
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    rows = [row for row in rows if len(row["prompt"]) < 2 * max_length]
+    rows = [row for row in read_rows(path) if len(row["prompt"]) < 2 * max_length]
     return [{**rows[i % len(rows)], "id": str(i)} for i in range(count)]
-
-
-def turn(role: str, text: str) -> list[dict]:
-    return [{"role": role, "content": text}]
 
 
 def to_trl(row: dict, method: str) -> dict:
@@ -162,16 +162,7 @@ def run_trl(
 ) -> dict:
     """TRL's trainers in bf16."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-    marks = {}
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            marks["begin"] = time.perf_counter()
-
-        def on_train_end(self, *_, **__):
-            marks["end"] = time.perf_counter()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # the reference pass, then the training
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -181,8 +172,7 @@ def run_trl(
     start = time.perf_counter()
     trainer = make_trl(net, tokenizer, rows, method, batch, max_length)
     reference = time.perf_counter() - start
-    trainer.add_callback(Clock())
-    trainer.train()
+    trained = trainer.train()
 
     # how much memory that took, and how many weights moved
     peak_gb = (most_resident() - before) / 1e9
@@ -190,10 +180,10 @@ def run_trl(
     both = zip(net.parameters(), old.parameters(), strict=True)
     moved = sum((p != q).sum().item() for p, q in both)
     return {
-        "seconds": marks["end"] - marks["begin"],
+        "seconds": trained.metrics["train_runtime"],
         "reference_seconds": reference,
         "peak_gb": peak_gb,
-        "moved": moved / sum(p.numel() for p in net.parameters()),
+        "moved": moved / net.num_parameters(),
     }
 
 

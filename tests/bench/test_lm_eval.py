@@ -78,5 +78,4 @@ def test_seconds_are_of_the_models_own_work():
     clocked = lm_eval.Clocked(Model())
     assert clocked.model.loglikelihood([1]) == [1] and clocked.model.generate_until([]) > 0
     assert clocked.seconds["wall"] > 0 and clocked.seconds["CPU"] > 0
-    clocked.reset()
-    assert clocked.seconds == {"wall": 0, "CPU": 0}
+    assert clocked.seconds.keys() == {"wall", "CPU"}

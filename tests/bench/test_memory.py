@@ -1,6 +1,7 @@
 """bench/memory.py: estimates against real processes, and of a model that does not fit here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from bench_helpers import run_bench
@@ -13,19 +14,26 @@ from plumbing.records import InputError, write_json
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_estimated_memory_is_what_training_takes(tmp_path):
-    """Fake tensors against two real processes, at a size where Python itself does not matter."""
+    """Fake tensors against two real processes, at a size where Python itself does not matter.
+
+    In fp32: without instructions for bf16 a CPU would take minutes.
+    """
     setup = memory.Setup(
         model=memory.random_checkpoint(tmp_path),
         processes=2,
         max_length=256,
-        micro_batch_tokens=512,
+        micro_batch_tokens=256,
         activation_checkpointing=True,
+        dtype="float32",
     )
     estimated, measured = memory.estimate(setup), memory.measure(setup)
     parts = estimated["parts"]
     assert parts["parameters"] == pytest.approx(4 * 33.5e6 / 2, rel=0.01)
     assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=0.01)
     assert estimated["total"] == pytest.approx(measured["total"], rel=0.15)
+    halved = memory.estimate(replace(setup, dtype="bfloat16"))["parts"]
+    assert halved["all-gathers"] == pytest.approx(parts["all-gathers"] / 2, rel=0.01)
+    assert halved["parameters"] == parts["parameters"]
 
 
 @pytest.mark.slow
@@ -71,6 +79,7 @@ def test_a_command_is_measured_by_its_own_flags(tmp_path, monkeypatch):
     assert (one.processes, one.node_gpus, one.device) == (16, 8, "gpu")
     assert not one.activation_checkpointing and two.activation_checkpointing
     assert (two.micro_batch_tokens, pair, two.processes) == (1000, 200, 1)
+    assert two.model == tmp_path.resolve()
     memory.estimate_command([*dpo, "--micro-batch-tokens", "50"])  # the least is one pair
     assert asked[-1][0].micro_batch_tokens == 200
 

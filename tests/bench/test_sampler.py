@@ -67,6 +67,7 @@ def test_two_processes_write_the_same(given, tmp_path):
 
 
 RUN = {
+    "tokens": 33,
     "live_slots": 0.5,
     "peak_bytes": 3e6,
     "weights_and_cache_bytes": 2e6,
@@ -80,15 +81,19 @@ def asked(monkeypatch) -> list:
     """(part, arguments) of every run, none of which takes place."""
     calls = []
 
-    def run_part(command, part, arguments, cwd=None):
+    def run_part(command, part, arguments):
+        assert command[1:] == ["-m", "bench.sampler"]
         calls.append((part, arguments))
-        if part in ("transformers", "vllm"):
-            assert command[1] == "-I" and arguments["batch"] == 7
-            return {"seconds": len(calls)}
         seconds = (arguments["count"] or 50) / 100
-        return {**RUN, "seconds": seconds, "attention": seconds / 2}
+        return {**RUN, "seconds": seconds, "step": seconds, "attention": seconds / 2}
+
+    def run_peer(python, part, arguments):
+        assert python == "PYTHON" and arguments["batch"] == 7
+        calls.append((part, arguments))
+        return {"seconds": len(calls)}
 
     monkeypatch.setattr(sampler, "run_part", run_part)
+    monkeypatch.setattr(sampler, "run_peer", run_peer)
     return calls
 
 
@@ -113,8 +118,7 @@ def test_growth(given, asked):
     counts = [(part, arguments["count"]) for part, arguments in asked]
     assert counts[:3] == [("ours", n) for n in (64, 256, 1024)]
     assert counts[3:] == [("context", n) for n in (256, 1024, 4096)]
-    tokens = sum(row["max_new_tokens"] for row in peers.read_requests(given[3], 64))
-    assert tables["requests"][0]["tokens/s"] == f"{tokens / 0.64:.0f}"
+    assert tables["requests"][0]["tokens/s"] == f"{33 / 0.64:.0f}"
     assert {row["over weights + KV cache"] for row in tables["requests"]} == {"1.50"}
     assert tables["context"][0]["attention ms"] == "1280.0"
     assert tables["context"][0]["ns per live token"] == "1280000"

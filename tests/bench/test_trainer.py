@@ -1,11 +1,14 @@
 """bench/trainer.py on a tiny model: a comparison runs, and its figures are those of its runs."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 from bench_helpers import run_bench
-from conftest import last_json, read_rows, tiny_checkpoint, write_rows
+from conftest import ROOT, last_json, read_rows, tiny_checkpoint, write_rows
 
 from bench import peers, trainer
 from checkpoint import load_config
@@ -59,23 +62,27 @@ def asked(monkeypatch) -> list:
     """(part, arguments) of every run, none of which takes place."""
     calls = []
 
-    def run_part(command, part, arguments, cwd=None):
+    def run_part(command, part, arguments):
+        assert command[1:] == ["-m", "bench.trainer"]
         calls.append((part, arguments))
-        if part != "trl":
-            return OURS
-        assert command[:2] == ["PYTHON", "-I"]
+        return OURS
+
+    def run_peer(python, part, arguments):
+        assert python == "PYTHON"
+        calls.append((part, arguments))
         names = ("peak_gb", "seconds", "reference_seconds", "moved")
         peer = {name: OURS[name] for name in names}
         return {**peer, "peak_gb": 4.0, "seconds": 6.0}
 
     monkeypatch.setattr(trainer, "run_part", run_part)
+    monkeypatch.setattr(trainer, "run_peer", run_peer)
     return calls
 
 
 def options(given: list, **more) -> SimpleNamespace:
     sizes = {"steps": 1, "batch": 2, "max_length": 64, "micro_batch_tokens": 64}
     flags = {"activation_checkpointing": True, **sizes, **more}
-    return SimpleNamespace(model=str(given[1]), pairs=str(given[3]), **flags)
+    return SimpleNamespace(model=given[1], pairs=given[3], **flags)
 
 
 def test_ratios_to_the_peer(given, asked, capsys):
@@ -86,8 +93,8 @@ def test_ratios_to_the_peer(given, asked, capsys):
     assert "dpo: 3.00x TRL, reference pass 1.00x, 0.25 of its memory" in out
     assert "sft: 3.00x TRL, 0.25 of its memory" in out
     assert [part for part, _ in asked] == ["ours", "trl"] * 3
-    assert all(("activation_checkpointing" in one) == (part == "ours") for part, one in asked)
-    assert asked[4][1]["max_length"] == 256 and asked[4][1]["pairs"] != str(given[3])
+    assert all(one["activation_checkpointing"] for _, one in asked)
+    assert asked[4][1]["max_length"] == 256 and asked[4][1]["pairs"] != given[3]
 
 
 def test_growth(given, asked):
@@ -105,6 +112,23 @@ def test_growth(given, asked):
     assert layers == [1, 8, 32, 1]
 
 
+@pytest.mark.slow
+def test_the_peak_is_soon_measured_without_bf16_instructions():
+    older = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
+    code = "import time; from bench.trainer import peak_flops; start = time.perf_counter(); "
+    code += "print(peak_flops(), time.perf_counter() - start)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, **older},
+    )
+    peak, seconds = map(float, done.stdout.split())
+    assert peak > 1e8 and seconds < 20
+
+
 def test_long_pairs_are_joined_ones(given):
     rows = read_rows(trainer.long_pairs(given[3], 3))
     assert len(rows) == 5 and rows[1]["prompt"] == "Say 3."
@@ -119,6 +143,6 @@ def test_pairs_come_again_where_a_file_has_fewer(given):
 
 
 def test_a_checkpoint_of_another_size(given):
-    made = trainer.changed(str(given[1]), num_hidden_layers=1)
+    made = trainer.changed(given[1], num_hidden_layers=1)
     assert load_config(made).num_hidden_layers == 1
     assert Chat(made).template == Chat(given[1]).template
