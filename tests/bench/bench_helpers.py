@@ -6,9 +6,11 @@ from conftest import run
 
 
 def bench_command(name: str, args: list) -> list[str]:
-    return [sys.executable, "-m", f"bench.{name}", *map(str, args)]
+    module = f"bench.{name}"
+    return [sys.executable, "-m", module, *map(str, args)]
 
 
 def run_bench(name: str, args: list, timeout: float = 600) -> tuple[int, str, str]:
     """Run `python -m bench.NAME ARGS`: (return code, standard output, standard error)."""
-    return run(["-m", f"bench.{name}", *args], timeout=timeout)
+    command = ["-m", f"bench.{name}", *args]
+    return run(command, timeout=timeout)

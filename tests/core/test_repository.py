@@ -25,15 +25,14 @@ STAGES = ("sample", "train", "gen_prompts", "improve", "pairs", "dpo", "loop")
 Tree = dict[str, str]
 
 # Ceilings, in Python tokens. Raise one only for a feature that needs it, and say so in the commit.
-CORE_TOKENS = 19_800  # top-level files without losses.py; never above 20,000
+CORE_TOKENS = 19_200  # top-level files without losses.py; never above 20,000
 PLUMBING_TOKENS = 7_000  # never above 7,000
 # All Python outside tests/ at commit 7187c6c, before the code was reflowed:
 #     git archive 7187c6c | tar -x -C DIR && python tests/core/test_repository.py DIR
 # counted 79,921. Plain statements cost more tokens than shorthand; this is what was reached, and it
 # must fall.
-ALL_TOKENS = 91_200
+ALL_TOKENS = 83_600
 TOKENS_A_LINE = 11
-TOKENS_A_TEST_LINE = 13  # tables of cases are dense
 COLUMNS = 100
 FUNCTION_LINES = 50
 PARAMETERS = 7
@@ -218,8 +217,7 @@ def packed_files(tree: Tree) -> list[str]:
     for path, source in python(tree).items():
         lines = {line for line, _ in tokens_of(source)}
         density = count(source) / max(1, len(lines))
-        limit = TOKENS_A_TEST_LINE if path.startswith("tests/") else TOKENS_A_LINE
-        if density > limit:
+        if density > TOKENS_A_LINE:
             found.append(f"{path}: {density:.1f} tokens a line")
     return found
 

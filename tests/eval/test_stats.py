@@ -30,7 +30,8 @@ def test_sigmoid_far_out():
 def loss(b, X, y, w, ridge):
     """Written out for single rows."""
     squares = [v * v for v in b]
-    total = ridge / 2 * sum(squares)
+    penalty = ridge / 2
+    total = penalty * sum(squares)
     for row, target, weight in zip(X, y, w, strict=True):
         z = sum(v * x for v, x in zip(b, row, strict=True))
         p = sigma(z)
@@ -57,7 +58,8 @@ def test_logistic_is_the_minimum_of_its_loss():
 
 
 def test_logistic_of_separable_rows_is_finite():
-    b = logistic([[1.0, -1], [1.0, 1]], [0.0, 1.0])
+    rows = [[1.0, -1], [1.0, 1]]
+    b = logistic(rows, [0.0, 1.0])
     assert np.isfinite(b).all()
     assert b[1] > 3
 
