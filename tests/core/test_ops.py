@@ -576,6 +576,7 @@ def test_manifests_record_the_kernels_in_use(monkeypatch):
         return stage.machine.__wrapped__()["kernels"]
 
     monkeypatch.setattr(cpu, "library", lambda *_: "a library")
+    monkeypatch.setattr(cpu, "ARCH", "native")
     assert recorded() == "compiled"
     monkeypatch.setattr(cpu, "ARCH", "x86-64-v3")
     assert recorded() == "compiled for x86-64-v3"
