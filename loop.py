@@ -19,7 +19,7 @@ import shutil
 import time
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from checkpoint import Checkpoint, Weights, load_config
@@ -49,7 +49,7 @@ from train import TrainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    run: RunOptions = RunOptions()  # on a command line those of every section too
+    run: RunOptions = RunOptions()
     out: Path = Path("runs/demo")  # run directory; rerun the same command to resume
     prepare: str = ""  # FILE.py:FUNCTION that makes model, seeds, corpus and held-out data first
     model: Checkpoint | None = None  # M_0: checkpoint directory or Hub id of a chat model
@@ -76,6 +76,14 @@ class Options:
     pairs: PairOptions = PairOptions()  # the filter
     policy: PolicyOptions = PolicyOptions()  # M_t
     seed_sft: TrainOptions = TrainOptions()  # the control SFT on the seeds (methods/controls.py)
+
+    def __post_init__(self):
+        """Give every section these RunOptions, also after replace(o, run=...)."""
+        for field in fields(self):
+            part = getattr(self, field.name)
+            if hasattr(part, "run"):
+                # how a frozen dataclass sets a field of its own
+                object.__setattr__(self, field.name, replace(part, run=self.run))
 
     def at_once(self) -> "Options":
         """The same budget of keyword lists, prompts and pairs in a single iteration."""

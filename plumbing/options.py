@@ -72,8 +72,8 @@ class Flag:
     """One option of a command."""
 
     name: str  # dotted, with underscores: policy.lr
-    kind: typing.Any  # its type
-    default: typing.Any
+    kind: object  # its type
+    default: object
     help: str
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
@@ -324,7 +324,7 @@ def load_function(spec: str):
 
 def plugin_files(spec: str) -> list[Path]:
     """The file of "FILE.py:FUNCTION" and the neighbours it imports; [] for a built-in name."""
-    found: list[Path] = []
+    found = []
     waiting = [in_project(spec.rpartition(":")[0])] if ".py:" in spec else []
     while waiting:
         path = waiting.pop()
@@ -340,7 +340,11 @@ def plugin_files(spec: str) -> list[Path]:
 def imported_names(path: Path) -> set[str]:
     """The dotted names in the import statements of a file, without that of its own package."""
     names = set()
-    for node in ast.walk(ast.parse(read_text(path))):
+    try:
+        tree = ast.parse(read_text(path))
+    except SyntaxError as error:
+        raise InputError(f"{path}: line {error.lineno}: {error.msg}; fix it") from None
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -75,7 +75,7 @@ class JsonlPath(type(Path())):
     """The path of a JSONL file to write."""
 
     @classmethod
-    def from_text(cls, text: str) -> "JsonlPath":
+    def from_text(cls, text: str):
         if not text.endswith(".jsonl"):
             raise InputError(f"--out {text}: the name must end in .jsonl")
         return cls(text)

@@ -26,7 +26,6 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -55,8 +54,8 @@ DECIDING = (
 )
 LARGE = 1 << 20  # bytes; hashes of larger files are kept in the cache folder
 LOCKS: dict = {}  # scratch folder -> its open lock file, of this process
-# Further parts of machine(), by name; ops/cpu.py adds the kernels in use.
-MACHINE_PARTS: dict[str, Callable[[], str]] = {}
+# Functions that find further parts of machine(), by name; ops/cpu.py adds the kernels in use.
+MACHINE_PARTS: dict = {}
 
 
 class Refusal(InputError):

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
@@ -138,12 +138,15 @@ def test_an_unknown_flag_may_be_a_renamed_one():
     assert "docs/changes.md" not in refusal(parse, "--model", "m", "--top-k", "many")
 
 
-def test_every_section_has_the_run_options():
+def test_every_section_refers_to_one_run_options():
     o = parse_options(loop.Options, ["--seed", "3"])
-    sections = [getattr(o, f.name) for f in fields(o) if hasattr(getattr(o, f.name), "run")]
-    assert len(sections) == 8
-    assert all(section.run == o.run for section in sections)
-    assert o.run.seed == 3
+    other = replace(o, run=replace(o.run, seed=7))
+    for seed, one in ((3, o), (7, other)):
+        sections = [getattr(one, f.name) for f in fields(one)]
+        sections = [section for section in sections if hasattr(section, "run")]
+        assert len(sections) == 8
+        assert all(section.run is one.run for section in sections)
+        assert one.run.seed == seed
 
 
 # ------------------------------------------------------------------------------- config files
@@ -550,3 +553,10 @@ def test_plugin_files_are_in_packages_and_behind_continued_lines_too(tmp_path):
         "package/other.py",
         "package/sibling.py",
     ]
+
+
+def test_a_plugin_that_is_not_python_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\ndef score(rows\n")
+    assert "mine.py: line 2: '(' was never closed; fix it" in refusal(
+        plugin_files, f"{tmp_path}/mine.py:score"
+    )

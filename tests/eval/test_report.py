@@ -995,10 +995,10 @@ def lcs(a: list, b: list) -> int:
 @pytest.mark.browser
 def test_differences_are_longest_common_subsequences(chrome, two):
     page = Page(chrome, two / "report.html")
-    luck = random.Random(0)
+    noise = random.Random(0)
     cases = ["|", "a|", "|b", "a|a", "ab|ba", "xay|a"]
     for _ in range(60):
-        sides = ["".join(luck.choices("abcd", k=luck.randrange(9))) for _ in range(2)]
+        sides = ["".join(noise.choices("abcd", k=noise.randrange(9))) for _ in range(2)]
         cases.append("|".join(sides))
     for case in cases:
         a, b = map(list, case.split("|"))
@@ -1010,7 +1010,7 @@ def test_differences_are_longest_common_subsequences(chrome, two):
     words = "One, two's 漢字 ünï—x\n  end."
     parts = ["One", ",", " ", "two's", " ", "漢", "字", " ", "ünï", "—", "x", "\n  ", "end", "."]
     assert page.js("split(arguments[0])", words) == parts
-    long = [[str(luck.random()) for _ in range(3000)] for _ in range(2)]
+    long = [[str(noise.random()) for _ in range(3000)] for _ in range(2)]
     assert page.js("difference(arguments[0], arguments[1])", *long) is None, "too long to compare"
     runs = [["a b", False], [" ", True], ["  ", False], ["c", True]]
     shown = page.js("marked(arguments[0], 'ins').map(x => x.outerHTML ?? x)", runs)
