@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
-from plumbing.options import cli
+from plumbing.options import cli, load_function, plugin_files
 from plumbing.ranks import on_rank0
 from plumbing.records import (
     STOP_WORDS,
@@ -85,6 +85,7 @@ class PromptOptions(SampleOptions):
     min_words: int = 3  # of a prompt
     max_words: int = 150  # of a prompt
     near_duplicate: float = 0.7  # similarity from which two prompts count as one; 0: exact repeats
+    keep: str = ""  # FILE.py:FUNCTION of a new prompt's record that says whether to keep it
     stop: str = "</question>"  # stop sampling once the text contains this
 
 
@@ -235,6 +236,7 @@ def filter_prompts(
     "earlier": [...]}.
     """
     novelty = Novelty(o.near_duplicate)
+    keep = load_function(o.keep) if o.keep else None
     for label, texts in seen.items():
         for text in texts:
             novelty.add(text, label)
@@ -243,13 +245,16 @@ def filter_prompts(
     for row in generated:
         prompt = parse_question(row["response"])
         reason = reason_to_drop(prompt, novelty, o)
+        record = {"id": digest(prompt), "prompt": prompt, "keywords": row["keywords"]}
+        if not reason and keep and not keep(record):
+            reason = "not_kept"
         if not reason and len(kept) == o.max_prompts:
             reason = "surplus"
         if reason:
             dropped[reason] += 1
             continue
         novelty.add(prompt, "new")
-        kept.append({"id": digest(prompt), "prompt": prompt, "keywords": row["keywords"]})
+        kept.append(record)
     return kept, dropped
 
 
@@ -301,7 +306,16 @@ def sample_prompts(
     seen: label -> files of records whose prompts must not come again; reads:
     GeneratorOptions.reads; t: the iteration.
     """
-    stage = Stage(out, o, generator=generator, corpus=corpus, seen=seen, reads=reads, iteration=t)
+    stage = Stage(
+        out,
+        o,
+        generator=generator,
+        corpus=corpus,
+        seen=seen,
+        reads=reads,
+        iteration=t,
+        keep_files=plugin_files(o.keep),
+    )
     if stage.done:
         return out
 

@@ -18,17 +18,16 @@ candidates in rewrites.candidates.jsonl
         --prompts prompts.jsonl --out DIR
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, conversation_text, digest, read_jsonl, write_jsonl
+from plumbing.records import InputError, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, generate, repeat, sample
-from scorers.base import Scorer, quantiles
+from scorers.base import Scorer, quantiles, revision_prompt
 from scorers.load import load_scorer, scorer_files
 from train import TrainOptions, sft
 
@@ -62,13 +61,6 @@ class RewriteOptions(SampleOptions):
     draft_competes: bool = False  # the draft is a candidate beside its rewrites
 
 
-def improver_prompt(row: dict, draft: str, template: str) -> str:
-    """The template filled in; earlier turns of a conversation come before its last question."""
-    texts = {"prompt": conversation_text(row), "draft": draft}
-    # in one pass, and not by format(): the texts themselves may contain braces
-    return re.sub(r"{(prompt|draft)}", lambda match: texts[match[1]], template)
-
-
 # -------------------------------------------------------------------------------------- training R
 
 
@@ -83,7 +75,7 @@ def train_improver(
     )
     if stage.done:
         return out
-    scorer = load_scorer(o.scorer, model, o.run, single=True)
+    scorer = load_scorer(o.scorer, model, o.run, single=True, template=o.template)
     gold = read_jsonl(seeds, "prompt", "response")
     answers = read_jsonl(drafts)
     rows = training_rows(gold, answers, scorer, o)
@@ -111,7 +103,7 @@ def training_rows(
     rows = []
     for seed, draft in pairs:
         name = digest(seed["id"], draft.get("sample", 0))
-        prompt = improver_prompt(seed, draft["response"], o.template)
+        prompt = revision_prompt(seed, draft["response"], o.template)
         rows.append({"id": name, "prompt": prompt, "response": seed["response"]})
     return rows
 
@@ -132,7 +124,7 @@ def rewrite(
     OUT.candidates.jsonl.
 
     drafts: records {id, prompt | messages, response, finish_reason}; base: M_0, under which
-    `likelihood` scores.
+    `likelihood` and `settled` score.
     """
     stage = Stage(
         out,
@@ -149,14 +141,15 @@ def rewrite(
     rows = read_jsonl(drafts)
     requests = []
     for row in rows:
-        prompt = improver_prompt(row, row["response"], template)
+        prompt = revision_prompt(row, row["response"], template)
         requests.append({"id": row["id"], "prompt": prompt})
     candidates = out.with_suffix(".candidates.jsonl")
     requests = repeat(requests, o.best_of)
     counts = generate(improver, requests, candidates, o, stage.scratch, f"rewrites {t}", "drafts")
 
     # pick the best of each draft's candidates
-    scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", single=True)
+    scores = stage.scratch / "scores"
+    scorer = load_scorer(o.scorer, base, o.run, scores, single=True, template=template)
     best = pick(rows, read_jsonl(candidates), scorer, o)
     on_rank0(write_jsonl, out, best)
     unchanged = sum(row["response"].split() == row["draft"].split() for row in best)

@@ -168,7 +168,7 @@ def synpo(run: Run, t: int) -> None:
     x = sample_prompts(G, run.corpus, run.seen(t), it / "prompts.jsonl", o.prompts, reads, t)
 
     # R_t <- SFT(M_0) on (x*, y' ~ M_{t-1}(. | x*)) -> y*
-    n = o.improver.drafts
+    n, template = o.improver.drafts, o.improver.template
     drafts = sample(M_prev, run.seeds, it / "seed_answers.jsonl", o.answers, n, f"seeds {t}")
     R = train_improver(M_0, run.seeds, drafts, out=it / "improver", o=o.improver)
 
@@ -177,11 +177,11 @@ def synpo(run: Run, t: int) -> None:
     y = y_0
     if t > 1:
         y = sample(M_prev, x, it / "answers.jsonl", o.answers, purpose=f"answers {t}")
-    y_hat = rewrite(R, y, M_0, it / "rewrites.jsonl", o.rewrites, o.improver.template, t)
+    y_hat = rewrite(R, y, M_0, it / "rewrites.jsonl", o.rewrites, template, t)
 
     # D += (x, chosen y^, rejected y_0) where the filter agrees
     rejected = y_0 if o.rejected == "base" else y
-    make_pairs(y_hat, rejected, it / "pairs.jsonl", o.pairs, base=M_0, t=t)
+    make_pairs(y_hat, rejected, it / "pairs.jsonl", o.pairs, M_0, template, t)
     D = run.every("pairs.jsonl", t) if o.data == "cumulative" else [it / "pairs.jsonl"]
 
     # M_t <- preference optimisation of M_0 on D, reference M_0

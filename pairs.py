@@ -46,7 +46,8 @@ def make_pairs(
     rejected: Path,  # JSONL of responses to the same prompts, joined by id (and sample)
     out: JsonlPath,  # JSONL of pairs to write
     o: PairOptions,
-    base: Checkpoint | None = None,  # M_0: the model that `likelihood` scores under
+    base: Checkpoint | None = None,  # M_0: the model that `likelihood` and `settled` score under
+    template: str = "",  # the improver's, which `settled` reads
     t: int = 1,  # iteration: recorded in the pairs
 ) -> Path:
     """D += (x, chosen, rejected) where the filter agrees; counts say why others were dropped."""
@@ -57,13 +58,14 @@ def make_pairs(
         rejected=rejected,
         base=base,
         iteration=t,
+        template=template if o.scorer == "settled" else None,
         scorer_files=scorer_files(o.scorer),
     )
     if stage.done:
         return out
 
     # join both sides and score them
-    scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores")
+    scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", template=template)
     pairs = join(read_jsonl(chosen, "prompt"), read_jsonl(rejected, "prompt"))
     good, bad = score_pairs(scorer, [good for good, _ in pairs], [bad for _, bad in pairs])
     gaps = [a - b for a, b in zip(good, bad, strict=True)] if scorer else []

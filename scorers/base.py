@@ -5,6 +5,7 @@ One that compares has an attribute `pairwise` that is true; it takes two lists o
 returns P(the first is better) by position. Every rank calls a scorer with all records.
 """
 
+import re
 from collections import ChainMap
 from collections.abc import Callable
 from functools import cached_property
@@ -18,10 +19,20 @@ from ops.attention import Packed
 from plumbing.chat import Chat
 from plumbing.options import RunOptions
 from plumbing.ranks import DEVICE, gather, work_queue
-from plumbing.records import InputError, digest, load_json, write_json
+from plumbing.records import InputError, conversation_text, digest, load_json, write_json
 from train import pack_micro_batches
 
 Scorer = Callable[..., list[float]]
+
+
+def revision_prompt(row: dict, draft: str, template: str) -> str:
+    """The request to revise a draft: the improver's template filled in.
+
+    Earlier turns of a conversation come before its last question.
+    """
+    texts = {"prompt": conversation_text(row), "draft": draft}
+    # in one pass, and not by format(): the texts themselves may contain braces
+    return re.sub(r"{(prompt|draft)}", lambda match: texts[match[1]], template)
 
 
 def is_pairwise(scorer: Scorer | None) -> bool:

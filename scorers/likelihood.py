@@ -1,14 +1,17 @@
-"""Mean log-prob per token of a response under the base model: --scorer likelihood.
+"""Scorers made of the base model alone: --scorer likelihood, --scorer settled.
 
-Needs no other model. It prefers plain and typical answers, and says nothing about truth.
+likelihood prefers plain and typical responses, and says nothing about truth. settled asks whether
+the model, told to revise a response, would leave it as it is: as good a judge as the model is a
+reviser, and useful where revising is easier than answering.
 """
 
+import math
 from pathlib import Path
 
 from checkpoint import load_config
 from plumbing.options import RunOptions
 from plumbing.records import InputError
-from scorers.base import LocalModel, Scorer
+from scorers.base import LocalModel, Scorer, revision_prompt
 from train import TrainOptions, make_sequence, score_sequences
 
 
@@ -24,5 +27,23 @@ def likelihood(directory: str | Path, run: RunOptions) -> Scorer:
             problem = f"its prompt fills the context of {directory}"
             raise InputError(f"record {name}: {problem}; remove it")
         return [logps.mean().item() for logps in score_sequences(model.network, sequences)]
+
+    return score
+
+
+def settled(directory: str | Path, run: RunOptions, template: str) -> Scorer:
+    """exp of the mean log-prob per token of a response, given the prompt and that same response as
+    the draft to revise: 1 if the model is certain to leave it as it is.
+
+    template: the improver's (improve.py).
+    """
+    logp = likelihood(directory, run)
+
+    def score(rows):
+        revisions = []
+        for row in rows:
+            prompt = revision_prompt(row, row["response"], template)
+            revisions.append({"id": row["id"], "prompt": prompt, "response": row["response"]})
+        return [math.exp(value) for value in logp(revisions)]
 
     return score

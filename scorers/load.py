@@ -3,6 +3,7 @@
     none                no scorer
     random              a control: a random number per text
     likelihood          mean log-prob per token under the base model (likelihood.py)
+    settled             how sure the base model is, asked to revise, to change nothing (likelihood.py)
     DIR                 a reward model: one output (classifier.py) or ArmoRM (armorm.py)
     judge:DIR           a chat model on this machine that compares (letter_judge.py)
     endpoint:NAME       a chat model behind an OpenAI-compatible endpoint (endpoint.py)
@@ -11,6 +12,7 @@
 docs/scorers.md shows how to write one, and how to measure one.
 """
 
+from functools import partial
 from pathlib import Path
 
 from plumbing.options import RunOptions, load_function, plugin_files
@@ -21,7 +23,7 @@ from scorers.base import Scorer, blockwise, is_pairwise
 from scorers.classifier import classifier
 from scorers.endpoint import endpoint
 from scorers.letter_judge import letter_judge
-from scorers.likelihood import likelihood
+from scorers.likelihood import likelihood, settled
 
 
 def load_scorer(
@@ -30,10 +32,12 @@ def load_scorer(
     run: RunOptions,
     scratch: Path | None = None,
     single: bool = False,
+    template: str = "",
 ) -> Scorer | None:
     """The scorer that --scorer names; None for "none". Weights are read when it is first called.
 
-    base: the checkpoint under which `likelihood` is measured. scratch: a folder for the scores of
+    base: the checkpoint under which `likelihood` and `settled` are measured. template: the
+    improver's, which `settled` reads. scratch: a folder for the scores of
     finished blocks. single: answers have no counterpart, so a scorer that compares raises
     InputError. A rank may call it alone.
     """
@@ -47,13 +51,15 @@ def load_scorer(
         scorer = endpoint(name, run)
     elif spec != "none":
         # the model of a directory, in blocks
-        directory, make = local_model(spec, base)
+        directory, make = local_model(spec, base, template)
         key = []
         if scratch:
-            template = run.chat_template
-            if Path(template).is_file():
-                template = fingerprint(template)
-            key = [spec, fingerprint(directory), run.dtype, template]
+            chat_template = run.chat_template
+            if Path(chat_template).is_file():
+                chat_template = fingerprint(chat_template)
+            key = [spec, fingerprint(directory), run.dtype, chat_template]
+        if scratch and spec == "settled":
+            key.append(template)
         scorer = blockwise(make(directory, run), key, scratch)
     if single and is_pairwise(scorer):
         fix = "name one that scores each, such as likelihood"
@@ -61,12 +67,12 @@ def load_scorer(
     return scorer
 
 
-def local_model(spec: str, base: str | Path | None) -> tuple:
+def local_model(spec: str, base: str | Path | None, template: str) -> tuple:
     """The directory of a scorer's model, and the function that makes the scorer."""
-    if spec == "likelihood":
+    if spec in ("likelihood", "settled"):
         if not base:
-            raise InputError("--scorer likelihood scores under a model; give --base DIR")
-        return base, likelihood
+            raise InputError(f"--scorer {spec} scores under a model; give --base DIR")
+        return base, likelihood if spec == "likelihood" else partial(settled, template=template)
     kind, _, name = spec.partition(":")
     if kind == "judge" and name:
         return name, letter_judge
@@ -92,6 +98,6 @@ def scorer_files(spec: str) -> list[Path]:
     """The files and directories that a stage with this scorer reads, besides its base model."""
     if ".py:" in spec:
         return plugin_files(spec)
-    if spec in ("none", "random", "likelihood") or spec.startswith("endpoint:"):
+    if spec in ("none", "random", "likelihood", "settled") or spec.startswith("endpoint:"):
         return []
     return [Path(spec.removeprefix("judge:"))]

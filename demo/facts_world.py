@@ -44,7 +44,7 @@ To disclose wherever a figure from this world is shown:
 (4) It is a measure for small honest models, not a reward to optimise: a denied fact counts as
     stated, and one true fact alone has full accuracy.
 
-Preview:  python demo/world.py
+Preview:  python demo/facts_world.py
 """
 
 import re
