@@ -143,7 +143,7 @@ def rewrite(
     for row in rows:
         prompt = revision_prompt(row, row["response"], template)
         requests.append({"id": row["id"], "prompt": prompt})
-    candidates = out.with_suffix(".candidates.jsonl")
+    candidates = candidates_of(out)
     requests = repeat(requests, o.best_of)
     counts = generate(improver, requests, candidates, o, stage.scratch, f"rewrites {t}", "drafts")
 
@@ -162,6 +162,11 @@ def rewrite(
         tokens=counts["tokens"],
         fresh=counts["fresh"],
     )
+
+
+def candidates_of(rewrites: Path) -> Path:
+    """The file of all rewrites, beside that of the picked ones."""
+    return rewrites.with_suffix(".candidates.jsonl")
 
 
 def pick(

@@ -26,7 +26,7 @@ from checkpoint import Checkpoint, Weights, load_config
 from dpo import PolicyOptions, policy_loss, train_policy
 from eval import benchmark
 from eval.heldout import score_heldout
-from eval.report import report
+from eval.report import report, show_answers
 from gen_prompts import (
     GeneratorOptions,
     PromptOptions,
@@ -35,7 +35,7 @@ from gen_prompts import (
     train_generator,
     training_rows,
 )
-from improve import ImproverOptions, RewriteOptions, rewrite, train_improver
+from improve import ImproverOptions, RewriteOptions, candidates_of, rewrite, train_improver
 from pairs import PairOptions, make_pairs
 from plumbing.chat import Chat
 from plumbing.options import Count, RunOptions, as_dict, cli, flags_of, load_function
@@ -59,6 +59,7 @@ class Options:
     heldout: Path | None = None  # JSONL of {"prompt", "response"} to evaluate on
     heldout_limit: int = 0  # use only the first N; 0: all
     evaluate: str = ""  # FILE.py:FUNCTION that scores responses to --heldout
+    heldout_samples: int = 8  # with --evaluate: responses per held-out prompt, for the best of n
     eval: str = ""  # benchmarks to run on M_0 and every M_t, such as alpaca_eval,ifeval
     eval_options: str = ""  # JSON file of their options, by name: see eval/benchmark.py
     iters: Count = 4  # T
@@ -228,6 +229,11 @@ def evaluate(run: Run, t: int) -> None:
     if o.heldout:
         answers = sample(model, run.heldout, run.heldout_answers(t), o.answers, purpose="heldout")
         score(run, answers, run.iter(t) / "eval.json", model)
+        on_rank0(show_answers, answers, o.show)
+    if o.evaluate and o.heldout_samples > 1:
+        several = run.iter(t) / "heldout_samples.jsonl"
+        sample(model, run.heldout, several, o.answers, o.heldout_samples, "heldout samples")
+        score(run, several, run.iter(t) / "eval_samples.json", model)
     # benchmarks are for the run itself, not for its controls
     if run.out != run.home:
         return
@@ -243,6 +249,7 @@ def evaluate_improver(run: Run, R: Path, t: int) -> None:
         drafts = run.heldout_answers(t - 1)
         rewrite(R, drafts, run.model(0), out, o.rewrites, o.improver.template, t)
         score(run, out, run.iter(t) / "eval_improver.json", None)
+        score(run, candidates_of(out), run.iter(t) / "eval_rewrites.json", None)
 
 
 def can_rewrite(R: Path, out: Path) -> bool:

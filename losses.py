@@ -354,6 +354,14 @@ def rpo(p: PairLogps, *, beta: float = 0.01, alpha: float = 0.005) -> torch.Tens
 # ------------------------------------------------------------------------------ without a reference
 
 
+def sft(p: PairLogps) -> torch.Tensor:
+    """Supervised fine-tuning on the chosen responses: -mc. A control: rejected ones do not count.
+
+    Needs: token counts, no reference.
+    """
+    return -p.mean_chosen
+
+
 def log_odds(mean_logp: torch.Tensor) -> torch.Tensor:
     """lo(m) = log(p / (1 - p)) of p = e^m, (B,) -> (B,). m is clamped below -1e-6.
 
@@ -488,6 +496,7 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "apo-down": apo_down,
     "rpo": rpo,
     "vpo-offline-derived": rpo,
+    "sft": sft,
     "orpo": orpo,
     "asft": asft,
     "dpo-bmc": dpo_bmc,

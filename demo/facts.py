@@ -13,6 +13,7 @@ from pathlib import Path
 
 from demo import facts_world as world
 from demo.small_model import make_base
+from eval.stats import mean, standard_error
 from plumbing.options import RunOptions
 from plumbing.ranks import on_rank0
 from plumbing.records import write_jsonl, write_text
@@ -99,20 +100,20 @@ def evaluate(
     base: Path,
     run: RunOptions,
 ) -> dict[str, float]:
-    """Mean rubric of answers to held-out prompts, its standard error, its three parts, mean words.
+    """Mean rubric of answers to held-out prompts, its standard error, its three parts, mean words,
+    and the rubric of each answer.
 
     See facts_world.rubric. Only the answers are read.
     """
     marks = [world.rubric(row["prompt"], row["response"]) for row in answers]
-    n = len(marks)
-    mean = {name: sum(mark[name] for mark in marks) / n for name in marks[0]}
-    score = mean.pop("score")
-    variance = sum((mark["score"] - score) ** 2 for mark in marks) / max(1, n - 1)
+    means = {name: mean([mark[name] for mark in marks]) for name in marks[0]}
+    scores = [mark["score"] for mark in marks]
     return {
-        "score": score,
-        "se": (variance / n) ** 0.5,
-        **mean,
-        "words": sum(len(row["response"].split()) for row in answers) / n,
+        "score": means.pop("score"),
+        "se": standard_error(scores),
+        **means,
+        "words": mean([len(row["response"].split()) for row in answers]),
+        "scores": scores,
     }
 
 

@@ -22,6 +22,7 @@ from itertools import combinations
 from pathlib import Path
 
 from demo.small_model import make_base
+from eval.stats import mean, standard_error
 from plumbing.options import RunOptions
 from plumbing.ranks import on_rank0
 from plumbing.records import write_jsonl, write_text
@@ -218,15 +219,21 @@ def evaluate(
     base: Path,
     run: RunOptions,
 ) -> dict[str, float]:
-    """Means of the marks of answers to held-out prompts, and the score's standard error.
+    """Means of the marks of answers to held-out prompts, the score's standard error, mean words,
+    and the score of each answer.
 
     Only the answers are read.
     """
     rows = [marks(row["prompt"], row["response"]) for row in answers]
-    n = len(rows)
-    mean = {name: sum(row[name] for row in rows) / n for name in rows[0]}
-    variance = sum((row["score"] - mean["score"]) ** 2 for row in rows) / max(1, n - 1)
-    return {"score": mean.pop("score"), "se": (variance / n) ** 0.5, **mean}
+    scores = [row["score"] for row in rows]
+    return {
+        "score": mean(scores),
+        "se": standard_error(scores),
+        "order": mean([row["order"] for row in rows]),
+        "whole": mean([row["whole"] for row in rows]),
+        "words": mean([len(row["response"].split()) for row in answers]),
+        "scores": scores,
+    }
 
 
 def score(rows: list[dict]) -> list[float]:

@@ -7,9 +7,13 @@ The built-in evaluate() returns
 Neither measures helpfulness: score falls when a model moves away from the style of the gold
 responses, win_rate rises when responses become plainer or more typical.
 
+A user's function may also return `scores`, a score of each response: then differences between
+models get paired standard errors, and several responses per prompt give `best` and `distinct`.
+
 answers, base answers, held-out records -> eval.json
 """
 
+from collections import defaultdict
 from pathlib import Path
 
 from eval.stats import mean, rounded, standard_error, wins
@@ -80,6 +84,34 @@ def score_heldout(
         return out
     function = load_function(o.evaluate) if o.evaluate else evaluate
     rows, gold, base_rows = (read_jsonl(path) for path in (answers, heldout, base_answers))
+    several = len(rows) > len(gold)
+    if several:
+        # each record once for each of its responses
+        gold, base_rows = (by_id(records, rows) for records in (gold, base_rows))
     result = function(rows, gold, base_rows, model, base, o.run)
+    if several and "scores" in result:
+        result |= over_samples(rows, result["scores"])
     on_rank0(write_json, out, result)
-    return stage.finish(**rounded(result))
+    shown = {name: value for name, value in result.items() if name != "scores"}
+    return stage.finish(**rounded(shown))
+
+
+def by_id(records: list[dict], rows: list[dict]) -> list[dict]:
+    """The record of each of rows."""
+    found = {record["id"]: record for record in records}
+    return [found[row["id"]] for row in rows]
+
+
+def over_samples(rows: list[dict], scores: list[float]) -> dict:
+    """Of several responses to each prompt: the mean best score, the share of different texts, and
+    the mean score of each prompt as `scores`.
+    """
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row, score in zip(rows, scores, strict=True):
+        groups[row["id"]].append(score)
+    texts = {(row["id"], row["response"]) for row in rows}
+    return {
+        "best": mean([max(group) for group in groups.values()]),
+        "distinct": len(texts) / len(rows),
+        "scores": [mean(group) for group in groups.values()],
+    }

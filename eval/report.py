@@ -21,6 +21,7 @@ import numpy as np
 
 from eval import heldout
 from eval.answers import read_lines
+from eval.diagnostics import diagnose, difference, warnings
 from eval.stats import plane
 from eval.table import table
 from plumbing.options import load_function
@@ -65,6 +66,9 @@ KINDS = {
     "heldout_rewrites": "eval",
     "eval": "eval",
     "eval_improver": "eval",
+    "eval_rewrites": "eval",
+    "eval_samples": "eval",
+    "heldout_samples": "eval",
 }
 # Shares on the page: title -> result, part and whole among its counts.
 SHARES = {
@@ -160,6 +164,11 @@ def evaluations(run: Path, T: int) -> dict[str, dict]:
     files["SFT on the seeds"] = run / "controls/seed_sft_eval.json"
     files["pairs from the seeds"] = run / "controls/seed_pairs_eval.json"
     files["one shot"] = run / "controls/one_shot/iter1/eval.json"
+    for t in range(1, T + 1):
+        files[f"NLL alone, M_{t}"] = run / f"controls/nll/iter{t}/eval.json"
+    files["NLL alone, one shot"] = run / "controls/nll_one_shot/iter1/eval.json"
+    for t in range(2, T + 1):
+        files[f"R_1 {t} times, distilled"] = run / f"controls/repeated/iter{t}/eval.json"
     return {name: load_json(path) for name, path in files.items() if path.is_file()}
 
 
@@ -178,24 +187,30 @@ def note_of(spec: str) -> str:
 
 
 def show_examples(run: Path, T: int, count: int) -> None:
-    """Print some held-out prompts, evenly spread, with the answers of the models."""
-    files = {
-        "M_0": run / "iter0/heldout_answers.jsonl",
-        f"M_{T - 1}, draft": run / f"iter{T - 1}/heldout_answers.jsonl",
-        f"R_{T}, rewrite": run / f"iter{T}/heldout_rewrites.jsonl",
-        f"M_{T}": run / f"iter{T}/heldout_answers.jsonl",
-    }
-    answers = {name: read_jsonl(path) for name, path in files.items() if path.is_file()}
+    """Print some held-out prompts with the answers of M_0 .. M_T."""
+    files = [run / f"iter{t}/heldout_answers.jsonl" for t in range(T + 1)]
     # the same records of each file
-    prompts = answers["M_0"]
-    count = min(count, len(prompts))
-    for k in range(count):
-        i = int((k + 0.5) * len(prompts) / count)
-        print(f"\nprompt:          {last_message(prompts[i])}")
-        for name, rows in answers.items():
+    answers = [examples(path, count) for path in files]
+    for rows in zip(*answers, strict=True):
+        print(f"\nprompt:  {last_message(rows[0])}")
+        for t, row in enumerate(rows):
             # further lines of an answer are indented below its first
-            response = rows[i]["response"].replace("\n", "\n" + " " * 17)
-            print(f"  {name + ':':<15}{response}")
+            response = row["response"].replace("\n", "\n" + " " * 9)
+            print(f"  M_{t}:   {response}")
+
+
+def show_answers(path: Path, count: int) -> None:
+    """Print the beginnings of a few of the answers, one a line."""
+    for row in examples(path, count):
+        prompt, response = (" ".join(text.split()) for text in (last_message(row), row["response"]))
+        print(f"    {prompt[:70]}  ->  {response[:70]}")
+
+
+def examples(path: Path, count: int) -> list[dict]:
+    """At most `count` records of a file, evenly spread."""
+    rows = read_jsonl(path)
+    count = min(count, len(rows))
+    return [rows[int((k + 0.5) * len(rows) / count)] for k in range(count)]
 
 
 def score_chart(results: dict[str, dict]) -> str:
@@ -445,14 +460,24 @@ def report(run: str | Path) -> dict:
     iterations = iteration_rows(folders, o["data"] == "cumulative", spent)
     print(f"\niterations of {run}\n{table(iterations) if iterations else 'none is finished'}")
 
+    # diagnostics
+    diagnoses = diagnose(run, T)
+    if diagnoses:
+        print(f"\ndiagnostics (eval/diagnostics.py)\n{table(diagnoses)}")
+    for warning in warnings(diagnoses):
+        print(warning)
+
     # the held-out evaluation
     results = evaluations(run, T)
     note = ""
     if results:
-        names = list(results["M_0"])
+        names = list(numbers(results["M_0"]))
+        last = results[f"M_{T}"]
         rows = []
         for name, result in results.items():
-            rows.append({"": name, **{column: result.get(column, "-") for column in names}})
+            row = {"": name, **{column: result.get(column, "-") for column in names}}
+            row[f"M_{T} -"], row["se "] = difference(result, last)
+            rows.append(row)
         note = note_of(o["evaluate"])
         by = o["evaluate"] or "eval/heldout.py:evaluate"
         print(f"\nheld-out prompts, by {by}\n{table(rows)}\n{note}")

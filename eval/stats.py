@@ -20,8 +20,12 @@ def wins(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def rounded(numbers: dict) -> dict:
-    """Numbers as they are shown, with four decimals."""
-    return {name: round(value, 4) for name, value in numbers.items()}
+    """Numbers, and lists of them, as they are shown: with four decimals."""
+    shown = {}
+    for name, value in numbers.items():
+        several = isinstance(value, list)
+        shown[name] = [round(v, 4) for v in value] if several else round(value, 4)
+    return shown
 
 
 def sigmoid(x):

@@ -1,11 +1,14 @@
-"""The controls of a finished run: what else the same seeds and pairs could have given.
+"""The controls of a finished run: what else the same seeds, prompts and models could have given.
 
-    seed_sft    SFT of M_0 on the seeds
-    seed_pairs  preference pairs (gold, M_0's response) from the seeds, as often as M_T saw pairs
-    one_shot    one iteration with the keyword lists, prompts and pairs of all iterations
+    seed_sft      SFT of M_0 on the seeds
+    seed_pairs    preference pairs (gold, M_0's response) from the seeds, as often as M_T saw pairs
+    one_shot      one iteration with the keyword lists, prompts and pairs of all iterations
+    nll           the iterations again, each trained on the chosen responses alone (loss sft)
+    nll_one_shot  both at once
+    repeated      M_0's responses to iteration t's prompts, revised t times by R_1, distilled once
 
-RUN/config.json, RUN/iterT/pairs.jsonl -> RUN/controls/: checkpoints, evaluations; the run's report
-is written again
+RUN/config.json, RUN/iterT/... -> RUN/controls/: checkpoints, evaluations; the run's report is
+written again. M_0's best of n needs no run: it is `best` in iter0/eval_samples.json.
 
     python -m methods.controls --run runs/demo
     torchrun --nproc-per-node 8 -m -- methods.controls --run runs/llama3-8b
@@ -16,13 +19,35 @@ from pathlib import Path
 
 from dpo import train_policy
 from eval.report import report
+from improve import rewrite, train_improver
 from loop import Options, Run, evaluate, score, synpo
+from pairs import make_pairs
 from plumbing.options import RunOptions, cli, parse_options
 from plumbing.ranks import on_rank0, print0
 from plumbing.records import read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import sample
 from train import finetune
+
+
+def from_seeds(cycle: Run, out: Path, total: int) -> None:
+    """seed_sft and seed_pairs. total: pairs that all iterations have made."""
+    o, M_0 = cycle.o, cycle.o.model
+    finetune(M_0, cycle.seeds, out / "seed_sft", o.seed_sft)
+
+    # as many training pairs as M_T saw
+    drafts = cycle.iter(1) / "seed_answers.jsonl"
+    pairs = gold_pairs(cycle.seeds, drafts, out / "seed_pairs.jsonl", o.run)
+    epochs = max(1, round(o.policy.epochs * total / len(read_jsonl(pairs))))
+    policy = replace(o.policy, epochs=epochs)
+    train_policy(M_0, [pairs], out / "seed_pairs", policy, reference=M_0, cache=cycle.cache)
+
+    # held-out scores of both
+    if o.heldout:
+        for name in ("seed_sft", "seed_pairs"):
+            answers = out / f"{name}_answers.jsonl"
+            sample(out / name, cycle.heldout, answers, o.answers, purpose="heldout")
+            score(cycle, answers, out / f"{name}_eval.json", out / name)
 
 
 def gold_pairs(seeds: Path, drafts: Path, out: Path, run: RunOptions) -> Path:
@@ -42,39 +67,59 @@ def gold_pairs(seeds: Path, drafts: Path, out: Path, run: RunOptions) -> Path:
     return stage.finish(pairs=len(pairs))
 
 
+def one_shot(cycle: Run, o: Options, out: Path, total: int) -> None:
+    """One iteration with the budget of all. total: pairs that all iterations have made."""
+    once = o.at_once()
+    once = replace(once, pairs=replace(once.pairs, max_pairs=total))
+    shot = Run(once, out, cycle.home)
+    synpo(shot, 1)
+    evaluate(shot, 1)
+
+
+def again(cycle: Run, o: Options, out: Path) -> None:
+    """All iterations with other options."""
+    other = Run(o, out, cycle.home)
+    for t in range(1, o.iters + 1):
+        synpo(other, t)
+        evaluate(other, t)
+
+
+def repeated(cycle: Run, out: Path) -> None:
+    """R_1 applied t times to M_0's responses, and M_0 trained on the result, for t = 2 .. T."""
+    o, M_0, template = cycle.o, cycle.o.model, cycle.o.improver.template
+    other = Run(o, out, cycle.home)
+
+    # R_1 once more: its weights were discarded
+    drafts = cycle.iter(1) / "seed_answers.jsonl"
+    R_1 = train_improver(M_0, cycle.seeds, drafts, out / "improver", o.improver)
+    for t in range(2, o.iters + 1):
+        y_0, it = cycle.iter(t) / "base_answers.jsonl", other.iter(t)
+        y = y_0
+        for time in range(1, t + 1):
+            rewrites = it / f"rewrites{time}.jsonl"
+            y = rewrite(R_1, y, M_0, rewrites, o.rewrites, template, time)
+        make_pairs(y, y_0, it / "pairs.jsonl", o.pairs, M_0, template, t)
+        pairs = [it / "pairs.jsonl"]
+        train_policy(M_0, pairs, other.model(t), o.policy, reference=M_0, cache=cycle.cache)
+        evaluate(other, t)
+
+
 def main(
     run: Path,  # the directory of a finished run
 ) -> dict:
     o = parse_options(Options, ["--config", str(run / "config.json")])
     cycle = Run(o, run, run)
     out = run / "controls"
-    M_0 = o.model
-    print0("controls")
     total = sum(len(read_jsonl(path)) for path in cycle.every("pairs.jsonl", o.iters))
+    chosen_only = replace(o.policy, loss="sft", loss_parameters={}, nll=0.0)
+    nll = replace(o, policy=chosen_only)
 
-    # SFT on the seeds
-    finetune(M_0, cycle.seeds, out / "seed_sft", o.seed_sft)
-
-    # pairs from the seeds, as many training pairs as M_T saw
-    drafts = cycle.iter(1) / "seed_answers.jsonl"
-    pairs = gold_pairs(cycle.seeds, drafts, out / "seed_pairs.jsonl", o.run)
-    epochs = max(1, round(o.policy.epochs * total / len(read_jsonl(pairs))))
-    policy = replace(o.policy, epochs=epochs)
-    train_policy(M_0, [pairs], out / "seed_pairs", policy, reference=M_0, cache=cycle.cache)
-
-    # held-out scores of both
-    if o.heldout:
-        for name in ("seed_sft", "seed_pairs"):
-            answers = out / f"{name}_answers.jsonl"
-            sample(out / name, cycle.heldout, answers, o.answers, purpose="heldout")
-            score(cycle, answers, out / f"{name}_eval.json", out / name)
-
-    # one shot
-    once = o.at_once()
-    once = replace(once, pairs=replace(once.pairs, max_pairs=total))
-    shot = Run(once, out / "one_shot", run)
-    synpo(shot, 1)
-    evaluate(shot, 1)
+    print0("controls")
+    from_seeds(cycle, out, total)
+    one_shot(cycle, o, out / "one_shot", total)
+    again(cycle, nll, out / "nll")
+    one_shot(cycle, nll, out / "nll_one_shot", total)
+    repeated(cycle, out / "repeated")
     return on_rank0(report, run)
 
 

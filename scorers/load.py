@@ -3,7 +3,7 @@
     none                no scorer
     random              a control: a random number per text
     likelihood          mean log-prob per token under the base model (likelihood.py)
-    settled             how sure the base model is, asked to revise, to change nothing (likelihood.py)
+    settled             how surely the base model would leave it unrevised (likelihood.py)
     DIR                 a reward model: one output (classifier.py) or ArmoRM (armorm.py)
     judge:DIR           a chat model on this machine that compares (letter_judge.py)
     endpoint:NAME       a chat model behind an OpenAI-compatible endpoint (endpoint.py)

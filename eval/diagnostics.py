@@ -1,0 +1,105 @@
+"""What to watch while a run iterates: one row of diagnostics per iteration, and warnings.
+
+    gap        score of R_t's rewrites of M_{t-1}'s held-out responses, less that of the responses;
+               of any rewrite, not of the picked ones
+    gain       score of M_t less that of M_{t-1}
+    uptake     gain / gap: how much of what R_t knows better the policy has learned
+    chosen     change of the chosen responses' log-prob per token while M_t trained
+    rejected   the same of the rejected responses
+    best       mean over prompts of the best score among several responses of M_t
+    distinct   share of different texts among these
+    words      of M_t's responses
+
+The score is the held-out evaluation's; where it has none for rewrites, the win rate. Standard
+errors are over held-out prompts, paired, for evaluations that score single records.
+"""
+
+from pathlib import Path
+
+from eval.answers import read_lines
+from eval.stats import mean, standard_error
+from plumbing.records import load_json
+
+
+def diagnose(run: Path, T: int) -> list[dict]:
+    """Rows of the table for iterations 1..T; "-" where the run has no such number."""
+    rows = []
+    for t in range(1, T + 1):
+        before = result_of(run / f"iter{t - 1}/eval.json")
+        after = result_of(run / f"iter{t}/eval.json")
+        gap, gap_error = difference(before, result_of(run / f"iter{t}/eval_rewrites.json"))
+        gain, gain_error = difference(before, after)
+        several = result_of(run / f"iter{t}/eval_samples.json")
+        chosen, rejected = log_prob_changes(run / f"iter{t}/policy/metrics.jsonl")
+        rows.append(
+            {
+                "t": t,
+                "gap": gap,
+                "gap se": gap_error,
+                "gain": gain,
+                "gain se": gain_error,
+                "uptake": gain / gap if isinstance(gap, float) and gap > 0 else "-",
+                "chosen": chosen,
+                "rejected": rejected,
+                "best": several.get("best", "-"),
+                "distinct": several.get("distinct", "-"),
+                "words": after.get("words", "-"),
+            }
+        )
+    return rows
+
+
+def result_of(path: Path) -> dict:
+    return load_json(path) if path.is_file() else {}
+
+
+def difference(before: dict, after: dict) -> tuple:
+    """after - before and its standard error; "-" for what is missing."""
+    name = "score" if "score" in after else "win_rate"
+    if name not in before or name not in after:
+        return "-", "-"
+    error = "-"
+    if "scores" in before and "scores" in after:
+        pairs = zip(before["scores"], after["scores"], strict=True)
+        error = standard_error([new - old for old, new in pairs])
+    return after[name] - before[name], error
+
+
+def log_prob_changes(metrics: Path) -> tuple:
+    """Changes of the mean log-prob per token of chosen and rejected responses: from the first step,
+    which sees the untrained model, to the mean over the last tenth of steps.
+    """
+    steps = read_lines(metrics) if metrics.is_file() else []
+    if not steps or "logps/chosen" not in steps[0]:
+        return "-", "-"
+    last = steps[-max(1, len(steps) // 10) :]
+
+    def change(side: str) -> float:
+        per_token = [step[f"logps/{side}"] / step[f"tokens/{side}"] for step in [steps[0], *last]]
+        return mean(per_token[1:]) - per_token[0]
+
+    return change("chosen"), change("rejected")
+
+
+def warnings(rows: list[dict]) -> list[str]:
+    """What looks unhealthy in the rows of diagnose()."""
+    found = []
+    for previous, row in zip([None, *rows], rows, strict=False):
+        where = f"warning, iteration {row['t']}:"
+        if row["gap"] != "-" and row["gap"] <= 0:
+            found.append(
+                f"{where} the improver no longer improves (gap {row['gap']:+.3f}): stop, or give "
+                "it new information"
+            )
+        if row["chosen"] != "-" and row["chosen"] < 0:
+            found.append(
+                f"{where} log-probs of chosen responses fell ({row['chosen']:+.3f} per token): "
+                "raise --policy.nll, or lower --policy.lr"
+            )
+        if previous and "-" not in (previous["best"], row["best"]):
+            if row["best"] < previous["best"]:
+                found.append(
+                    f"{where} the best of several responses fell ({previous['best']:.3f} -> "
+                    f"{row['best']:.3f}): the policy narrows; lower --policy.lr or --policy.epochs"
+                )
+    return found
