@@ -38,30 +38,46 @@ IMPROVER = (
     "iter1/*_improver*",
     "iter1/heldout_rewrites*",
 )
-REWRITES = (*IMPROVER, "generator/*", "iter*/prompts*", "iter*/base_answers*", "iter1/rewrites*")
+DRAFTS = (*IMPROVER, "generator/*", "iter*/prompts*", "iter*/base_answers*")
+REWRITES = (*DRAFTS, "iter1/rewrites*")
 PAIRS = (*REWRITES, "iter1/pairs*")
 RUN = ("config.json", "*.jsonl", "generator/*", "reference/*", "iter*")
-SIMPO = "--policy.loss simpo --policy.beta 10 --policy.gamma 1.6 --policy.lr 2e-4 "
+SIMPO = "--policy.loss simpo --policy.beta 10 --policy.gamma 1.6 "
+LIKELIHOOD = "--rewrites.scorer likelihood --pairs.scorer likelihood --pairs.threshold 0"
+# the held-out score in the loop, as an upper bound
+EXACT = (
+    "--rewrites.scorer demo/sorting.py:score --pairs.scorer demo/sorting.py:score "
+    "--pairs.threshold 0"
+)
 
 VARIANTS = {  # name -> flags of loop.py, files shared with the base
     "base": ("--keep-improvers", ()),  # others need their weights
     "rejected previous": ("--rejected previous", REWRITES),
     "start previous": ("--start previous", PAIRS),
-    "data fresh": ("--data fresh", PAIRS),
+    "data cumulative": ("--data cumulative", PAIRS),
     "no noise": ("--generator.noise 0", IMPROVER),
     "1 keyword": ("--generator.keywords 1 --generator.noise 0", IMPROVER),
     # with more of their own: few seeds have four keywords
     "5 keywords": ("--generator.keywords 5 --generator.noise 1", IMPROVER),
     "no filter": ("--pairs.scorer none", REWRITES),
-    "rubric filter": ("--pairs.scorer demo/build.py:score", REWRITES),
-    "simpo": (SIMPO + "--policy.nll 0", PAIRS),
-    "simpo + nll": (SIMPO + "--policy.nll 0.5", PAIRS),
+    "no scorer": ("--pairs.scorer none --rewrites.scorer none", DRAFTS),
+    "1 rewrite": ("--rewrites.best_of 1", DRAFTS),
+    "likelihood": (LIKELIHOOD, DRAFTS),
+    "exact score": (EXACT, DRAFTS),
+    "no form filter": ("--prompts.keep=", (*IMPROVER, "generator/*")),
+    "dpo alone": ("--policy.nll 0", PAIRS),
+    "dpo alone, lr / 10": ("--policy.nll 0 --policy.lr 1e-4", PAIRS),
+    "simpo, lr / 10": (SIMPO + "--policy.nll 0 --policy.lr 1e-4", PAIRS),
+    "simpo + nll": (SIMPO, PAIRS),
     "controls": ("", RUN),  # methods/controls.py on a copy of the base's finished run
 }
 CONTROLS = {  # row -> its evaluation, and what counted its pairs, below controls/
     "seeds: SFT": ("seed_sft_eval.json", ()),
     "seeds: pairs": ("seed_pairs_eval.json", ("seed_pairs",)),
     "one shot": ("one_shot/iter1/eval.json", ("one_shot/iter1/policy",)),
+    "nll alone": ("nll/iter{T}/eval.json", ("nll/iter{T}/policy",)),
+    "nll alone, one shot": ("nll_one_shot/iter1/eval.json", ("nll_one_shot/iter1/policy",)),
+    "R_1 T times": ("repeated/iter{T}/eval.json", ("repeated/iter{T}/policy",)),
 }
 Job = tuple[str, int]  # a variant and a random seed
 
@@ -158,8 +174,9 @@ def rows_of(name: str, run: Path, T: int) -> dict[str, dict]:
     if name == "controls":
         rows = {}
         for row, (evaluation, counted) in CONTROLS.items():
-            pairs = [run / "controls" / path for path in counted]
-            rows[row] = figures_of(run / "controls" / evaluation, pairs)
+            folder = run / "controls"
+            pairs = [folder / path.format(T=T) for path in counted]
+            rows[row] = figures_of(folder / evaluation.format(T=T), pairs)
         return rows
     pairs = [run / f"iter{t}/pairs.jsonl" for t in range(1, T + 1)]
     figures = figures_of(run / f"iter{T}/eval.json", pairs)
