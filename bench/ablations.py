@@ -31,15 +31,10 @@ from plumbing.stage import counts_of
 
 # Files of the base's run: those that follow from M_0 and the seeds alone, from the generator too,
 # and so on. A star matches folders as well.
-IMPROVER = (
-    "iter0/*",
-    "iter1/seed_answers*",
-    "iter1/improver/*",
-    "iter1/*_improver*",
-    "iter1/heldout_rewrites*",
-)
-DRAFTS = (*IMPROVER, "generator/*", "iter*/prompts*", "iter*/base_answers*")
-REWRITES = (*DRAFTS, "iter1/rewrites*")
+SEEDS = ("iter0/*", "iter1/seed_answers*", "iter1/improver/*")
+DRAFTS = (*SEEDS, "generator/*", "iter*/prompts*", "iter*/base_answers*")
+IMPROVER = (*SEEDS, "iter1/*_improver*", "iter1/heldout_rewrites*", "iter1/eval_rewrites*")
+REWRITES = (*IMPROVER, *DRAFTS, "iter1/rewrites*")
 PAIRS = (*REWRITES, "iter1/pairs*")
 RUN = ("config.json", "*.jsonl", "generator/*", "reference/*", "iter*")
 SIMPO = "--policy.loss simpo --policy.beta 10 --policy.gamma 1.6 "
