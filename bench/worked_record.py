@@ -1,6 +1,6 @@
 """The worked record of docs/design.md: one prompt followed through one iteration of a DPO run.
 
-    python -m bench.worked_record --run runs/demo
+    python loop.py --config recipes/facts.toml && python -m bench.worked_record --run runs/facts
 
 It replaces the blocks after the page's marker by what the run's files say and its models score.
 """
@@ -14,7 +14,6 @@ import torch
 
 from checkpoint import load
 from dpo import key, reference_logps
-from improve import improver_prompt
 from loop import Options, Run
 from pairs import reason_to_drop, repetition
 from plumbing.chat import Chat
@@ -22,6 +21,7 @@ from plumbing.options import ROOT, cli, parse_options
 from plumbing.ranks import DEVICE
 from plumbing.records import InputError, read_jsonl, read_text, write_text
 from plumbing.stage import read_manifest
+from scorers.base import revision_prompt
 from scorers.load import load_scorer
 from train import make_sequence, response_logps
 
@@ -61,7 +61,7 @@ def prompting(run: Run, pair: dict) -> dict:
 def training(run: Run) -> dict:
     draft = read_jsonl(run.iter(T) / "seed_answers.jsonl")[0]  # of R's first example
     seed = next(row for row in read_jsonl(run.seeds) if row["id"] == draft["id"])
-    asked = improver_prompt(seed, draft["response"], run.o.improver.template)
+    asked = revision_prompt(seed, draft["response"], run.o.improver.template)
     return {
         "x*": seed["prompt"],
         "y'": draft["response"],
@@ -79,7 +79,8 @@ def rewriting(run: Run, pair: dict) -> dict:
     # the scores
     if o.rewrites.draft_competes:
         candidates.append({"sample": "y", "response": y_hat["draft"]})
-    scorer = load_scorer(o.rewrites.scorer, o.model, o.run, single=True)
+    template = o.improver.template
+    scorer = load_scorer(o.rewrites.scorer, o.model, o.run, single=True, template=template)
     scores = scorer([{**y_hat, "response": row["response"]} for row in candidates])
     for row, score in zip(candidates, scores, strict=True):
         rows[f"candidate {row.get('sample', 0)}"] = [score, row["response"]]
