@@ -27,7 +27,7 @@ from plumbing.ranks import on_rank0
 from plumbing.records import InputError, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, generate, repeat, sample
-from scorers.base import Scorer, quantiles, revision_prompt
+from scorers.base import Revision, Scorer, quantiles
 from scorers.load import load_scorer, scorer_files
 from train import TrainOptions, sft
 
@@ -50,8 +50,14 @@ class ImproverOptions(TrainOptions):
     drafts: Count = 1  # sampled responses per seed to train on
     threshold: float = 0.0  # train only where score(gold) - score(draft) exceeds this
     scorer: str = "none"  # of that rule; none keeps all; see scorers/load.py
-    template: str = TEMPLATE  # what R reads; {prompt} and {draft} stand for the texts
+    template: str = TEMPLATE  # what R reads: {prompt}, {draft}, or any other field of a record
+    feedback: str = ""  # FILE.py:FUNCTION from drafts to more fields, such as a checker's words
     max_length: int = 6000  # tokens of template and gold response; what is longer loses its end
+
+    @property
+    def revision(self) -> Revision:
+        """What R reads, in training and in rewriting."""
+        return Revision(template=self.template, feedback=self.feedback)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +77,17 @@ def train_improver(
     prompts.
     """
     stage = Stage(
-        out, o, model=model, seeds=seeds, answers=drafts, scorer_files=scorer_files(o.scorer)
+        out,
+        o,
+        model=model,
+        seeds=seeds,
+        answers=drafts,
+        scorer_files=scorer_files(o.scorer),
+        feedback_files=o.revision.files,
     )
     if stage.done:
         return out
-    scorer = load_scorer(o.scorer, model, o.run, single=True, template=o.template)
+    scorer = load_scorer(o.scorer, model, o.run, single=True, revision=o.revision)
     gold = read_jsonl(seeds, "prompt", "response")
     answers = read_jsonl(drafts)
     rows = training_rows(gold, answers, scorer, o)
@@ -91,6 +103,9 @@ def training_rows(
     """
     by_id = {seed["id"]: seed for seed in seeds}
     pairs = [(by_id[draft["id"]], draft) for draft in answers if draft["response"]]
+    # a seed may bring a draft of its own
+    pairs = [pair for pair in pairs if "draft" not in pair[0]]
+    pairs += [(seed, {**seed, "response": seed["draft"]}) for seed in seeds if "draft" in seed]
     if scorer:
         gold_scores = scorer([seed for seed, _ in pairs])
         draft_scores = scorer([draft for _, draft in pairs])
@@ -100,10 +115,10 @@ def training_rows(
             problem = f"no seed's gold response beats its draft by {o.threshold}"
             fix = "lower --improver.threshold"
             raise InputError(f"improver: {problem}; score gaps {quantiles(gaps)}; {fix}")
+    asked = o.revision.prompts([{**seed, "response": draft["response"]} for seed, draft in pairs])
     rows = []
-    for seed, draft in pairs:
+    for (seed, draft), prompt in zip(pairs, asked, strict=True):
         name = digest(seed["id"], draft.get("sample", 0))
-        prompt = revision_prompt(seed, draft["response"], o.template)
         rows.append({"id": name, "prompt": prompt, "response": seed["response"]})
     return rows
 
@@ -117,7 +132,7 @@ def rewrite(
     base: Checkpoint,
     out: Path,
     o: RewriteOptions,
-    template: str = TEMPLATE,
+    revision: Revision,
     t: int = 1,
 ) -> Path:
     """y^ ~ R_t(. | x, y): the best of several rewrites of every draft; all candidates stay in
@@ -132,24 +147,24 @@ def rewrite(
         improver=improver,
         drafts=drafts,
         base=base,
-        template=template,
+        template=revision.template,
+        feedback=revision.feedback or None,
+        feedback_files=revision.files,
         iteration=t,
         scorer_files=scorer_files(o.scorer),
     )
     if stage.done:
         return out
     rows = read_jsonl(drafts)
-    requests = []
-    for row in rows:
-        prompt = revision_prompt(row, row["response"], template)
-        requests.append({"id": row["id"], "prompt": prompt})
+    asked = zip(rows, revision.prompts(rows), strict=True)
+    requests = [{"id": row["id"], "prompt": prompt} for row, prompt in asked]
     candidates = candidates_of(out)
     requests = repeat(requests, o.best_of)
     counts = generate(improver, requests, candidates, o, stage.scratch, f"rewrites {t}", "drafts")
 
     # pick the best of each draft's candidates
     scores = stage.scratch / "scores"
-    scorer = load_scorer(o.scorer, base, o.run, scores, single=True, template=template)
+    scorer = load_scorer(o.scorer, base, o.run, scores, single=True, revision=revision)
     best = pick(rows, read_jsonl(candidates), scorer, o)
     on_rank0(write_jsonl, out, best)
     unchanged = sum(row["response"].split() == row["draft"].split() for row in best)
@@ -181,7 +196,8 @@ def pick(
     candidates = []
     for row in sorted(competing, key=lambda row: place[row["id"]]):
         draft = drafts[place[row["id"]]]
-        candidate = {name: draft[name] for name in ("id", "prompt", "messages") if name in draft}
+        written = ("sample", "response", "draft", "finish_reason", "tokens")
+        candidate = {name: value for name, value in draft.items() if name not in written}
         candidate["draft"] = draft["response"]
         candidate |= {name: row[name] for name in ("response", "finish_reason")}
         candidates.append(candidate)
@@ -223,8 +239,7 @@ def main(
     seed_answers = sample(policy, seeds, out / "seed_answers.jsonl", o.answers, n, "seed answers")
     R = train_improver(model, seeds, seed_answers, out / "improver", o.improver)
     drafts = sample(policy, prompts, out / "answers.jsonl", o.answers, purpose="answers")
-    template = o.improver.template
-    return rewrite(R, drafts, model, out / "rewrites.jsonl", o.rewrites, template)
+    return rewrite(R, drafts, model, out / "rewrites.jsonl", o.rewrites, o.improver.revision)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def synpo(run: Run, t: int) -> None:
     x = sample_prompts(G, run.corpus, run.seen(t), it / "prompts.jsonl", o.prompts, reads, t)
 
     # R_t <- SFT(M_0) on (x*, y' ~ M_{t-1}(. | x*)) -> y*
-    n, template = o.improver.drafts, o.improver.template
+    n, revision = o.improver.drafts, o.improver.revision
     drafts = sample(M_prev, run.seeds, it / "seed_answers.jsonl", o.answers, n, f"seeds {t}")
     R = train_improver(M_0, run.seeds, drafts, out=it / "improver", o=o.improver)
 
@@ -178,11 +178,11 @@ def synpo(run: Run, t: int) -> None:
     y = y_0
     if t > 1:
         y = sample(M_prev, x, it / "answers.jsonl", o.answers, purpose=f"answers {t}")
-    y_hat = rewrite(R, y, M_0, it / "rewrites.jsonl", o.rewrites, template, t)
+    y_hat = rewrite(R, y, M_0, it / "rewrites.jsonl", o.rewrites, revision, t)
 
     # D += (x, chosen y^, rejected y_0) where the filter agrees
     rejected = y_0 if o.rejected == "base" else y
-    make_pairs(y_hat, rejected, it / "pairs.jsonl", o.pairs, M_0, template, t)
+    make_pairs(y_hat, rejected, it / "pairs.jsonl", o.pairs, M_0, revision, t)
     D = run.every("pairs.jsonl", t) if o.data == "cumulative" else [it / "pairs.jsonl"]
 
     # M_t <- preference optimisation of M_0 on D, reference M_0
@@ -247,7 +247,7 @@ def evaluate_improver(run: Run, R: Path, t: int) -> None:
     o, out = run.o, run.iter(t) / "heldout_rewrites.jsonl"
     if o.heldout and on_rank0(can_rewrite, R, out):
         drafts = run.heldout_answers(t - 1)
-        rewrite(R, drafts, run.model(0), out, o.rewrites, o.improver.template, t)
+        rewrite(R, drafts, run.model(0), out, o.rewrites, o.improver.revision, t)
         score(run, out, run.iter(t) / "eval_improver.json", None)
         score(run, candidates_of(out), run.iter(t) / "eval_rewrites.json", None)
 
@@ -292,9 +292,13 @@ def check(run: Run, needs_corpus: bool) -> str:
     if needs_corpus:
         training_rows(read_jsonl(run.seeds), o.generator)
         keyword_lists(o.corpus, o.generator.keywords, o.prompts.lists, o.run.seed, 1)
-    load_scorer(o.pairs.scorer, o.model, o.run)
-    load_scorer(o.improver.scorer, o.model, o.run, single=True)
-    load_scorer(o.rewrites.scorer, o.model, o.run, single=True)
+    revision = o.improver.revision
+    load_scorer(o.pairs.scorer, o.model, o.run, revision=revision)
+    load_scorer(o.improver.scorer, o.model, o.run, single=True, revision=revision)
+    load_scorer(o.rewrites.scorer, o.model, o.run, single=True, revision=revision)
+    for plugin in (o.prompts.keep, o.improver.feedback):
+        if plugin:
+            load_function(plugin)
     policy_loss(o.policy)
     benchmark.check(o.eval, o.eval_options)
     check_disk(run)

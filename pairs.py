@@ -19,7 +19,7 @@ rewrites.jsonl, base_answers.jsonl -> pairs.jsonl {id, prompt, chosen, rejected,
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0
 from plumbing.records import InputError, JsonlPath, digest, read_jsonl, rng, write_jsonl
 from plumbing.stage import Stage
-from scorers.base import is_pairwise, quantiles, score_pairs
+from scorers.base import NO_REVISION, Revision, is_pairwise, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
 
 
@@ -47,7 +47,7 @@ def make_pairs(
     out: JsonlPath,  # JSONL of pairs to write
     o: PairOptions,
     base: Checkpoint | None = None,  # M_0: the model that `likelihood` and `settled` score under
-    template: str = "",  # the improver's, which `settled` reads
+    revision: Revision = NO_REVISION,  # how the improver is asked, for `settled`
     t: int = 1,  # iteration: recorded in the pairs
 ) -> Path:
     """D += (x, chosen, rejected) where the filter agrees; counts say why others were dropped."""
@@ -58,14 +58,14 @@ def make_pairs(
         rejected=rejected,
         base=base,
         iteration=t,
-        template=template if o.scorer == "settled" else None,
+        revision=asdict(revision) if o.scorer == "settled" else None,
         scorer_files=scorer_files(o.scorer),
     )
     if stage.done:
         return out
 
     # join both sides and score them
-    scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", template=template)
+    scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", revision=revision)
     pairs = join(read_jsonl(chosen, "prompt"), read_jsonl(rejected, "prompt"))
     good, bad = score_pairs(scorer, [good for good, _ in pairs], [bad for _, bad in pairs])
     gaps = [a - b for a, b in zip(good, bad, strict=True)] if scorer else []
@@ -138,7 +138,8 @@ def make_pair(
 ) -> dict:
     """A record of pairs.jsonl. preference: P(chosen is better), where a judge gave it."""
     pair = {"id": pair_id(good)}
-    pair |= {field: good[field] for field in ("prompt", "messages") if field in good}
+    written = ("id", "sample", "draft", "response", "finish_reason", "tokens")
+    pair |= {name: value for name, value in good.items() if name not in written}
     if preference is not None:
         pair["preference"] = preference
     return {

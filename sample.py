@@ -378,9 +378,13 @@ def make_request(
 
 
 def make_answer(row: dict, request: Request, chat: Chat) -> dict:
-    """The output record. An end token is counted but is no text."""
-    kept = {name: row[name] for name in ("id", "prompt", "messages", "sample") if name in row}
+    """The output record: the input's fields and the response. An end token is counted but is no
+    text.
+    """
+    written = ("id", "response", "finish_reason", "tokens")
+    kept = {name: value for name, value in row.items() if name not in written}
     return {
+        "id": row["id"],
         **kept,
         "response": chat.text(request.output).strip(),
         "finish_reason": request.finish_reason,

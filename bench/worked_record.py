@@ -21,7 +21,6 @@ from plumbing.options import ROOT, cli, parse_options
 from plumbing.ranks import DEVICE
 from plumbing.records import InputError, read_jsonl, read_text, write_text
 from plumbing.stage import read_manifest
-from scorers.base import revision_prompt
 from scorers.load import load_scorer
 from train import make_sequence, response_logps
 
@@ -61,7 +60,7 @@ def prompting(run: Run, pair: dict) -> dict:
 def training(run: Run) -> dict:
     draft = read_jsonl(run.iter(T) / "seed_answers.jsonl")[0]  # of R's first example
     seed = next(row for row in read_jsonl(run.seeds) if row["id"] == draft["id"])
-    asked = revision_prompt(seed, draft["response"], run.o.improver.template)
+    [asked] = run.o.improver.revision.prompts([{**seed, "response": draft["response"]}])
     return {
         "x*": seed["prompt"],
         "y'": draft["response"],
@@ -79,8 +78,8 @@ def rewriting(run: Run, pair: dict) -> dict:
     # the scores
     if o.rewrites.draft_competes:
         candidates.append({"sample": "y", "response": y_hat["draft"]})
-    template = o.improver.template
-    scorer = load_scorer(o.rewrites.scorer, o.model, o.run, single=True, template=template)
+    revision = o.improver.revision
+    scorer = load_scorer(o.rewrites.scorer, o.model, o.run, single=True, revision=revision)
     scores = scorer([{**y_hat, "response": row["response"]} for row in candidates])
     for row, score in zip(candidates, scores, strict=True):
         rows[f"candidate {row.get('sample', 0)}"] = [score, row["response"]]

@@ -86,7 +86,7 @@ def again(cycle: Run, o: Options, out: Path) -> None:
 
 def repeated(cycle: Run, out: Path) -> None:
     """R_1 applied t times to M_0's responses, and M_0 trained on the result, for t = 2 .. T."""
-    o, M_0, template = cycle.o, cycle.o.model, cycle.o.improver.template
+    o, M_0, revision = cycle.o, cycle.o.model, cycle.o.improver.revision
     other = Run(o, out, cycle.home)
 
     # R_1 once more: its weights were discarded
@@ -97,8 +97,8 @@ def repeated(cycle: Run, out: Path) -> None:
         y = y_0
         for time in range(1, t + 1):
             rewrites = it / f"rewrites{time}.jsonl"
-            y = rewrite(R_1, y, M_0, rewrites, o.rewrites, template, time)
-        make_pairs(y, y_0, it / "pairs.jsonl", o.pairs, M_0, template, t)
+            y = rewrite(R_1, y, M_0, rewrites, o.rewrites, revision, time)
+        make_pairs(y, y_0, it / "pairs.jsonl", o.pairs, M_0, revision, t)
         pairs = [it / "pairs.jsonl"]
         train_policy(M_0, pairs, other.model(t), o.policy, reference=M_0, cache=cycle.cache)
         evaluate(other, t)

@@ -8,6 +8,7 @@ returns P(the first is better) by position. Every rank calls a scorer with all r
 import re
 from collections import ChainMap
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from checkpoint import load
 from model import Model
 from ops.attention import Packed
 from plumbing.chat import Chat
-from plumbing.options import RunOptions
+from plumbing.options import RunOptions, load_function, plugin_files
 from plumbing.ranks import DEVICE, gather, work_queue
 from plumbing.records import InputError, conversation_text, digest, load_json, write_json
 from train import pack_micro_batches
@@ -25,14 +26,43 @@ from train import pack_micro_batches
 Scorer = Callable[..., list[float]]
 
 
-def revision_prompt(row: dict, draft: str, template: str) -> str:
-    """The request to revise a draft: the improver's template filled in.
+@dataclass(frozen=True, kw_only=True)
+class Revision:
+    """How a model is asked to revise a response: what R_t reads, and the scorer `settled`."""
 
-    Earlier turns of a conversation come before its last question.
-    """
-    texts = {"prompt": conversation_text(row), "draft": draft}
+    template: str = ""  # {draft} is the response, {prompt} the conversation; other names are fields
+    feedback: str = ""  # FILE.py:FUNCTION from records to dicts of further fields
+
+    @property
+    def files(self) -> list[Path]:
+        return plugin_files(self.feedback)
+
+    def prompts(self, rows: list[dict]) -> list[str]:
+        """The requests to revise the responses of records."""
+        notes = [{}] * len(rows)
+        if self.feedback:
+            notes = load_function(self.feedback)(rows)
+        texts = []
+        for row, note in zip(rows, notes, strict=True):
+            own = {"prompt": conversation_text(row), "draft": row["response"]}
+            texts.append(fill(self.template, {**row, **own, **note}))
+        return texts
+
+
+NO_REVISION = Revision()
+
+
+def fill(template: str, fields: dict) -> str:
+    """The template with every {name} replaced by that field."""
+
+    def text_of(match: re.Match) -> str:
+        if match[1] not in fields:
+            problem = f"the improver's template reads {match[0]}, which it does not have"
+            raise InputError(f"record {fields['id']}: {problem}; correct one of them")
+        return str(fields[match[1]])
+
     # in one pass, and not by format(): the texts themselves may contain braces
-    return re.sub(r"{(prompt|draft)}", lambda match: texts[match[1]], template)
+    return re.sub(r"{(\w+)}", text_of, template)
 
 
 def is_pairwise(scorer: Scorer | None) -> bool:

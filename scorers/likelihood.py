@@ -11,7 +11,7 @@ from pathlib import Path
 from checkpoint import load_config
 from plumbing.options import RunOptions
 from plumbing.records import InputError
-from scorers.base import LocalModel, Scorer, revision_prompt
+from scorers.base import LocalModel, Revision, Scorer
 from train import TrainOptions, make_sequence, score_sequences
 
 
@@ -31,19 +31,18 @@ def likelihood(directory: str | Path, run: RunOptions) -> Scorer:
     return score
 
 
-def settled(directory: str | Path, run: RunOptions, template: str) -> Scorer:
+def settled(directory: str | Path, run: RunOptions, revision: Revision) -> Scorer:
     """exp of the mean log-prob per token of a response, given the prompt and that same response as
     the draft to revise: 1 if the model is certain to leave it as it is.
 
-    template: the improver's (improve.py).
+    revision: how the improver is asked.
     """
     logp = likelihood(directory, run)
 
     def score(rows):
-        revisions = []
-        for row in rows:
-            prompt = revision_prompt(row, row["response"], template)
-            revisions.append({"id": row["id"], "prompt": prompt, "response": row["response"]})
-        return [math.exp(value) for value in logp(revisions)]
+        asked = []
+        for row, prompt in zip(rows, revision.prompts(rows), strict=True):
+            asked.append({"id": row["id"], "prompt": prompt, "response": row["response"]})
+        return [math.exp(value) for value in logp(asked)]
 
     return score

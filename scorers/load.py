@@ -19,7 +19,7 @@ from plumbing.options import RunOptions, load_function, plugin_files
 from plumbing.records import InputError, load_json, rng
 from plumbing.stage import fingerprint
 from scorers.armorm import armorm
-from scorers.base import Scorer, blockwise, is_pairwise
+from scorers.base import Revision, Scorer, blockwise, is_pairwise
 from scorers.classifier import classifier
 from scorers.endpoint import endpoint
 from scorers.letter_judge import letter_judge
@@ -32,12 +32,12 @@ def load_scorer(
     run: RunOptions,
     scratch: Path | None = None,
     single: bool = False,
-    template: str = "",
+    revision: Revision | None = None,
 ) -> Scorer | None:
     """The scorer that --scorer names; None for "none". Weights are read when it is first called.
 
-    base: the checkpoint under which `likelihood` and `settled` are measured. template: the
-    improver's, which `settled` reads. scratch: a folder for the scores of
+    base: the checkpoint under which `likelihood` and `settled` are measured. revision: how
+    the improver is asked, for `settled`. scratch: a folder for the scores of
     finished blocks. single: answers have no counterpart, so a scorer that compares raises
     InputError. A rank may call it alone.
     """
@@ -51,15 +51,15 @@ def load_scorer(
         scorer = endpoint(name, run)
     elif spec != "none":
         # the model of a directory, in blocks
-        directory, make = local_model(spec, base, template)
+        directory, make = local_model(spec, base, revision)
         key = []
         if scratch:
-            chat_template = run.chat_template
-            if Path(chat_template).is_file():
-                chat_template = fingerprint(chat_template)
-            key = [spec, fingerprint(directory), run.dtype, chat_template]
+            template = run.chat_template
+            if Path(template).is_file():
+                template = fingerprint(template)
+            key = [spec, fingerprint(directory), run.dtype, template]
         if scratch and spec == "settled":
-            key.append(template)
+            key += [revision.template, [fingerprint(file) for file in revision.files]]
         scorer = blockwise(make(directory, run), key, scratch)
     if single and is_pairwise(scorer):
         fix = "name one that scores each, such as likelihood"
@@ -67,12 +67,16 @@ def load_scorer(
     return scorer
 
 
-def local_model(spec: str, base: str | Path | None, template: str) -> tuple:
+def local_model(spec: str, base: str | Path | None, revision: Revision | None) -> tuple:
     """The directory of a scorer's model, and the function that makes the scorer."""
     if spec in ("likelihood", "settled"):
         if not base:
             raise InputError(f"--scorer {spec} scores under a model; give --base DIR")
-        return base, likelihood if spec == "likelihood" else partial(settled, template=template)
+        if spec == "likelihood":
+            return base, likelihood
+        if not (revision and revision.template):
+            raise InputError("--scorer settled asks to revise; give --revision.template")
+        return base, partial(settled, revision=revision)
     kind, _, name = spec.partition(":")
     if kind == "judge" and name:
         return name, letter_judge
