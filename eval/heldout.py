@@ -85,15 +85,19 @@ def score_heldout(
     function = load_function(o.evaluate) if o.evaluate else evaluate
     rows, gold, base_rows = (read_jsonl(path) for path in (answers, heldout, base_answers))
     several = len(rows) > len(gold)
-    if several:
-        # each record once for each of its responses
-        gold, base_rows = (by_id(records, rows) for records in (gold, base_rows))
+    # each record once for each of its responses; an improver's have the prompt that it read
+    gold, base_rows = (by_id(records, rows) for records in (gold, base_rows))
+    rows = [{**row, **prompt_of(record)} for row, record in zip(rows, gold, strict=True)]
     result = function(rows, gold, base_rows, model, base, o.run)
     if several and "scores" in result:
         result |= over_samples(rows, result["scores"])
     on_rank0(write_json, out, result)
     shown = {name: value for name, value in result.items() if name != "scores"}
     return stage.finish(**rounded(shown))
+
+
+def prompt_of(record: dict) -> dict:
+    return {name: record[name] for name in ("prompt", "messages") if name in record}
 
 
 def by_id(records: list[dict], rows: list[dict]) -> list[dict]:
