@@ -81,6 +81,9 @@ class GeneratorOptions(TrainOptions):
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(SampleOptions):
     lists: int = 64_000  # keyword lists per iteration, each from one paragraph of the corpus
+    source: str = (
+        "generator"  # or JSONL of prompts, or FILE.py:FUNCTION from the iteration to records
+    )
     max_prompts: int = 50_000  # keep at most N new prompts per iteration
     min_words: int = 3  # of a prompt
     max_words: int = 150  # of a prompt
@@ -227,25 +230,26 @@ def parse_question(text: str) -> str | None:
 
 
 def filter_prompts(
-    generated: list[dict], seen: dict[str, list[str]], o: PromptOptions
+    records: list[dict], seen: dict[str, list[Path]], o: PromptOptions
 ) -> tuple[list[dict], Counter]:
-    """New prompts {id, prompt, keywords} in the order of G's outputs, and how many were dropped for
-    which reason.
+    """The records whose prompts are usable and new, in order, and how many others were dropped
+    for which reason. A prompt may be None.
 
-    seen: label -> texts that must not come again, such as {"seed": [...], "heldout": [...],
-    "earlier": [...]}.
+    seen: label -> files of records whose prompts must not come again, such as {"seed": [...],
+    "heldout": [...], "earlier": [...]}.
     """
     novelty = Novelty(o.near_duplicate)
+    for label, paths in seen.items():
+        for path in paths:
+            for row in read_jsonl(path):
+                novelty.add(last_message(row), label)
+
     keep = load_function(o.keep) if o.keep else None
-    for label, texts in seen.items():
-        for text in texts:
-            novelty.add(text, label)
     kept: list[dict] = []
     dropped: Counter = Counter()
-    for row in generated:
-        prompt = parse_question(row["response"])
+    for record in records:
+        prompt = last_message(record)
         reason = reason_to_drop(prompt, novelty, o)
-        record = {"id": digest(prompt), "prompt": prompt, "keywords": row["keywords"]}
         if not reason and keep and not keep(record):
             reason = "not_kept"
         if not reason and len(kept) == o.max_prompts:
@@ -254,7 +258,7 @@ def filter_prompts(
             dropped[reason] += 1
             continue
         novelty.add(prompt, "new")
-        kept.append(record)
+        kept.append({"id": digest(prompt), **record})
     return kept, dropped
 
 
@@ -329,12 +333,10 @@ def sample_prompts(
     counts = generate(generator, rows, raw, o, stage.scratch, purpose, "keyword lists")
 
     # keep what is usable and new
-    texts = {}
-    for label, paths in seen.items():
-        texts[label] = [last_message(row) for path in paths for row in read_jsonl(path)]
-    outputs = read_jsonl(raw)
-    generated = [{**row, "keywords": words} for row, words in zip(outputs, lists, strict=True)]
-    kept, dropped = filter_prompts(generated, texts, o)
+    records = []
+    for row, words in zip(read_jsonl(raw), lists, strict=True):
+        records.append({"prompt": parse_question(row["response"]), "keywords": words})
+    kept, dropped = filter_prompts(records, seen, o)
     if not kept:
         problem = f"none of {len(lists)} outputs is a usable prompt ({dict(dropped)})"
         raise InputError(f"{out}: {problem}; see {raw}")
@@ -347,6 +349,32 @@ def sample_prompts(
         tokens=counts["tokens"],
         fresh=counts["fresh"],
     )
+
+
+def take_prompts(seen: dict[str, list[Path]], out: Path, o: PromptOptions, t: int = 1) -> Path:
+    """x from --prompts.source, a file or a function, in place of G: the next ones that are new."""
+    files = {"source_files": source_files(o), "keep_files": plugin_files(o.keep)}
+    stage = Stage(out, o, seen=seen, iteration=t, **files)
+    if stage.done:
+        return out
+    records = source_records(o, t)
+    kept, dropped = filter_prompts(records, seen, o)
+    if not kept:
+        problem = f"none of {len(records)} prompts is usable and new ({dict(dropped)})"
+        raise InputError(f"--prompts.source {o.source}: {problem}; give more")
+    on_rank0(write_jsonl, out, kept)
+    return stage.finish(lists=len(records), **dropped, prompts=len(kept))
+
+
+def source_records(o: PromptOptions, t: int) -> list[dict]:
+    """The records of --prompts.source for iteration t."""
+    if ".py:" in o.source:
+        return load_function(o.source)(t)
+    return read_jsonl(o.source, "prompt")
+
+
+def source_files(o: PromptOptions) -> list[Path]:
+    return plugin_files(o.source) or [Path(o.source)]
 
 
 def keyword_use(prompts: list[dict]) -> dict:

@@ -25,17 +25,19 @@ from pathlib import Path
 from checkpoint import Checkpoint, Weights, load_config
 from dpo import PolicyOptions, policy_loss, train_policy
 from eval import benchmark
-from eval.heldout import score_heldout
-from eval.report import report, show_answers
+from eval.in_run import evaluate, evaluate_improver
+from eval.report import report
 from gen_prompts import (
     GeneratorOptions,
     PromptOptions,
     keyword_lists,
     sample_prompts,
+    source_records,
+    take_prompts,
     train_generator,
     training_rows,
 )
-from improve import ImproverOptions, RewriteOptions, candidates_of, rewrite, train_improver
+from improve import ImproverOptions, RewriteOptions, rewrite, train_improver
 from pairs import PairOptions, make_pairs
 from plumbing.chat import Chat
 from plumbing.options import Count, RunOptions, as_dict, cli, flags_of, load_function
@@ -66,6 +68,7 @@ class Options:
     rejected: typing.Literal["base", "previous"] = "base"  # whose response: M_0's or M_{t-1}'s
     start: typing.Literal["base", "previous"] = "base"  # what M_t starts from: M_0 or M_{t-1}
     data: typing.Literal["cumulative", "fresh"] = "cumulative"  # pairs of all iterations, or one's
+    more_pairs: str = ""  # FILE.py:FUNCTION from (run, t) to a list of further files of pairs
     one_shot: bool = False  # one iteration with the keyword lists, prompts and pairs of all --iters
     keep_improvers: bool = False  # do not delete an improver's weights after use
     show: int = 3  # examples to print at the end
@@ -136,6 +139,10 @@ class Run:
         return self.o.corpus
 
     @property
+    def needs_generator(self) -> bool:
+        return self.o.prompts.source == "generator"
+
+    @property
     def cache(self) -> Path:
         """Reference log-probs, addressed by content, of all iterations."""
         return self.home / "reference"
@@ -162,11 +169,14 @@ def synpo(run: Run, t: int) -> None:
     M_0, M_prev = run.model(0), run.model(t - 1)
 
     # G <- SFT(M_0) on seeds: keywords -> prompt               (up to date from t = 2 on)
-    G = train_generator(M_0, run.seeds, out=run.home / "generator", o=o.generator)
-
     # x ~ G(. | 3 keywords), new with respect to everything seen
-    reads = o.generator.reads  # what G reads: its template, and how many keywords that holds
-    x = sample_prompts(G, run.corpus, run.seen(t), it / "prompts.jsonl", o.prompts, reads, t)
+    x = it / "prompts.jsonl"
+    if run.needs_generator:
+        G = train_generator(M_0, run.seeds, out=run.home / "generator", o=o.generator)
+        reads = o.generator.reads  # what G reads: its template, and how many keywords that holds
+        sample_prompts(G, run.corpus, run.seen(t), x, o.prompts, reads, t)
+    else:  # prompts of the user's own
+        take_prompts(run.seen(t), x, o.prompts, t)
 
     # R_t <- SFT(M_0) on (x*, y' ~ M_{t-1}(. | x*)) -> y*
     n, revision = o.improver.drafts, o.improver.revision
@@ -184,6 +194,8 @@ def synpo(run: Run, t: int) -> None:
     rejected = y_0 if o.rejected == "base" else y
     make_pairs(y_hat, rejected, it / "pairs.jsonl", o.pairs, M_0, revision, t)
     D = run.every("pairs.jsonl", t) if o.data == "cumulative" else [it / "pairs.jsonl"]
+    if o.more_pairs:
+        D += load_function(o.more_pairs)(run, t)
 
     # M_t <- preference optimisation of M_0 on D, reference M_0
     start = M_0 if o.start == "base" else M_prev
@@ -220,47 +232,6 @@ def time_left(begin: float, t: int, T: int) -> str:
     return f", about {minutes:.0f} min left"
 
 
-# -------------------------------------------------------------------------------------- evaluation
-
-
-def evaluate(run: Run, t: int) -> None:
-    """Held-out score of M_t, and benchmarks: the same prompts and seeds in every iteration."""
-    o, model = run.o, run.model(t)
-    if o.heldout:
-        answers = sample(model, run.heldout, run.heldout_answers(t), o.answers, purpose="heldout")
-        score(run, answers, run.iter(t) / "eval.json", model)
-        on_rank0(show_answers, answers, o.show)
-    if o.evaluate and o.heldout_samples > 1:
-        several = run.iter(t) / "heldout_samples.jsonl"
-        sample(model, run.heldout, several, o.answers, o.heldout_samples, "heldout samples")
-        score(run, several, run.iter(t) / "eval_samples.json", model)
-    # benchmarks are for the run itself, not for its controls
-    if run.out != run.home:
-        return
-    for name, given in benchmark.check(o.eval, o.eval_options).items():
-        prompts = run.every("prompts.jsonl", t)
-        benchmark.run(name, given, model, prompts, run.iter(t) / "eval" / name, o.run)
-
-
-def evaluate_improver(run: Run, R: Path, t: int) -> None:
-    """Held-out score of R_t's rewrites of M_{t-1}'s responses; skipped if R_t is discarded."""
-    o, out = run.o, run.iter(t) / "heldout_rewrites.jsonl"
-    if o.heldout and on_rank0(can_rewrite, R, out):
-        drafts = run.heldout_answers(t - 1)
-        rewrite(R, drafts, run.model(0), out, o.rewrites, o.improver.revision, t)
-        score(run, out, run.iter(t) / "eval_improver.json", None)
-        score(run, candidates_of(out), run.iter(t) / "eval_rewrites.json", None)
-
-
-def can_rewrite(R: Path, out: Path) -> bool:
-    return out.is_file() or any(R.glob("*.safetensors"))
-
-
-def score(run: Run, answers: Path, out: Path, model: Path | None) -> None:
-    base_answers = run.heldout_answers(0)
-    score_heldout(answers, out, run.heldout, base_answers, run.model(0), run.o, model)
-
-
 # -------------------------------------------------------------------------------- before the cycle
 
 
@@ -271,6 +242,7 @@ def check(run: Run, needs_corpus: bool) -> str:
     differ from config.json.
     """
     o, out = run.o, run.out
+    needs_corpus = needs_corpus and run.needs_generator
     needed = ("model", "seeds", "corpus") if needs_corpus else ("model", "seeds")
     for name in needed:
         if not getattr(o, name):
@@ -292,11 +264,13 @@ def check(run: Run, needs_corpus: bool) -> str:
     if needs_corpus:
         training_rows(read_jsonl(run.seeds), o.generator)
         keyword_lists(o.corpus, o.generator.keywords, o.prompts.lists, o.run.seed, 1)
+    if not run.needs_generator:
+        source_records(o.prompts, 1)
     revision = o.improver.revision
     load_scorer(o.pairs.scorer, o.model, o.run, revision=revision)
     load_scorer(o.improver.scorer, o.model, o.run, single=True, revision=revision)
     load_scorer(o.rewrites.scorer, o.model, o.run, single=True, revision=revision)
-    for plugin in (o.prompts.keep, o.improver.feedback):
+    for plugin in (o.prompts.keep, o.improver.feedback, o.more_pairs):
         if plugin:
             load_function(plugin)
     policy_loss(o.policy)

@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo import train_policy
+from eval.in_run import evaluate, score
 from eval.report import report
 from improve import rewrite, train_improver
-from loop import Options, Run, evaluate, score, synpo
+from loop import Options, Run, synpo
 from pairs import make_pairs
 from plumbing.options import RunOptions, cli, parse_options
 from plumbing.ranks import on_rank0, print0

@@ -51,8 +51,8 @@ LEVEL = {
     "gen_prompts": 5,
     "dpo": 5,
     "pairs": 6,
+    "improve": 6,
     "eval": 7,
-    "improve": 7,
     "loop": 8,
     "methods": 9,
     "demo": 9,  # a plug-in, as a user's would be
