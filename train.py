@@ -365,28 +365,14 @@ def refuse_non_finite(line: dict, batch: list[Example], stage: Stage) -> None:
 
 # ----------------------------------------------------------------------------------------- metrics
 
-WRITERS: dict = {}  # folder -> its TensorBoard writer
-
 
 def log(folder: Path, line: dict) -> None:
-    """A step's metrics to folder/metrics.jsonl, and to TensorBoard's files where tensorboard is
-    installed.
-    """
+    """Append a step's metrics to folder/metrics.jsonl."""
     if RANK > 0:
         return
     short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
     with open(folder / "metrics.jsonl", "a") as file:
         print(json.dumps(short), file=file)
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return
-    if folder not in WRITERS:
-        # a stage that resumes after a stop voids what was written of the steps that it repeats
-        WRITERS[folder] = SummaryWriter(str(folder / "tensorboard"), purge_step=line["step"])
-    for name, value in line.items():
-        WRITERS[folder].add_scalar(name, value, line["step"])
-    WRITERS[folder].flush()  # cli() leaves without closing files
 
 
 def keep_metrics(stage: Stage) -> None:
@@ -394,12 +380,7 @@ def keep_metrics(stage: Stage) -> None:
     written.
     """
     stage.out.mkdir(parents=True, exist_ok=True)
-    if stage.scratch in WRITERS:
-        WRITERS.pop(stage.scratch).close()
     shutil.copy(stage.scratch / "metrics.jsonl", stage.out)
-    board = stage.scratch / "tensorboard"
-    if board.is_dir():
-        shutil.copytree(board, stage.out / board.name, dirs_exist_ok=True)
 
 
 # --------------------------------------------------------------------------- stopping and resuming

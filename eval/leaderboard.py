@@ -1,4 +1,4 @@
-"""Open LLM Leaderboard v1, or any other task of lm-evaluation-harness, from local files.
+"""Open LLM Leaderboard v1, by lm-evaluation-harness (lm_eval), from local files.
 
 ARC-challenge with 25 examples, HellaSwag 10, TruthfulQA 0, MMLU 5, Winogrande 5, GSM8K 5:
 accuracy on multiple-choice questions (TruthfulQA: probability of the true answers) and on school
@@ -18,8 +18,8 @@ gsm8k_test; names may have a suffix, as mmlu_test_some.jsonl. Examples come from
 arc_challenge_train, hellaswag_train, mmlu_dev, winogrande_train and gsm8k_train, or, without such
 a file, from the other questions. On the Hub they are allenai/ai2_arc (ARC-Challenge),
 Rowan/hellaswag, truthfulqa/truthful_qa (multiple_choice), cais/mmlu, allenai/winogrande
-(winogrande_xl) and openai/gsm8k (main). Without --data, and for other tasks than these six,
-lm_eval downloads the data from the Hub.
+(winogrande_xl) and openai/gsm8k (main). Without --data, lm_eval downloads them. For other tasks,
+and likelihoods of whole texts, use `lm_eval --model hf`: it opens our checkpoints.
 """
 
 import json
@@ -81,11 +81,10 @@ class Options:
     model: Checkpoint  # checkpoint directory
     data: Path | None = None  # directory of the tasks' JSONL files; empty: lm_eval downloads them
     out: Path | None = None  # directory to write; empty: MODEL/eval/leaderboard
-    tasks: str = ""  # names joined by commas, also of lm_eval's other tasks; empty: all six
+    tasks: str = ""  # names joined by commas; empty: all six
     limit: int = 0  # use only the first N questions of a task (MMLU: of a subject); 0: all
-    subjects: int = 0  # use only the first N subjects of MMLU; 0: all
     chat: bool = False  # put questions into the chat template; the leaderboard does not
-    batch_tokens: int = 4096  # per packed forward pass; tokens that questions share count once
+    batch_tokens: int = 4096  # per packed forward pass
     slots: int = 128  # max batch size of generation
 
 
@@ -119,7 +118,7 @@ def define(name: str, files: dict[str, Path], o: Options) -> dict[str, dict]:
     if files:
         subjects = split_subjects(files, o.out / "tasks" / "mmlu")
     definitions = {}
-    for subject, own in sorted(subjects.items())[: o.subjects or None]:
+    for subject, own in sorted(subjects.items()):
         yaml = stock / task.stock.replace("*", subject)
         definitions[f"mmlu_{subject}"] = definition(yaml, f"mmlu_{subject}", task.shots, own)
     return definitions
@@ -175,16 +174,17 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable[[], H
         model=o.model,
         data=files,
         limit=o.limit,
-        subjects=o.subjects,
         chat=o.chat,
     )
     if stage.done:
         return out
+    with optional():
+        from lm_eval.tasks import TaskManager
     # lm_eval reads definitions from files only
     names = on_rank0(write_definitions, name, files, o)
-    manager = task_manager(name, names, o)
     try:
-        found = evaluate(model(), names or [name], manager, o.limit, o.chat)
+        manager = TaskManager(include_path=str(o.out / "tasks" / name), include_defaults=False)
+        found = evaluate(model(), names, manager, o.limit, o.chat)
     except OSError as error:  # of the data's files, or of the Hub
         problem = f"lm_eval could not load its data ({str(error).splitlines()[0]})"
         fix = "give --data DIR, or leave the task out"
@@ -193,32 +193,20 @@ def measure(name: str, files: dict[str, Path], o: Options, model: Callable[[], H
 
 
 def write_definitions(name: str, files: dict[str, Path], o: Options) -> list[str]:
-    """Write OUT/tasks/NAME/*.yaml; returns the names of its tasks, none if it is lm_eval's own."""
-    definitions = define(name, files, o) if name in TASKS else {}
+    """Write OUT/tasks/NAME/*.yaml; returns the names of its tasks."""
+    definitions = define(name, files, o)
     for task, text in definitions.items():
         path = o.out / "tasks" / name / f"{task}.yaml"
         write_json(path, text)  # JSON is YAML
     return list(definitions)
 
 
-def task_manager(name: str, names: list[str], o: Options):
-    """lm_eval's TaskManager for our definitions or, if there are none, for its own."""
-    with optional():
-        from lm_eval.tasks import TaskManager
-    if names:
-        return TaskManager(include_path=str(o.out / "tasks" / name), include_defaults=False)
-    manager = TaskManager(include_path=None, include_defaults=True)
-    if name not in manager.all_tasks:
-        raise InputError(f"--tasks {name}: lm_eval has no such task; `lm_eval ls tasks` lists all")
-    return manager
-
-
 def write_results(found: dict, name: str, names: list[str], out: Path) -> dict:
     """Write what lm_eval found; returns score, se and questions, averaged over MMLU's subjects."""
     kept = {key: found[key] for key in ("results", "n-samples", "versions")}
     write_text(out, json.dumps(kept, indent=1, default=str))
-    metric = TASKS[name].metric if names else ""
-    headlines = [headline(found, task, metric) for task in names or [name]]
+    metric = TASKS[name].metric
+    headlines = [headline(found, task, metric) for task in names]
     return {
         "score": round(mean([value for value, _ in headlines]), 4),
         "se": round(spread([se for _, se in headlines]), 4),
@@ -227,15 +215,8 @@ def write_results(found: dict, name: str, names: list[str], out: Path) -> dict:
 
 
 def headline(found: dict, task: str, metric: str) -> tuple[float, float]:
-    """Value and standard error of a metric: if none is named, the last where higher is better."""
-    numbers = found["results"].get(task) or found["groups"][task]
-    if not metric:
-        better = found["higher_is_better"].get(task, {})
-        high = [key for key in numbers if better.get(key.partition(",")[0])]
-        if not high:
-            problem = "lm_eval reports no metric for it where higher is better"
-            raise InputError(f"--tasks {task}: {problem}; leave it out")
-        metric = high[-1]
+    """Value and standard error of a task's metric."""
+    numbers = found["results"][task]
     se = numbers.get(metric.replace(",", "_stderr,"))
     return numbers[metric], se if isinstance(se, float) else 0.0
 
@@ -257,10 +238,11 @@ def find_files(o: Options, names: list[str]) -> dict[str, dict[str, Path]]:
         raise InputError(f"--data {o.data}: no such directory; {fix}")
     files = {}
     for name in names:
-        files[name] = files_of(TASKS[name], o) if name in TASKS else {}
-        if name in TASKS and not files[name]:
+        found = files_of(TASKS[name], o)
+        if found:
+            files[name] = found
+        else:
             print0(f"  {name} left out: no {TASKS[name].asked}*.jsonl in --data")
-            del files[name]
     if not files:
         raise InputError(f"--data {o.data}: no file of {', '.join(names)}; {fix}")
     return files
@@ -269,6 +251,9 @@ def find_files(o: Options, names: list[str]) -> dict[str, dict[str, Path]]:
 def main(o: Options) -> dict:
     o = replace(o, out=place(o, "leaderboard"))
     names = [name.strip() for name in o.tasks.split(",") if name.strip()] or list(TASKS)
+    for name in names:
+        if name not in TASKS:
+            raise InputError(f"--tasks {name}: no such task; there are {', '.join(TASKS)}")
     # one model for all tasks; none is loaded if all are up to date
     model = cache(partial(Harness, o.model, o.run, o.batch_tokens, o.slots, o.chat))
 
@@ -281,7 +266,7 @@ def main(o: Options) -> dict:
             "score": counts["score"],
             "se": counts["se"],
             "questions": counts["questions"],
-            "shots": TASKS[name].shots if name in TASKS else "-",
+            "shots": TASKS[name].shots,
             "examples": Path(shown).name,
         }
         rows.append(row)

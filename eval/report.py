@@ -22,7 +22,6 @@ import numpy as np
 from eval import heldout
 from eval.answers import read_lines
 from eval.diagnostics import diagnose, difference, warnings
-from eval.stats import plane
 from eval.table import table
 from plumbing.options import load_function
 from plumbing.records import (
@@ -31,7 +30,6 @@ from plumbing.records import (
     load_json,
     read_jsonl,
     read_text,
-    rng,
     write_jsonl,
     write_text,
 )
@@ -79,9 +77,7 @@ SHARES = {
 # Numbers of a pair on the page; the last three count words.
 NUMBERS = ("t", "score_chosen", "score_rejected", "chosen", "rejected", "draft")
 BLOCK = 128  # pairs that the page parses at a time
-MAPPED = 2000  # max prompts on the map
 POINTS = 150  # max points of a curve
-COMMON_WORDS = 500  # that tell prompts apart on the map
 
 COLOURS = {"M_": "#1f6feb", "R_": "#d9730d"}  # of models in scores.svg; controls are grey
 
@@ -262,7 +258,6 @@ def page_data(run: Path, o: dict, folders: list[Path], results: dict, spent: lis
         },
         "shares": shares(folders),
         "times": spent,
-        "map": prompt_map(run, folders),
     }
 
 
@@ -326,55 +321,6 @@ def shares(folders: list[Path]) -> dict[str, list]:
         counts = [counts_of(folder / result) for folder in folders]
         found[title] = [c[part] / c[whole] if c.get(whole) else None for c in counts]
     return found
-
-
-# -------------------------------------------------------------------------------- the page's map
-
-
-def prompt_map(run: Path, folders: list[Path]) -> dict:
-    """Prompts as points of a plane, from eval/diversity.py where it ran, else by their words."""
-    for folder in reversed(folders):
-        placed = folder / "eval/diversity/map.json"
-        if placed.is_file():
-            rows = load_json(placed)
-            points = [[row["x"], row["y"], row["source"], row["prompt"]] for row in rows]
-            return {"how": "Placed by eval/diversity.py.", "points": points}
-
-    # (source, text) of the prompts of all iterations and of the seeds
-    files = {f"iteration {t}": folder / "prompts.jsonl" for t, folder in enumerate(folders, 1)}
-    files["seeds"] = run / "seeds.jsonl"
-    found = []
-    for source, path in files.items():
-        rows = read_jsonl(path) if path.is_file() else []
-        found += [(source, last_message(row)) for row in rows]
-
-    # a sample of them, projected
-    total = len(found)
-    kept = sorted(rng("map").sample(range(total), min(total, MAPPED)))
-    found = [found[i] for i in kept]
-    points, held = project([text for _, text in found])
-    how = (
-        f"{len(found):,} of {total:,} prompts as TF-IDF vectors of their words, projected on the "
-        f"two directions in which they differ most (PCA; {held:.0%} of their variance). Words "
-        "only, no meaning: prompts lie close where they share words."
-    )
-    return {"how": how, "points": [[*xy, *one] for xy, one in zip(points, found, strict=True)]}
-
-
-def project(texts: list[str]) -> tuple[list[list[float]], float]:
-    """Texts -> points of a plane, and its share of the variance: PCA of TF-IDF of common words."""
-    # the commonest words, but none that occurs in one text only
-    bags = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
-    found = Counter(word for bag in bags for word in bag)
-    words = [word for word, n in found.most_common(COMMON_WORDS) if n > 1]
-    if len(words) < 2:
-        return [[0.0, 0.0] for _ in texts], 0.0
-    # TF-IDF, rows of length 1
-    X = np.array([[bag[word] for word in words] for bag in bags], float)  # (texts, words)
-    X *= np.log(len(texts) / np.array([found[word] for word in words]))
-    X /= np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
-    points, share = plane(X)
-    return points.tolist(), share
 
 
 # -------------------------------------------------------------------------------- the page

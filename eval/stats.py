@@ -1,4 +1,4 @@
-"""Statistics that benchmarks share: standard errors, bootstraps, logistic regression, PCA."""
+"""Statistics that benchmarks share: standard errors, bootstraps, logistic regression."""
 
 import numpy as np
 
@@ -75,21 +75,3 @@ def bootstrap(statistic, *columns: np.ndarray, rounds: int = 100) -> np.ndarray:
         rows = generator.integers(0, n, n)
         values.append(statistic(*(column[rows] for column in columns)))
     return np.array(values)
-
-
-def plane(X) -> tuple[np.ndarray, float]:
-    """PCA to two dimensions: points (N, 2) of X (N, C), and their share of the variance.
-
-    By eigenvectors of the covariance; an SVD of X gives the same, four times slower for thousands
-    of rows.
-    """
-    X = np.asarray(X, float)
-    X = X - X.mean(0)
-    values, vectors = np.linalg.eigh(X.T @ X)  # ascending
-    axes = vectors[:, :-3:-1]
-    points = X @ axes
-    # signs of eigenvectors are arbitrary: make the largest coordinate of each axis positive
-    largest = np.abs(points).argmax(0)
-    points *= np.sign(points[largest, [0, 1]])
-    share = values[-2:].sum() / max(1e-12, values.sum())
-    return points, float(share)

@@ -689,11 +689,11 @@ FAULTS = [
         tests=("eval/test_llm_judge.py::test_the_budget_holds_with_many_requests_under_way",),
     ),
     Fault(
-        "branch-mask",
+        "wrong-row-scored",
         "eval/lm_eval_adapter.py",
-        old=".tril(T - n)",
-        new=".tril(T - n - 1)",
-        tests=("eval/test_lm_eval_adapter.py::test_shared_prefixes_change_no_log_prob",),
+        old="rows += range(end - len(continuation), end)",
+        new="rows += range(end - len(continuation) - 1, end - 1)",
+        tests=("eval/test_lm_eval_adapter.py::test_packing_changes_no_log_prob",),
     ),
     Fault(
         "population-error",

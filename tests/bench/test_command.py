@@ -58,5 +58,4 @@ def test_watched_functions_tell_their_seconds():
     [(seconds, result, x)] = noted
     assert result == 7
     assert x == 3
-    assert seconds.keys() == {"wall", "CPU"}
-    assert all(0 <= one < 1 for one in seconds.values())
+    assert 0 <= seconds < 1

@@ -72,15 +72,12 @@ def test_each_difference_is_one_line(run, tmp_path, capsys):
     assert sorted(lines) == [
         "controls/seed_sft_eval.json: missing",
         "iter1/eval.json: 3 lines, now 4",
-        "iter1/policy/model.safetensors: weights differ by at most 0.25",
+        "iter1/policy/model.safetensors: the weights differ",
         # from 20 characters before the place on
         'iter1/prompts.jsonl: line 2: \': "b", "prompt": "Why?"}\', '
         'now \': "b", "prompt": "Who?"}\'',
     ]
     assert summary.startswith("1 of 5 results are the same")
-    save_file({"v": torch.tensor([1.0, 2.0])}, other / "iter1/policy/model.safetensors")
-    same.compare(run, other)
-    assert "model.safetensors: other tensors" in capsys.readouterr().out
 
 
 def test_nothing_is_not_the_same_as_nothing(tmp_path):

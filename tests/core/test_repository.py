@@ -29,9 +29,8 @@ CORE_TOKENS = 19_250  # top-level files without losses.py; never above 20,000
 PLUMBING_TOKENS = 7_000  # never above 7,000
 # All Python outside tests/ at commit 7187c6c, before the code was reflowed:
 #     git archive 7187c6c | tar -x -C DIR && python tests/core/test_repository.py DIR
-# counted 79,921. Plain statements cost more tokens than shorthand; this is what was reached, and it
-# must fall.
-ALL_TOKENS = 83_650
+# counted 79,921. Plain statements cost more tokens than shorthand; this is what was reached.
+ALL_TOKENS = 79_900
 TOKENS_A_LINE = 11
 COLUMNS = 100
 FUNCTION_LINES = 50

@@ -541,35 +541,6 @@ def test_mfu_counts_three_forward_passes(tiny, tmp_path):
     assert line["mfu"] * line["seconds"] * 1e9 == pytest.approx(3 * flop, rel=1e-4)
 
 
-def test_tensorboard_gets_every_metric_and_voids_what_is_repeated(tmp_path, monkeypatch):
-    told = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            told.append((folder, purge_step))
-
-        def add_scalar(self, *values):
-            told.append(values)
-
-        def flush(self):
-            told.append("flush")
-
-    module = SimpleNamespace(SummaryWriter=Writer)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(train, "WRITERS", {})
-    train.log(tmp_path, {"step": 3, "loss": 0.5})
-    train.log(tmp_path, {"step": 4, "loss": 0.25})
-    third = [("step", 3, 3), ("loss", 0.5, 3), "flush"]
-    fourth = [("step", 4, 4), ("loss", 0.25, 4), "flush"]
-    assert told == [(str(tmp_path / "tensorboard"), 3), *third, *fourth]
-
-    # without the package, metrics.jsonl is all there is
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    train.log(tmp_path, {"step": 5, "loss": 0.125})
-    assert told[-1] == "flush"
-    assert [line["loss"] for line in metrics(tmp_path)] == [0.5, 0.25, 0.125]
-
-
 # --------------------------------------------------------------------------- stopping and resuming
 
 

@@ -128,8 +128,8 @@ def test_the_numbers_are_those_of_lm_eval(roomy, tasks, tmp_path, capsys):
         wanted = ["mmlu_anatomy", "mmlu_virology"] if name == "mmlu" else [name]
         assert parts == wanted
         manager = manager_of(out, name)
-        theirs = evaluate(peer, parts, manager, 3, samples=True)
-        ours = evaluate(us, parts, manager, 3, samples=True)
+        theirs = evaluate(peer, parts, manager, 3)
+        ours = evaluate(us, parts, manager, 3)
         metric = leaderboard.TASKS[name].metric
         scores = [leaderboard.headline(theirs, part, metric)[0] for part in parts]
         mean = sum(scores) / len(scores)
@@ -149,7 +149,7 @@ def test_the_question_itself_is_never_an_example(roomy, tasks, tmp_path):
     out = tmp_path / "out"
     leaderboard.main(options(roomy, tasks, out, tasks="gsm8k"))
     manager = manager_of(out, "gsm8k")
-    found = evaluate(Harness(roomy, FP32), ["gsm8k"], manager, 12, samples=True)
+    found = evaluate(Harness(roomy, FP32), ["gsm8k"], manager, 12)
     samples = [s for s in found["samples"]["gsm8k"] if s["filter"] == "strict-match"]
     assert len(samples) == 12
     for sample in samples:
@@ -177,7 +177,7 @@ def test_hellaswag_runs_on_local_files_too(roomy, tmp_path):
     o = options(roomy, tmp_path, out, tasks="hellaswag")
     assert 0 <= leaderboard.main(o)["hellaswag"] <= 1
     manager = manager_of(out, "hellaswag")
-    found = evaluate(Harness(roomy, FP32), ["hellaswag"], manager, 3, samples=True)
+    found = evaluate(Harness(roomy, FP32), ["hellaswag"], manager, 3)
     samples = found["samples"]["hellaswag"]
     assert [len(sample["arguments"]) for sample in samples] == [4] * 3
     context = samples[0]["arguments"][0][0]
@@ -223,7 +223,6 @@ def test_random_numbers_go_on_as_if_nothing_had_been(roomy, tasks, tmp_path):
     assert draw() == wanted
 
 
-@pytest.mark.slow
 def test_missing_data_and_unknown_tasks_are_named(roomy, tasks, tmp_path):
     cases = [
         ({"data": tmp_path / "no"}, "no such directory"),

@@ -2,7 +2,6 @@
 
 import json
 import random
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,17 +10,7 @@ from eval_helpers import FP32, text
 
 from checkpoint import load
 from eval import lm_eval_adapter
-from eval.lm_eval_adapter import (
-    SHARE,
-    Harness,
-    Tree,
-    Until,
-    cut,
-    generation,
-    optional,
-    score,
-    shared_prefix,
-)
+from eval.lm_eval_adapter import Harness, Until, micro_batches, optional, score
 from ops.attention import Packed
 from plumbing.chat import Chat
 from plumbing.records import InputError
@@ -56,42 +45,44 @@ def hits_of(scores: list[tuple[float, bool]]) -> list[bool]:
     return [hit for _, hit in scores]
 
 
-# ---- log-probs: a tree is the same as each sequence alone
+# ---- log-probs: packed inputs give the same as each request alone
 
 
-def alone(model, pairs) -> list[tuple[float, bool]]:
-    """Each pair in a forward pass of its own."""
+def alone(model, inputs, continuations) -> list[tuple[float, bool]]:
+    """Each continuation in a forward pass of its own."""
     results = []
-    for ids, targets in pairs:
-        n = len(targets)
-        rows = torch.arange(len(ids) - n, len(ids))
-        logits = model(torch.tensor(ids), Packed([len(ids)]), rows)
-        logps = logits.float().log_softmax(-1)
-        logp = float(logps[range(n), targets].sum())
-        greedy = logps.argmax(-1).tolist()
-        results.append((logp, greedy == targets))
+    for ids, several in zip(inputs, continuations, strict=True):
+        for targets in several:
+            n = len(targets)
+            rows = torch.arange(len(ids) - n, len(ids))
+            logits = model(torch.tensor(ids), Packed([len(ids)]), rows)
+            logps = logits.float().log_softmax(-1)
+            logp = float(logps[range(n), targets].sum())
+            greedy = logps.argmax(-1).tolist()
+            hit = greedy == targets
+            results.append((logp, hit))
     return results
 
 
 @pytest.mark.parametrize("window", [None, 7, 40])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @torch.inference_mode()
-def test_shared_prefixes_change_no_log_prob(seed, window):
+def test_packing_changes_no_log_prob(seed, window):
     arch = {}
     if window:
         arch = {"architectures": ["MistralForCausalLM"], "sliding_window": window}
     model = random_model(llama_config(**arch), seed, std=0.1)
     r = random.Random(seed)
-    pairs = []
-    for ids in sequences(seed):
+    inputs = sequences(seed)
+    continuations = []
+    for ids in inputs:
         n = r.randrange(1, len(ids) + 1)
         targets = [*ids[len(ids) - n + 1 :], r.randrange(320)]
-        pairs.append((ids, targets))
-        other = [*targets[:-1], 5]  # one more that reads the same
-        pairs.append((ids, other))
-    pairs.sort()
-    ours = score(model, pairs)
-    theirs = alone(model, pairs)
+        # some that read the same, of the same length and of another one
+        other = [*targets[:-1], 5]
+        continuations.append([targets, other, [6]])
+    ours = score(model, inputs, continuations)
+    theirs = alone(model, inputs, continuations)
     assert logps_of(ours) == pytest.approx(logps_of(theirs), abs=1e-3)
     assert hits_of(ours) == hits_of(theirs)
 
@@ -104,97 +95,32 @@ def test_greedy_tokens_are_seen_as_such():
     logits = model(torch.tensor(ids), Packed([T]), torch.arange(T))
     best = logits.argmax(-1).tolist()
     wrong = [best[-2], (best[-1] + 1) % 320]
-    pairs = [(ids, targets) for targets in (best[-3:], best[-1:], wrong)]
-    pairs.sort()
-    found = {}
-    for (_, targets), hit in zip(pairs, hits_of(score(model, pairs)), strict=True):
-        found[len(targets)] = hit
-    assert found == {3: True, 1: True, 2: False}
+    scores = score(model, [ids], [[best[-3:], best[-1:], wrong]])
+    assert hits_of(scores) == [True, True, False]
 
 
 def test_scoring_agrees_with_the_trainers(tiny):
     model = load(tiny, torch.float32)
-    pairs = [(ids, [*ids[1:], 7]) for ids in sequences(4) if len(ids) > 1]
-    pairs.sort()
-    whole = [([*ids, 7], 1) for ids, _ in pairs]
+    inputs = [ids for ids in sequences(4) if len(ids) > 1]
+    continuations = [[[*ids[1:], 7]] for ids in inputs]
+    whole = [([*ids, 7], 1) for ids in inputs]
     wanted = [float(logps.sum()) for logps in response_logps(model, whole)]
-    found = logps_of(score(model, pairs))
-    assert found == pytest.approx(wanted, abs=1e-3)
-
-
-def test_more_rows_than_a_chunk_of_logits(tiny, monkeypatch):
-    model = load(tiny, torch.float32)
-    pairs = sorted((ids, [*ids[1:], 7]) for ids in sequences(5))
-    whole = logps_of(score(model, pairs))
-    monkeypatch.setattr(lm_eval_adapter, "CHUNK", 7)
-    parts = logps_of(score(model, pairs))
-    assert parts == pytest.approx(whole, abs=1e-4)
-
-
-def test_a_shared_token_is_computed_once():
-    start = list(range(100, 140))
-    whole = [[*start, 1, 2], [*start, 1, 3], [*start, 2]]
-    tree = Tree(whole, None)
-    assert tree.tokens.tolist() == [*start, 1, 2, 3, 2]
-    assert tree.positions.tolist() == [*range(42), 41, 40]
-    paths = [tree.tokens[path].tolist() for path in tree.paths]
-    assert paths == whole
-    few = start[: SHARE - 1]  # not worth an attention of its own
-    short = Tree([[*few, 1], [*few, 2]], None)
-    assert len(short.tokens) == 2 * SHARE
-    assert short.masks == [None, None]
-
-
-def varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, causal, window_size):
-    """flash-attn's function as documented: masks are aligned to the last query and key."""
-    assert causal
-    for starts, longest in ((starts_q, longest_q), (starts_k, longest_k)):
-        assert starts.dtype == torch.int32
-        assert longest == int(starts.diff().max())
-    outputs = []
-    reach = window_size[0]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    for (a, b), (c, d) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
-        parts = (q[a:b], k[c:d], v[c:d])
-        q1, k1, v1 = (x.transpose(0, 1)[None] for x in parts)
-        T = d - c
-        query = torch.arange(T - (b - a), T)[:, None]
-        key = torch.arange(T)
-        seen = key <= query
-        if reach >= 0:
-            seen &= key >= query - reach
-        out = attend(q1, k1, v1, attn_mask=seen, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize("window", [None, 20])
-def test_flash_attention_is_asked_for_the_same(window, monkeypatch):
-    raw = llama_config(architectures=["MistralForCausalLM"], sliding_window=window)
-    model = random_model(raw, 0, std=0.1)
-    pairs = sorted((ids, [5]) for ids in sequences(6))
-    plain = logps_of(score(model, pairs))
-    monkeypatch.setattr(lm_eval_adapter, "use_flash", lambda x: True)
-    monkeypatch.setattr(lm_eval_adapter, "flash_attn_varlen_func", varlen)
-    flash = logps_of(score(model, pairs))
-    assert flash == pytest.approx(plain, abs=1e-4)
+    found = score(model, inputs, continuations)
+    assert logps_of(found) == pytest.approx(wanted, abs=1e-3)
 
 
 @pytest.mark.parametrize("budget", [1, 50, 300, 10_000])
-def test_micro_batches_hold_every_request_once_and_about_the_budget(budget):
-    pairs = [(ids, [i]) for i, ids in enumerate(sequences(7, 40) * 2)]
-    batches = cut(pairs, budget)
-    order = [i for batch in batches for i in batch]
-    assert sorted(order) == list(range(80))
-    assert [pairs[i] for i in order] == sorted(pairs)
+def test_micro_batches_hold_every_input_once_and_at_most_the_budget(budget):
+    inputs = [tuple(ids) for ids in sequences(7, 40)]
+    batches = micro_batches(inputs, budget)
+    order = [ids for batch in batches for ids in batch]
+    assert sorted(order) == sorted(inputs)
+    assert [len(ids) for ids in order] == sorted(map(len, inputs), reverse=True)
     for batch in batches:
-        unique = sorted({tuple(pairs[i][0]) for i in batch})
-        tokens = len(unique[0])
-        for a, b in pairwise(unique):
-            tokens += len(b) - shared_prefix(a, b)
-        longest = 2 * len(pairs[batch[0]][0])
-        assert tokens <= max(budget, longest)
-    assert cut([], budget) == []
+        assert len(batch) == 1 or sum(map(len, batch)) <= budget
+    if budget == 10_000:
+        assert len(batches) == 1
+    assert micro_batches([], budget) == []
 
 
 # ---- generation
@@ -224,22 +150,11 @@ def test_text_ends_at_the_first_of_several_stop_texts(tiny):
 def test_a_special_token_ends_a_text_too(tiny):
     model = load(tiny, torch.float32)
     chat = Chat(tiny)
-    o = SampleOptions(temperature=0.0, ignore_eos=True)
-    engine = Until(model, chat, o, ["<|user|>", "nothing"])
-    user = chat.tokenizer.token_to_id("<|user|>")
-    assert engine.stop_token_ids == {user}
-
-
-def test_what_a_task_asks_of_generation():
-    pytest.importorskip("lm_eval", reason=NEEDS_LM_EVAL)
-    greedy = {"until": ["a", ""], "do_sample": False, "temperature": 0.7, "max_gen_toks": 9}
-    assert generation(greedy, 256) == (["a"], 9, 0.0, 1.0)
-    samples = {"until": "a", "temperature": 0.7, "top_p": 0.9}
-    assert generation(samples, 256) == (["a"], 256, 0.7, 0.9)
-    assert generation({"max_new_tokens": 3}, 256) == ([], 3, 0.0, 1.0)
-    assert generation({"do_sample": False, "top_k": 5}, 256)[2] == 0.0
-    with pytest.raises(InputError, match="top_k"):
-        generation({"do_sample": True, "temperature": 1.0, "top_k": 5}, 256)
+    engine = Until(model, chat, SampleOptions(temperature=0.0), ["<|user|>", "nothing"])
+    request = Request([5], 9, output=[*chat.encode("Who reads"), 7])
+    assert not engine.has_stop(request)
+    request.output.append(chat.tokenizer.token_to_id("<|user|>"))
+    assert engine.has_stop(request)
 
 
 def test_a_package_that_is_not_installed_is_named():
@@ -289,14 +204,38 @@ def test_log_likelihoods_are_those_of_lm_eval(peers):
     assert len(different) > 25
 
 
-def test_rolling_log_likelihoods_are_those_of_lm_eval(peers):
-    # the second is longer than the context
-    texts = [text(3, 5), text(4, 700), "x"]
-    asked = requests("loglikelihood_rolling", *[(one,) for one in texts])
-    peer, us = peers
-    theirs = peer.loglikelihood_rolling(asked, disable_tqdm=True)
-    ours = us.loglikelihood_rolling(asked, disable_tqdm=True)
-    assert ours == pytest.approx(theirs, rel=1e-5)
+def test_what_is_not_here_is_named(peers):
+    us = peers[1]
+    with pytest.raises(InputError, match="lm_eval --model hf"):
+        us.loglikelihood_rolling([])
+    cases = (
+        ({"do_sample": True, "temperature": 1.0}, "samples its answers"),
+        ({"max_gen_toks": us.max_length}, f"asks for {us.max_length} tokens"),
+    )
+    for given, what in cases:
+        asked = requests("generate_until", ("x", given))
+        with pytest.raises(InputError, match=what):
+            us.generate_until(asked)
+    empty = (None, [5], [])
+    with pytest.raises(InputError, match="a continuation has 0 tokens"):
+        us._loglikelihood_tokens([empty])
+
+
+def test_equal_inputs_are_computed_once(peers, monkeypatch):
+    us = peers[1]
+    computed = []
+
+    def watched(model, inputs, continuations):
+        computed.extend(inputs)
+        return score(model, inputs, continuations)
+
+    monkeypatch.setattr(lm_eval_adapter, "score", watched)
+    asked = [(None, [5, 6, 7], [choice]) for choice in (10, 11, 12, 13)]
+    asked.append((None, [5, 6], [7, 11]))
+    found = us._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert computed == [(5, 6, 7)]
+    assert len({*logps_of(found)}) == 5
+    assert found[4][0] < found[1][0]
 
 
 def test_greedy_texts_are_those_of_lm_eval(peers):
@@ -310,15 +249,6 @@ def test_greedy_texts_are_those_of_lm_eval(peers):
         peer, us = peers
         theirs = peer.generate_until(asked, disable_tqdm=True)
         assert us.generate_until(asked, disable_tqdm=True) == theirs
-
-
-def test_samples_of_one_context_differ_and_come_again(peers):
-    us = peers[1]
-    given = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 20}
-    asked = requests("generate_until", *[(text(8, 5), given)] * 3)
-    first = us.generate_until(asked, disable_tqdm=True)
-    assert len({*first}) == 3
-    assert us.generate_until(asked, disable_tqdm=True) == first
 
 
 @pytest.mark.parametrize(
@@ -363,8 +293,6 @@ def test_chat_templates_are_rendered_as_by_transformers(peers):
     for messages, opened in ((talk[:1], True), (talk, False)):
         theirs = peer.apply_chat_template(messages, add_generation_prompt=opened)
         assert us.apply_chat_template(messages, add_generation_prompt=opened) == theirs
-    assert us.chat_template(True) == peer.chat_template(True)
-    assert us.chat_template(False) is None
 
 
 def test_a_base_model_needs_no_chat_template(tmp_path):
@@ -373,30 +301,3 @@ def test_a_base_model_needs_no_chat_template(tmp_path):
     Harness(made, FP32)
     with pytest.raises(InputError, match="no chat template"):
         Harness(made, FP32, chat=True)
-
-
-def test_the_adapter_loads_one_kind_of_weights_at_a_time(tiny, monkeypatch):
-    pytest.importorskip("lm_eval", reason=NEEDS_LM_EVAL)
-    loaded = []
-    packed = []
-
-    def load_counted(*arguments):
-        loaded.append(arguments)
-        return load(*arguments)
-
-    def pack_counted(model):
-        packed.append(model)
-        return model
-
-    monkeypatch.setattr(lm_eval_adapter, "load", load_counted)
-    monkeypatch.setattr(lm_eval_adapter, "pack", pack_counted)
-    us = Harness(tiny, FP32)
-    first = us.weights(packed=False)
-    assert us.weights(packed=False) is first
-    assert len(loaded) == 1
-    assert not packed
-    second = us.weights(packed=True)
-    assert second is not first
-    assert us.weights(packed=True) is second
-    assert len(loaded) == 2
-    assert packed == [second]

@@ -447,7 +447,6 @@ def test_scores_may_be_missing_and_prompts_may_be_conversations(tmp_path):
     data, texts = blocks_of(make_page(tmp_path, [[row]]))
     assert data["pairs"]["score_chosen"] == [None]
     assert texts[0][1] == turns
-    assert ["iteration 1", "Why?"] in [point[2:] for point in data["map"]["points"]]
 
 
 def test_no_text_can_leave_its_script_element():
@@ -541,63 +540,6 @@ def test_a_run_whose_evaluation_is_gone_is_reported_all_the_same(two, tmp_path, 
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "evaluate": evaluate}))
     assert report.report(out)["pairs"] == report.report(two)["pairs"]
-
-
-# ------------------------------------------------------------------------------ the map of prompts
-
-
-def test_the_plane_is_that_of_the_two_largest_principal_components():
-    """Against a singular value decomposition of a TF-IDF matrix that is made in another way."""
-    texts = ["red fox runs", "red owl sleeps", "the red fox sleeps"]
-    texts += ["blue owl runs runs", "the blue fox", "the owl"]
-    points, share = report.project(texts)
-    bags = [text.split() for text in texts]
-    words = sorted({w for bag in bags for w in bag if sum(w in other for other in bags) > 1})
-    idf = [np.log(len(texts) / sum(w in bag for bag in bags)) for w in words]
-    rows = np.array([[bag.count(w) * x for w, x in zip(words, idf, strict=True)] for bag in bags])
-    rows /= np.sqrt((rows**2).sum(1))[:, None]
-    rows -= rows.mean(0)
-    U, S, _ = np.linalg.svd(rows)
-    assert share == pytest.approx((S[:2] ** 2).sum() / (S**2).sum())
-    for axis in (0, 1):
-        found = np.array(points)[:, axis]
-        wanted = U[:, axis] * S[axis]
-        assert np.allclose(found, wanted) or np.allclose(found, -wanted)
-        assert found[np.abs(found).argmax()] > 0, "the sign is settled"
-
-
-@pytest.mark.parametrize(
-    "texts", [[], ["one"], ["same words", "same words"], ["", "   "], ["no", "common", "word"]]
-)
-def test_few_or_equal_prompts_have_points_too(texts):
-    points, share = report.project(texts)
-    assert len(points) == len(texts)
-    assert np.isfinite(points).all()
-    assert 0 <= share <= 1
-
-
-def test_the_map_is_of_all_prompts_and_seeds_or_what_diversity_made(tmp_path, monkeypatch):
-    out = make_run(tmp_path / "run", [[pair(t, k) for k in range(4)] for t in (1, 2)])
-    folders = [out / "iter1", out / "iter2"]
-    made = report.prompt_map(out, folders)
-    sources = ["iteration 1"] * 4 + ["iteration 2"] * 4 + ["seeds"] * 3
-    assert sorted(p[2] for p in made["points"]) == sources
-    assert "11 of 11 prompts" in made["how"]
-    assert "TF-IDF" in made["how"]
-    monkeypatch.setattr(report, "MAPPED", 5)
-    made = report.prompt_map(out, folders)
-    assert len(made["points"]) == 5
-    assert "5 of 11 prompts" in made["how"]
-    (out / "seeds.jsonl").unlink()
-    sources = {p[2] for p in report.prompt_map(out, folders)["points"]}
-    assert sources == {"iteration 1", "iteration 2"}
-    point = {"prompt": "P", "source": "iter1/prompts", "x": 1, "y": 2}
-    for t in (1, 10, 9):  # the last iteration's is taken
-        (out / f"iter{t}/eval/diversity").mkdir(parents=True)
-        (out / f"iter{t}/eval/diversity/map.json").write_text(json.dumps([{**point, "x": t}]))
-    made = report.prompt_map(out, [out / f"iter{t}" for t in range(1, 11)])
-    assert made["points"] == [[10, 2, "iter1/prompts", "P"]]
-    assert "eval/diversity.py" in made["how"]
 
 
 # ------------------------------------------------------------------------------------ in a browser
@@ -740,16 +682,12 @@ def evil(tmp_path) -> Path:
         rows.append(some)
     out = make_run(tmp_path / "run <img src=x onerror=hacked=1>", rows)
 
-    # evaluations, benchmarks, the map
+    # evaluations, benchmarks
     result = json.dumps({"score": 0.5, "se": 0.1, EVIL: 1.0, LONG: 2.0})
     for t in (0, 1, 2):
         (out / f"iter{t}" / "eval" / "x <b>").mkdir(parents=True)
         (out / f"iter{t}" / "eval" / "x <b>" / "result.json").write_text(result)
         (out / f"iter{t}" / "eval.json").write_text(result)
-    (out / "iter1/eval/diversity").mkdir(parents=True)
-    sources = enumerate((EVIL, LONG, "iter1/prompts"))
-    points = [{"prompt": text, "source": text, "x": i, "y": i} for i, text in sources]
-    (out / "iter1/eval/diversity/map.json").write_text(json.dumps(points))
 
     # options, the note, a reason for dropping prompts
     config = json.loads((out / "config.json").read_text())
@@ -787,7 +725,7 @@ def test_hostile_texts_are_shown_as_texts(chrome, evil, size):
     assert page.js("window.hacked ?? null") is None
     assert page.count("img, b b, iframe, object") == 0
     assert page.count("script") == 3, "data, one block, the page's own"
-    for selector in ("#scores thead", "#map .legend", "#yields", ".options"):
+    for selector in ("#scores thead", "#yields", ".options"):
         assert EVIL in page.text(selector), selector
     assert EVIL.strip() in page.text(".note")
     assert "x <b>" in page.text("#benchmarks")
@@ -946,7 +884,7 @@ def test_tab_reaches_everything_in_the_order_of_the_page(chrome, two):
     assert places[0][2] == "Skip to the pairs"
     assert [p for p in places if p[1] == "INPUT"]
     names = [place for i, (place, *_) in enumerate(places) if i == 0 or place != places[i - 1][0]]
-    sections = ["scores", "pairs", "yields", "training", "map", "time"]
+    sections = ["scores", "pairs", "yields", "training", "time"]
     assert [name for name in names if name in sections] == sections
     assert all(name.strip() for *_, name in places), "each says what it is"
 
@@ -969,16 +907,16 @@ def test_charts_are_read_by_arrow_keys_and_pointer(chrome, two):
     label = page.js("document.querySelector(arguments[0]).ariaLabel", svg)
     assert page.text("#live") == said[-1]
     assert all(text in label for text in said)
-    page.js("""(box => document.querySelector("#map svg").dispatchEvent(
+    page.press(KEY.escape)
+    page.js("""(box => document.querySelector("#scores svg").dispatchEvent(
         new PointerEvent("pointermove", {clientX: box.x, clientY: box.y}))
-        )(document.querySelector("#map circle.fill").getBoundingClientRect())""")
-    assert page.text("#map .tip") == "iteration 1: Question 0 of iteration 1?"
+        )(document.querySelector("#scores circle.fill").getBoundingClientRect())""")
+    assert page.text(tip) == said[0]
     lines = "#training figure:first-child path"
     assert page.count(lines) == 2
     page.js("document.querySelector('#training .legend button').click()")
     assert page.count(lines) == 1
-    assert page.js("document.querySelector('#map .legend button').ariaPressed") == "false"
-    assert page.count("#map circle.fill") == 6, "the second iteration's and the seeds"
+    assert page.js("document.querySelector('#training .legend button').ariaPressed") == "false"
 
 
 def lcs(a: list, b: list) -> int:
@@ -1091,7 +1029,7 @@ def test_a_page_for_every_run(chrome, tmp_path, name):
         sections = view.js("[...document.querySelectorAll('main > section')].map(s => s.id)")
         T = len(pairs)
         wanted = ["scores"] * changes.get("scored", True) + ["pairs"] + ["yields"] * bool(T)
-        wanted += ["training", "map", "time"]
+        wanted += ["training", "time"]
         assert sections == wanted
         assert view.texts("nav a") == view.texts("h2")
         assert view.count(".row") == sum(map(len, pairs))

@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from eval.stats import bootstrap, logistic, plane, sigmoid, standard_error
+from eval.stats import bootstrap, logistic, sigmoid, standard_error
 
 
 def sigma(x: float) -> float:
@@ -81,21 +80,3 @@ def test_bootstrap_draws_with_replacement_and_has_the_spread_of_the_mean():
     assert means.mean() == pytest.approx(24.5, abs=0.2)
     first = bootstrap(np.mean, values)
     assert (first == bootstrap(np.mean, values)).all()
-
-
-def test_the_plane_is_that_of_greatest_variance():
-    generator = torch.Generator().manual_seed(1)
-    scale = torch.tensor([0.1, 3.0, 0.2, 0.3, 2.0, 0.1])
-    rows = torch.randn(60, 6, generator=generator)
-    rows = rows * scale + 5
-    exact = rows.double()
-    covariance = torch.cov(exact.T)
-    values, vectors = torch.linalg.eigh(covariance)
-    centred = exact - exact.mean(0)
-    wanted = centred @ vectors[:, [-1, -2]]
-    xy = torch.from_numpy(plane(rows)[0])
-    assert torch.allclose(xy.abs(), wanted.abs(), atol=1e-6)
-    assert torch.allclose(xy.var(0), values[[-1, -2]])
-    # signs do not depend on the order of columns
-    turned = torch.from_numpy(plane(rows.flip(1))[0])
-    assert torch.allclose(turned, xy, atol=1e-6)
