@@ -6,8 +6,9 @@
     done
     python -m bench.curves runs/seed11 runs/seed12 runs/seed13 --svg docs/demo.svg
 
-It reads the files of finished runs, and draws with matplotlib (requirements-eval.txt). Standard errors
-of means are over random seeds; those of differences within one run are over held-out prompts, paired.
+It reads the files of finished runs, and draws with matplotlib (requirements-eval.txt). Standard
+errors of means are over random seeds; those of differences within one run are over held-out
+prompts, paired.
 """
 
 import argparse
