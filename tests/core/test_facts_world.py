@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from demo import world as w
+from demo import facts_world as w
 from plumbing.records import digest
 
 TIGER = "Describe a tiger."

@@ -8,7 +8,6 @@ from improve import (
     TEMPLATE,
     ImproverOptions,
     RewriteOptions,
-    improver_prompt,
     main,
     rewrite,
     train_improver,
@@ -17,6 +16,7 @@ from improve import (
 from plumbing.options import RunOptions, parse_options
 from plumbing.records import InputError
 from plumbing.stage import counts_of
+from scorers.base import Revision
 
 FP32 = RunOptions(dtype="float32")
 SHORT = "Q: {prompt}\nA: {draft}\nBetter:"  # a template
@@ -42,17 +42,24 @@ def words(rows: list[dict]) -> list[float]:
 # -------------------------------------------------------------------------------------- the prompt
 
 
+def asked(row: dict, draft: str, template: str, feedback: str = "") -> str:
+    """What R reads for a record and a draft."""
+    revision = Revision(template=template, feedback=feedback)
+    [text] = revision.prompts([{"id": "r", **row, "response": draft}])
+    return text
+
+
 def test_prompt_holds_question_and_draft():
-    assert improver_prompt({"prompt": "Why?"}, "So.", SHORT) == "Q: Why?\nA: So.\nBetter:"
-    default = improver_prompt({"prompt": "Why?"}, "So.", TEMPLATE)
+    assert asked({"prompt": "Why?"}, "So.", SHORT) == "Q: Why?\nA: So.\nBetter:"
+    default = asked({"prompt": "Why?"}, "So.", TEMPLATE)
     assert "Given question:\nWhy?\n\nOriginal answer:\nSo.\n\nRewritten answer:" in default
     assert TEMPLATE == ImproverOptions().template
 
 
 def test_braces_in_texts_stay():
-    filled = improver_prompt({"prompt": "def f(): {x}"}, "{prompt} {0} {{}} {draft}", SHORT)
+    filled = asked({"prompt": "def f(): {x}"}, "{prompt} {0} {{}} {draft}", SHORT)
     assert filled == "Q: def f(): {x}\nA: {prompt} {0} {{}} {draft}\nBetter:"
-    assert improver_prompt({"prompt": "a {draft}"}, "D", SHORT) == "Q: a {draft}\nA: D\nBetter:"
+    assert asked({"prompt": "a {draft}"}, "D", SHORT) == "Q: a {draft}\nA: D\nBetter:"
 
 
 def test_earlier_turns_come_before_the_last_question():
@@ -61,9 +68,26 @@ def test_earlier_turns_come_before_the_last_question():
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "Why?"},
     ]
-    filled = improver_prompt({"messages": turns}, "So.", SHORT)
+    filled = asked({"messages": turns}, "So.", SHORT)
     assert filled == "Q: user: Hi\n\nassistant: Hello\n\nuser: Why?\nA: So.\nBetter:"
-    assert improver_prompt({"messages": turns[2:]}, "So.", SHORT) == "Q: Why?\nA: So.\nBetter:"
+    assert asked({"messages": turns[2:]}, "So.", SHORT) == "Q: Why?\nA: So.\nBetter:"
+
+
+def test_any_field_of_the_record_stands_in_the_template():
+    record = {"prompt": "Why?", "level": 3, "note": "{draft}"}
+    assert asked(record, "So.", "{note} {level} {draft}") == "{draft} 3 So."
+    with pytest.raises(InputError, match="record r: the improver's template reads {tone}, which"):
+        asked(record, "So.", "{tone} {draft}")
+
+
+def test_feedback_adds_fields(tmp_path):
+    checker = tmp_path / "checker.py"
+    checker.write_text(
+        "def check(rows):\n"
+        "    return [{'failed': f'{len(row[\"response\"])} letters'} for row in rows]\n"
+    )
+    filled = asked({"prompt": "Why?"}, "So.", "{draft} has {failed}", f"{checker}:check")
+    assert filled == "So. has 3 letters"
 
 
 # ------------------------------------------------------------------------------- training examples

@@ -2,7 +2,8 @@
 
 import pytest
 
-from demo import build, world
+from demo import facts as build
+from demo import facts_world as world
 from plumbing.options import RunOptions
 from plumbing.records import read_jsonl
 
