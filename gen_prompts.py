@@ -230,19 +230,18 @@ def parse_question(text: str) -> str | None:
 
 
 def filter_prompts(
-    records: list[dict], seen: dict[str, list[Path]], o: PromptOptions
+    records: list[dict], seen: dict[str, list[str]], o: PromptOptions
 ) -> tuple[list[dict], Counter]:
     """The records whose prompts are usable and new, in order, and how many others were dropped
     for which reason. A prompt may be None.
 
-    seen: label -> files of records whose prompts must not come again, such as {"seed": [...],
-    "heldout": [...], "earlier": [...]}.
+    seen: label -> texts that must not come again, such as {"seed": [...], "heldout": [...],
+    "earlier": [...]}.
     """
     novelty = Novelty(o.near_duplicate)
-    for label, paths in seen.items():
-        for path in paths:
-            for row in read_jsonl(path):
-                novelty.add(last_message(row), label)
+    for label, texts in seen.items():
+        for text in texts:
+            novelty.add(text, label)
 
     keep = load_function(o.keep) if o.keep else None
     kept: list[dict] = []
@@ -260,6 +259,14 @@ def filter_prompts(
         novelty.add(prompt, "new")
         kept.append({"id": digest(prompt), **record})
     return kept, dropped
+
+
+def texts_of(seen: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """The prompts of the records of files, by label."""
+    texts = {}
+    for label, paths in seen.items():
+        texts[label] = [last_message(row) for path in paths for row in read_jsonl(path)]
+    return texts
 
 
 def reason_to_drop(prompt: str | None, novelty: Novelty, o: PromptOptions) -> str:
@@ -336,7 +343,7 @@ def sample_prompts(
     records = []
     for row, words in zip(read_jsonl(raw), lists, strict=True):
         records.append({"prompt": parse_question(row["response"]), "keywords": words})
-    kept, dropped = filter_prompts(records, seen, o)
+    kept, dropped = filter_prompts(records, texts_of(seen), o)
     if not kept:
         problem = f"none of {len(lists)} outputs is a usable prompt ({dict(dropped)})"
         raise InputError(f"{out}: {problem}; see {raw}")
@@ -358,7 +365,7 @@ def take_prompts(seen: dict[str, list[Path]], out: Path, o: PromptOptions, t: in
     if stage.done:
         return out
     records = source_records(o, t)
-    kept, dropped = filter_prompts(records, seen, o)
+    kept, dropped = filter_prompts(records, texts_of(seen), o)
     if not kept:
         problem = f"none of {len(records)} prompts is usable and new ({dict(dropped)})"
         raise InputError(f"--prompts.source {o.source}: {problem}; give more")

@@ -192,7 +192,7 @@ def synpo(run: Run, t: int) -> None:
 
     # D += (x, chosen y^, rejected y_0) where the filter agrees
     rejected = y_0 if o.rejected == "base" else y
-    make_pairs(y_hat, rejected, it / "pairs.jsonl", o.pairs, M_0, revision, t)
+    make_pairs(y_hat, rejected, it / "pairs.jsonl", o.pairs, M_0, t, revision)
     D = run.every("pairs.jsonl", t) if o.data == "cumulative" else [it / "pairs.jsonl"]
     if o.more_pairs:
         D += load_function(o.more_pairs)(run, t)

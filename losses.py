@@ -355,9 +355,10 @@ def rpo(p: PairLogps, *, beta: float = 0.01, alpha: float = 0.005) -> torch.Tens
 
 
 def sft(p: PairLogps) -> torch.Tensor:
-    """Supervised fine-tuning on the chosen responses: -mc. A control: rejected ones do not count.
+    """Supervised fine-tuning on the chosen responses, derived: -mc. It is a control.
 
     Needs: token counts, no reference.
+    Trap: the rejected responses do not count.
     """
     return -p.mean_chosen
 

@@ -19,7 +19,7 @@ rewrites.jsonl, base_answers.jsonl -> pairs.jsonl {id, prompt, chosen, rejected,
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
@@ -47,10 +47,11 @@ def make_pairs(
     out: JsonlPath,  # JSONL of pairs to write
     o: PairOptions,
     base: Checkpoint | None = None,  # M_0: the model that `likelihood` and `settled` score under
-    revision: Revision = NO_REVISION,  # how the improver is asked, for `settled`
     t: int = 1,  # iteration: recorded in the pairs
+    revision: Revision = NO_REVISION,  # how the improver is asked, for `settled`
 ) -> Path:
     """D += (x, chosen, rejected) where the filter agrees; counts say why others were dropped."""
+    asked = revision if o.scorer == "settled" else NO_REVISION
     stage = Stage(
         out,
         o,
@@ -58,7 +59,9 @@ def make_pairs(
         rejected=rejected,
         base=base,
         iteration=t,
-        revision=asdict(revision) if o.scorer == "settled" else None,
+        template=asked.template or None,
+        feedback=asked.feedback or None,
+        feedback_files=asked.files,
         scorer_files=scorer_files(o.scorer),
     )
     if stage.done:

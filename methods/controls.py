@@ -99,7 +99,7 @@ def repeated(cycle: Run, out: Path) -> None:
         for time in range(1, t + 1):
             rewrites = it / f"rewrites{time}.jsonl"
             y = rewrite(R_1, y, M_0, rewrites, o.rewrites, revision, time)
-        make_pairs(y, y_0, it / "pairs.jsonl", o.pairs, M_0, revision, t)
+        make_pairs(y, y_0, it / "pairs.jsonl", o.pairs, M_0, t, revision)
         pairs = [it / "pairs.jsonl"]
         train_policy(M_0, pairs, other.model(t), o.policy, reference=M_0, cache=cycle.cache)
         evaluate(other, t)

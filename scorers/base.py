@@ -30,6 +30,7 @@ Scorer = Callable[..., list[float]]
 class Revision:
     """How a model is asked to revise a response: what R_t reads, and the scorer `settled`."""
 
+    run: RunOptions = RunOptions()
     template: str = ""  # {draft} is the response, {prompt} the conversation; other names are fields
     feedback: str = ""  # FILE.py:FUNCTION from records to dicts of further fields
 

@@ -53,7 +53,11 @@ def options(seed: int = 0, **changes) -> GeneratorOptions:
 
 
 def filtered(generated: list[dict], seen: dict, **changes) -> tuple[list[dict], Counter]:
-    return filter_prompts(generated, seen, PromptOptions(**changes))
+    records = []
+    for row in generated:
+        prompt = parse_question(row["response"])
+        records.append({"prompt": prompt, "keywords": row["keywords"]})
+    return filter_prompts(records, seen, PromptOptions(**changes))
 
 
 # ---------------------------------------------------------------------------------------- keywords

@@ -76,7 +76,9 @@ def test_earlier_turns_come_before_the_last_question():
 def test_any_field_of_the_record_stands_in_the_template():
     record = {"prompt": "Why?", "level": 3, "note": "{draft}"}
     assert asked(record, "So.", "{note} {level} {draft}") == "{draft} 3 So."
-    with pytest.raises(InputError, match="record r: the improver's template reads {tone}, which"):
+    with pytest.raises(
+        InputError, match=r"record r: the improver's template reads \{tone\}, which"
+    ):
         asked(record, "So.", "{tone} {draft}")
 
 
@@ -172,7 +174,7 @@ class Rewritten:
         drafts = write_rows(self.folder / "drafts.jsonl", answers)
         o = RewriteOptions(run=FP32, best_of=len(a), **changes)
         base = self.model / "config.json"  # any path that is not the improver's
-        assert rewrite(self.model, drafts, base, out, o, SHORT, t=2) == out
+        assert rewrite(self.model, drafts, base, out, o, Revision(template=SHORT), t=2) == out
         self.base = base
         self.counts = counts_of(out)
         return read_rows(out)

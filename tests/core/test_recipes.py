@@ -32,7 +32,7 @@ def flat(options: dict, prefix: str = "") -> dict:
 
 def test_the_recipes_are_these():
     names = {path.stem for path in (ROOT / "recipes").glob("*")}
-    assert names == {"demo", "smollm2", "mistral-7b", "llama3-8b"}
+    assert names == {"demo", "facts", "smollm2", "mistral-7b", "llama3-8b"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
