@@ -1,10 +1,11 @@
 r"""The self-boosting cycle of SynPO: a chat model and a few seeds to better models (Algorithm 1).
 
 What differs from the paper
-1. By default the loss is DPO (the paper's recipes say SimPO), the scorer of pairs is likelihood
-   with a gap above 0, the improver trains on all seeds, and generated prompts are filtered; each
-   stage's file lists its own differences.
-2. Without --config the demo's recipe applies, which also samples several drafts and rewrites.
+1. Values come from three places. Defaults are the paper's where it states one, but the loss is DPO
+   (the paper: SimPO), the scorer of pairs is likelihood with a gap above 0, the improver trains on
+   all seeds, and generated prompts are filtered. recipes/llama3-8b.toml and mistral-7b.toml say of
+   each value whose it is. Each stage's file lists its own differences.
+2. Without --config the demo's recipe applies, which suits a tiny model and differs further.
 3. What the paper left untested is an option: --rejected, --start, --data, --one-shot,
    --generator.keywords, --generator.noise, --pairs.scorer, --policy.loss.
 
@@ -185,7 +186,7 @@ def synpo(run: Run, t: int) -> None:
 
     # y_0 ~ M_0(. | x);   y ~ M_{t-1}(. | x);   y^ ~ R_t(. | x, y)
     y_0 = sample(M_0, x, it / "base_answers.jsonl", o.answers, purpose=f"answers {t}")
-    y = y_0
+    y = y_0  # at t = 1, M_{t-1} is M_0
     if t > 1:
         y = sample(M_prev, x, it / "answers.jsonl", o.answers, purpose=f"answers {t}")
     y_hat = rewrite(R, y, M_0, it / "rewrites.jsonl", o.rewrites, revision, t)

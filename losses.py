@@ -189,7 +189,8 @@ def simpo(p: PairLogps, *, beta: float = 2.0, gamma: float = 1.6) -> torch.Tenso
 
     Needs: token counts, no reference.
     Published by SynPO: gamma 1.6, fixed; beta searched in {2, 4, 6, 8, 10, 12} for every run, and
-    the chosen one not stated. The default beta 2.0 with gamma 1.6 is SimPO's own Mistral-Base.
+    the chosen one not stated. The default beta 2.0 with gamma 1.6 is SimPO's own Mistral-Base;
+    for Llama-3 that beta is SimPO's, that gamma the paper's.
     Published by SimPO (beta / gamma): Mistral-Base 2 / 1.6, Mistral-Instruct 2.5 / 0.25,
     Llama-3-Base 2 / 1, Llama-3-Instruct 2.5 / 1.375 and v0.2 10 / 3, Gemma-2-9B-it 10 / 5.
     Trap: gamma is absolute here and in the paper; SimPO's code takes gamma / beta. With no

@@ -68,7 +68,9 @@ class TrainOptions:
     save_every: int = field(default=0, compare=False)  # steps between saves to resume from; 0: none
 
 
-Sequence = tuple[list[int], int]  # token ids, and how many of them precede the first scored one
+# Token ids, and how many of them precede the first scored one: the loss mask, which is always a
+# prefix. From there on all tokens count, the end token included.
+Sequence = tuple[list[int], int]
 
 
 @dataclass
