@@ -29,7 +29,7 @@ from plumbing.records import load_json
 LINES = {
     "SynPO": "M_{t}",
     "NLL alone": "NLL alone, M_{t}",
-    "R_1 t times, distilled once": "R_1 {t} times, distilled",
+    "R_1 t times, distilled once": "{t} times R_1, distilled",
 }
 # models that are trained once
 POINTS = ("one shot", "NLL alone, one shot", "SFT on the seeds", "pairs from the seeds")

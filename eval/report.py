@@ -164,7 +164,7 @@ def evaluations(run: Path, T: int) -> dict[str, dict]:
         files[f"NLL alone, M_{t}"] = run / f"controls/nll/iter{t}/eval.json"
     files["NLL alone, one shot"] = run / "controls/nll_one_shot/iter1/eval.json"
     for t in range(2, T + 1):
-        files[f"R_1 {t} times, distilled"] = run / f"controls/repeated/iter{t}/eval.json"
+        files[f"{t} times R_1, distilled"] = run / f"controls/repeated/iter{t}/eval.json"
     return {name: load_json(path) for name, path in files.items() if path.is_file()}
 
 
@@ -238,7 +238,7 @@ def score_chart(results: dict[str, dict]) -> str:
 
 
 def page_data(run: Path, o: dict, folders: list[Path], results: dict, spent: list[dict]) -> dict:
-    """All that report.html shows but pairs and note; eval/report.html reads these names."""
+    """What report.html shows of the run's files; eval/report.html reads these names."""
     T = len(folders)
     changed = run / "changed.json"
     manifests = map(load_json, finished_files(run, "**/*manifest.json"))
@@ -399,7 +399,9 @@ def report(run: str | Path) -> dict:
     T = finished(run, o)
     folders = [run / f"iter{t}" for t in range(1, T + 1)]
     stages = finished_stages(run)
-    write_jsonl(run / "metrics.jsonl", stages)
+    diagnoses = diagnose(run, T)
+    rows = [{"stage": f"iter{row['t']}/diagnostics", **row} for row in diagnoses]
+    write_jsonl(run / "metrics.jsonl", stages + rows)
 
     # iterations
     spent = times(stages)
@@ -407,7 +409,6 @@ def report(run: str | Path) -> dict:
     print(f"\niterations of {run}\n{table(iterations) if iterations else 'none is finished'}")
 
     # diagnostics
-    diagnoses = diagnose(run, T)
     if diagnoses:
         print(f"\ndiagnostics (eval/diagnostics.py)\n{table(diagnoses)}")
     for warning in warnings(diagnoses):
@@ -431,7 +432,8 @@ def report(run: str | Path) -> dict:
             write_text(run / "scores.svg", score_chart(results))
         show_examples(run, T, o["show"])
     data = page_data(run, o, folders, results, spent)
-    write_page(run, {**data, "note": note}, list(pair_rows(folders)))
+    data |= {"note": note, "diagnostics": diagnoses, "warnings": warnings(diagnoses)}
+    write_page(run, data, list(pair_rows(folders)))
 
     # summary
     tokens = sum(line.get("tokens", 0) for line in stages)
