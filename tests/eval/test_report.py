@@ -521,7 +521,7 @@ def test_the_command_says_what_it_wants(tmp_path):
 def test_an_evaluation_says_what_its_numbers_show(tmp_path):
     """A module's NOTE goes to the page; that of the built-in evaluation without --evaluate."""
     assert report.note_of("") == heldout.NOTE
-    assert report.note_of("demo/build.py:evaluate").startswith("\nShown: one step")
+    assert report.note_of("demo/facts.py:evaluate").startswith("\nShown: one step")
     (tmp_path / "silent.py").write_text("def evaluate(*arguments): ...\n")
     assert report.note_of(f"{tmp_path}/silent.py:evaluate") == ""
     page = make_page(tmp_path, [[pair(1, 0)]])
