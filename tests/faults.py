@@ -452,9 +452,9 @@ FAULTS = [
     # improve.py and gen_prompts.py
     Fault(
         "template-swapped",
-        "improve.py",
-        old='{"prompt": conversation_text(row), "draft": draft}',
-        new='{"prompt": draft, "draft": conversation_text(row)}',
+        "scorers/base.py",
+        old='{"prompt": conversation_text(row), "draft": row["response"]}',
+        new='{"prompt": row["response"], "draft": conversation_text(row)}',
         tests=("core/test_improve.py::test_prompt_holds_question_and_draft",),
     ),
     Fault(
@@ -544,13 +544,13 @@ FAULTS = [
     Fault(
         "scored-by-previous",
         "loop.py",
-        old="o.pairs, base=M_0, t=t)",
-        new="o.pairs, base=M_prev, t=t)",
+        old="o.pairs, M_0, t, revision)",
+        new="o.pairs, M_prev, t, revision)",
         tests=("core/test_loop.py::test_first_model_scores_and_all_models_are_evaluated_alike",),
     ),
     Fault(
         "compared-with-itself",
-        "loop.py",
+        "eval/in_run.py",
         old="base_answers = run.heldout_answers(0)",
         new="base_answers = answers",
         tests=("core/test_loop.py::test_first_model_scores_and_all_models_are_evaluated_alike",),

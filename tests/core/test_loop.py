@@ -48,12 +48,17 @@ EVERY = [
     "heldout_answers.jsonl",
     "heldout_rewrites.jsonl",
     "eval.json",
+    "heldout_samples.jsonl",
     "eval_improver.json",
+    "eval_rewrites.json",
+    "eval_samples.json",
 ]
 RESULTS = [
     "generator",
     "iter0/heldout_answers.jsonl",
+    "iter0/heldout_samples.jsonl",
     "iter0/eval.json",
+    "iter0/eval_samples.json",
     "iter2/answers.jsonl",
     *(f"iter{t}/{name}" for t in (1, 2) for name in EVERY),
 ]

@@ -64,6 +64,9 @@ def train(folder: Path, steps: int, **columns) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
+HELDOUT = [{"id": "h", "prompt": "Held out?", "response": "yes"}]
+
+
 def pair(t: int, k: int) -> dict:
     """What pair k of iteration t is made of."""
     first = f"first answer {k}"
@@ -111,6 +114,7 @@ def write_iteration(folder: Path, t: int, pairs: list[dict], scored: bool) -> No
     train(folder / "improver", 4, loss=lambda i: 2 / i)
     train(folder / "policy", 5, loss=lambda i: 0.7 / i, rewards__margins=float)
     if scored:
+        write_rows(folder / "heldout_answers.jsonl", HELDOUT)
         result = {"score": 0.4 + t / 10, "se": 0.02, "words": 9.0}
         for name in ("eval", "eval_improver"):
             (folder / f"{name}.json").write_text(json.dumps(result))
@@ -132,8 +136,7 @@ def make_run(out: Path, pairs: list[list[dict]], scored: bool = True, **changes)
     if scored:
         changes["evaluate"] = write_plugin(out, "What M_0 says.")
         changes["heldout"] = out / "heldout.jsonl"
-        asked = [{"prompt": "Held out?", "response": "yes"}]
-        write_rows(out / "iter0" / "heldout_answers.jsonl", asked)
+        write_rows(out / "iter0" / "heldout_answers.jsonl", HELDOUT)
         result = {"score": 0.4, "se": 0.02, "words": 9.0}
         (out / "iter0" / "eval.json").write_text(json.dumps(result))
     changes |= {"model": Checkpoint("models/zero"), "seeds": Path("gone"), "iters": len(pairs)}
