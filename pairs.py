@@ -18,6 +18,7 @@ rewrites.jsonl, base_answers.jsonl -> pairs.jsonl {id, prompt, chosen, rejected,
         --rejected answers.jsonl --out pairs.jsonl
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,15 @@ from pathlib import Path
 from checkpoint import Checkpoint
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, JsonlPath, digest, read_jsonl, rng, write_jsonl
+from plumbing.records import (
+    InputError,
+    JsonlPath,
+    conversation_text,
+    digest,
+    read_jsonl,
+    rng,
+    write_jsonl,
+)
 from plumbing.stage import Stage
 from scorers.base import NO_REVISION, Revision, is_pairwise, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
@@ -37,6 +46,7 @@ class PairOptions:
     scorer: str = "likelihood"  # see scorers/load.py
     threshold: float = 0.0  # keep pairs with a larger score gap (paper: 0.20 PairRM, 0.02 ArmoRM)
     max_repetition: float = 0.5  # share of repeated word trigrams allowed in either text
+    min_own_words: int = 0  # of the chosen text: words that its prompt does not have
     keep_cut_off: bool = False  # keep pairs whose chosen text ended at the token limit
     max_pairs: int = 10_000  # keep at most N pairs, sampled uniformly
 
@@ -122,6 +132,8 @@ def reason_to_drop(good: dict, bad: dict, gap: float | None, o: PairOptions) -> 
         return "cut_off"
     if max(map(repetition, texts)) > o.max_repetition:
         return "repetitive"
+    if own_words(good) < o.min_own_words:
+        return "echo"
     if gap is not None and not gap > o.threshold:
         return "small_gap"
     return ""
@@ -134,6 +146,12 @@ def repetition(text: str) -> float:
     if len(trigrams) < 2:
         return 0.0
     return 1 - len(set(trigrams)) / len(trigrams)
+
+
+def own_words(row: dict) -> int:
+    """How many words of a response do not occur in its prompt."""
+    asked = set(re.findall(r"\w+", conversation_text(row).lower()))
+    return sum(word not in asked for word in re.findall(r"\w+", row["response"].lower()))
 
 
 def make_pair(

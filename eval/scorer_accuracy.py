@@ -14,12 +14,14 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from eval.stats import mean, rounded, wins
+from improve import ImproverOptions
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import print0
 from plumbing.records import InputError, digest, messages_of, read_jsonl, read_text
-from scorers.base import Scorer, score_pairs
+from scorers.base import Revision, Scorer, score_pairs
 from scorers.load import load_scorer
 
+DEFAULT = ImproverOptions().revision
 LLMBAR = "a list of {input, output_1, output_2, label: 1 or 2}"
 
 
@@ -92,9 +94,10 @@ def accuracy(data: Path, scorer: Scorer | None) -> dict:
 def scorer_accuracy(
     data: Path,  # labelled pairs: LLMBar's JSON, or JSONL of {"prompt", "chosen", "rejected"}
     o: AccuracyOptions,
-    base: Checkpoint | None = None,  # the model that `likelihood` scores under
+    base: Checkpoint | None = None,  # the model that `likelihood` and `settled` score under
+    revision: Revision = DEFAULT,  # how `settled` asks to revise
 ) -> dict:
-    return accuracy(data, load_scorer(o.scorer, base, o.run))
+    return accuracy(data, load_scorer(o.scorer, base, o.run, revision=revision))
 
 
 if __name__ == "__main__":

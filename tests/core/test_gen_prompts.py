@@ -22,11 +22,12 @@ from gen_prompts import (
     parse_question,
     read_corpus,
     sample_prompts,
+    take_prompts,
     training_rows,
 )
 from plumbing.options import RunOptions
 from plumbing.records import STOP_WORDS, InputError
-from plumbing.stage import counts_of
+from plumbing.stage import Refusal, counts_of
 
 NOUNS = (
     "river bridge engine planet carpet window forest lantern pillow thunder basket castle".split()
@@ -407,3 +408,37 @@ def test_command_says_when_no_output_is_usable(corpus, tmp_path):
     assert (out / "generator" / "manifest.json").is_file()
     assert len(read_rows(out / "prompts.raw.jsonl")) == 3
     assert not (out / "prompts.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------- prompts of one's own
+
+
+def test_prompts_of_a_file_come_in_its_order_and_once(tmp_path):
+    rows = [{"prompt": f"Tell me about the number {i}", "kind": i} for i in range(5)]
+    rows.insert(1, {"prompt": "Too short"})
+    source = write_rows(tmp_path / "own.jsonl", rows)
+    o = PromptOptions(source=str(source), max_prompts=2, near_duplicate=0)
+    seen = {"seed": [], "heldout": [], "earlier": []}
+    taken = []
+    for t in (1, 2, 3):
+        out = take_prompts(seen, tmp_path / f"{t}.jsonl", o, t)
+        seen["earlier"].append(out)
+        taken.append([row["kind"] for row in read_rows(out)])
+    assert taken == [[0, 1], [2, 3], [4]]
+    assert counts_of(tmp_path / "1.jsonl")["surplus"] == 3
+    assert counts_of(tmp_path / "3.jsonl")["repeats_earlier"] == 4
+    with pytest.raises(InputError, match="none of 6 prompts is usable and new"):
+        take_prompts(seen, tmp_path / "4.jsonl", o, 4)
+
+
+def test_prompts_of_a_function_of_the_iteration(tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("def ask(t):\n    return [{'prompt': f'Why is {t} a number?', 'id': 'x'}]\n")
+    o = PromptOptions(source=f"{plugin}:ask")
+    [row] = read_rows(take_prompts({}, tmp_path / "out.jsonl", o, 7))
+    assert row == {"id": "x", "prompt": "Why is 7 a number?"}
+
+    # another function would give other prompts
+    plugin.write_text(plugin.read_text() + "# changed\n")
+    with pytest.raises(Refusal, match="source_files"):
+        take_prompts({}, tmp_path / "out.jsonl", o, 7)

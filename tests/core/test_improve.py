@@ -95,6 +95,15 @@ def test_feedback_adds_fields(tmp_path):
 # ------------------------------------------------------------------------------- training examples
 
 
+def test_a_seeds_own_draft_takes_the_place_of_sampled_ones():
+    seeds = [{**SEEDS[0], "draft": "Because."}, SEEDS[1]]
+    rows = training_rows(seeds, DRAFTS, None, options())
+    assert [(row["prompt"], row["response"]) for row in rows] == [
+        ("Q: How?\nA: Like this, I think\nBetter:", "Well."),
+        ("Q: Why?\nA: Because.\nBetter:", "Because it is so."),
+    ]
+
+
 def test_without_scorer_every_draft_with_text_is_an_example():
     rows = training_rows(SEEDS, DRAFTS, None, options())
     assert [(row["prompt"], row["response"]) for row in rows] == [

@@ -700,6 +700,56 @@ def test_kept_improvers_and_no_evaluation(switched):
     assert not (out / "iter0").exists()
 
 
+MORE = """\
+from plumbing.records import read_jsonl, write_jsonl
+
+
+def note(rows):
+    return [{"failed": f"{len(row['response'])} letters"} for row in rows]
+
+
+def more(run, t):
+    out = run.iter(t) / "seed_pairs.jsonl"
+    rows = []
+    for seed in read_jsonl(run.seeds)[:4]:
+        rows.append({**seed, "chosen": seed["response"], "rejected": "um"})
+    write_jsonl(out, rows)
+    return [out]
+"""
+
+
+def test_own_prompts_feedback_and_further_pairs(world, tmp_path):
+    """Without a corpus; a prompt's own fields reach its pair."""
+    prompts = read_rows(world["seeds"])[:6]
+    for i, row in enumerate(prompts):
+        prompts[i] = {"prompt": row["prompt"].replace("Show", "Tell"), "kind": i}
+    source = write_rows(tmp_path / "own.jsonl", prompts)
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(MORE)
+    own = ["--iters", "1", "--corpus=", "--prompts.source", str(source)]
+    own += ["--more-pairs", f"{plugin}:more", "--pairs.threshold", "-9", "--pairs.max-repetition=1"]
+    own += ["--improver.feedback", f"{plugin}:note"]
+    own += ["--improver.template", "{failed} {draft}\n{prompt}"]
+    out = tmp_path / "run"
+    go(world, out, *own)
+    assert not (out / "generator").exists()
+    one = out / "iter1"
+    assert [row["prompt"] for row in read_rows(one / "prompts.jsonl")] == [
+        row["prompt"] for row in prompts
+    ]
+
+    # what R read
+    draft = read_rows(one / "base_answers.jsonl")[0]
+    request = read_rows(one / "rewrites.candidates.jsonl")[0]["prompt"]
+    text = draft["response"]
+    assert request == f"{len(text)} letters {text}\n{prompts[0]['prompt']}"
+
+    # the pairs, and those that came from the function
+    pairs = read_rows(one / "pairs.jsonl")
+    assert pairs and all(row["prompt"] == prompts[row["kind"]]["prompt"] for row in pairs)
+    assert counts(one / "policy")["pairs"] == len(pairs) + 4
+
+
 @pytest.mark.slow
 def test_one_shot_has_the_whole_budget_in_one_iteration(world, tmp_path):
     out = tmp_path / "shot"

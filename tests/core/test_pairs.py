@@ -7,7 +7,7 @@ from conftest import last_json, read_rows, run, write_rows
 
 import scorers.load as load_file
 from losses import preference_of
-from pairs import PairOptions, make_pairs, repetition
+from pairs import PairOptions, make_pairs, own_words, repetition
 from plumbing.options import RunOptions
 from plumbing.records import InputError
 from plumbing.stage import counts_of
@@ -337,3 +337,13 @@ def test_command_asks_for_a_revision(tiny, tmp_path):
     revision = Revision(template="{prompt} {draft}")
     [score] = load_file.load_scorer("settled", tiny, FP32, revision=revision)(answers(["a b"]))
     assert pair["score_chosen"] == pytest.approx(score, rel=1e-4)
+
+
+def test_chosen_text_needs_words_of_its_own(make):
+    chosen = answers(["Prompt 0 indeed", "It is fine", "Indeed indeed, fine"])
+    rejected = answers(["x", "y", "z"])
+    counts, pairs = make(chosen, rejected, min_own_words=3, max_repetition=1)
+    assert ids(pairs) == ["x1", "x2"]
+    assert counts["echo"] == 1
+    talk = {"id": "t", "messages": [*TURNS[:1]], "response": TURNS[0]["content"] + " new"}
+    assert own_words(talk) == 1
