@@ -124,7 +124,9 @@ def test_every_stage_leaves_a_manifest_and_a_line_of_metrics(finished, world):
     prompts = out / "iter2" / "prompts.jsonl"
     assert counts(prompts)["prompts"] == len(read_rows(prompts))
 
-    lines = read_rows(out / "metrics.jsonl")
+    *lines, one, two = read_rows(out / "metrics.jsonl")
+    assert [one["stage"], two["stage"]] == ["iter1/diagnostics", "iter2/diagnostics"]
+    assert two["uptake"] == two["gain"] / two["gap"] or two["gap"] <= 0
     times = [line["time"] for line in lines]
     assert times == sorted(times)
     stages = {line["stage"]: line for line in lines}
