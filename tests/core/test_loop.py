@@ -979,6 +979,30 @@ BAD = {
         given("--rewrites.scorer", "reward-model"),
         "reward-model: not a scorer's name",
     ),
+    "settled without a template": (
+        given("--pairs.scorer", "settled", "--improver.template="),
+        "--scorer settled asks to revise; give --",
+    ),
+    "no such filter of prompts": (
+        given("--prompts.keep", "mine.py:keep"),
+        "mine.py:keep: no such file; write",
+    ),
+    "no such function to filter prompts": (
+        given("--prompts.keep", "tests/core/micro.py:keep"),
+        "micro.py has no function keep",
+    ),
+    "no file of prompts": (
+        given("--prompts.source", "nowhere.jsonl"),
+        "nowhere.jsonl: no such file",
+    ),
+    "no such feedback": (
+        given("--improver.feedback", "mine.py:note"),
+        "mine.py:note: no such file; write",
+    ),
+    "no such function of pairs": (
+        given("--more-pairs", "mine.py:more"),
+        "mine.py:more: no such file; write",
+    ),
     "scorer without a score": (model_as_scorer, "a scorer needs a sequence-classification"),
 }
 
