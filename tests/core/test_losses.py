@@ -227,23 +227,30 @@ def test_sft_takes_the_steps_of_the_nll_alone(tiny, tmp_path):
     NLL: with nll 1 it trains as sft, to the same bytes.
     """
     pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
-    weights = []
-    losses = []
-    for name, changes in (("sft", {}), ("dpo", {"nll": 1.0, "loss_parameters": {"beta": 1e-30}})):
+    alike = {
+        "sft": {},
+        "dpo": {"nll": 1.0, "loss_parameters": {"beta": 1e-30}},
+    }
+    weights = {}
+    losses = {}
+    for name, changes in alike.items():
         out = tmp_path / name
         o = options(name, lr=1e-3, epochs=3, batch=2, **changes)
         train_policy(tiny, [pairs], out, o, cache=tmp_path / "cache")
-        weights.append((out / "model.safetensors").read_bytes())
-        losses.append([line["loss"] for line in read_rows(out / "metrics.jsonl")])
-    assert weights[0] == weights[1]
-    assert losses[1] == pytest.approx([value + LN2 for value in losses[0]], abs=1e-5)
-    assert losses[0][-1] < losses[0][0]
+        weights[name] = (out / "model.safetensors").read_bytes()
+        losses[name] = [line["loss"] for line in read_rows(out / "metrics.jsonl")]
+    assert weights["sft"] == weights["dpo"]
+    shifted = [value + LN2 for value in losses["sft"]]
+    assert losses["dpo"] == pytest.approx(shifted, abs=1e-5)
+    assert losses["sft"][-1] < losses["sft"][0]
 
     # other rejected responses change nothing but the shapes of the batches
     rows = [{**row, "rejected": "so it is"} for row in PAIRS]
     other = write_rows(tmp_path / "other.jsonl", rows)
-    train_policy(tiny, [other], tmp_path / "other", options("sft", lr=1e-3, epochs=3, batch=2))
-    assert distance(tmp_path / "other", tmp_path / "sft") < 1e-5 < distance(tmp_path / "sft", tiny)
+    o = options("sft", lr=1e-3, epochs=3, batch=2)
+    train_policy(tiny, [other], tmp_path / "other", o)
+    assert distance(tmp_path / "other", tmp_path / "sft") < 1e-5
+    assert distance(tmp_path / "sft", tiny) > 1e-5
 
 
 def test_cdpo_has_its_optimum_where_its_docstring_says():

@@ -11,8 +11,20 @@ from eval.diagnostics import diagnose, difference, log_prob_changes, warnings
 
 pytest_plugins = ["cycle"]
 
-COLUMNS = ["t", "gap", "gap se", "gain", "gain se", "uptake", "chosen", "rejected"]
-COLUMNS += ["best", "change", "distinct", "words"]
+COLUMNS = [
+    "t",
+    "gap",
+    "gap se",
+    "gain",
+    "gain se",
+    "uptake",
+    "chosen",
+    "rejected",
+    "best",
+    "change",
+    "distinct",
+    "words",
+]
 
 
 def write(path: Path, **result) -> None:
@@ -22,8 +34,12 @@ def write(path: Path, **result) -> None:
 
 def step(chosen: tuple[float, float], rejected: tuple[float, float]) -> dict:
     """A line of metrics from (log-prob, tokens) of both sides."""
-    sums = {"logps/chosen": chosen[0], "tokens/chosen": chosen[1]}
-    return {**sums, "logps/rejected": rejected[0], "tokens/rejected": rejected[1]}
+    return {
+        "logps/chosen": chosen[0],
+        "tokens/chosen": chosen[1],
+        "logps/rejected": rejected[0],
+        "tokens/rejected": rejected[1],
+    }
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -55,16 +71,37 @@ def test_rows_by_hand(made):
     one, two = diagnose(made, 2)
     assert list(one) == list(two) == COLUMNS
     # differences 0.3 and 0.1, then 0.2 and 0
-    wanted = {"t": 1, "gap": 0.2, "gap se": 0.1, "gain": 0.1, "gain se": 0.1, "uptake": 0.5}
-    # -2 per token, then -1.5 and -1; -3 per token, then -4 and -5
-    wanted |= {"chosen": 0.75, "rejected": -1.5}
-    wanted |= {"best": 0.8, "change": 0.1, "distinct": 0.8, "words": 8.0}
+    # log-probs: -2 per token, then -1.5 and -1; -3 per token, then -4 and -5
+    wanted = {
+        "t": 1,
+        "gap": 0.2,
+        "gap se": 0.1,
+        "gain": 0.1,
+        "gain se": 0.1,
+        "uptake": 0.5,
+        "chosen": 0.75,
+        "rejected": -1.5,
+        "best": 0.8,
+        "change": 0.1,
+        "distinct": 0.8,
+        "words": 8.0,
+    }
     assert one == pytest.approx(wanted)
     # differences 0.1 and -0.2, then -0.1 twice; no gap, so no uptake
     assert two.pop("uptake") == "-"
-    wanted = {"t": 2, "gap": -0.05, "gap se": 0.15, "gain": -0.1, "gain se": 0.0}
-    wanted |= {"chosen": -0.5, "rejected": -0.25}
-    wanted |= {"best": 0.5, "change": -0.3, "distinct": 0.7, "words": 9.0}
+    wanted = {
+        "t": 2,
+        "gap": -0.05,
+        "gap se": 0.15,
+        "gain": -0.1,
+        "gain se": 0.0,
+        "chosen": -0.5,
+        "rejected": -0.25,
+        "best": 0.5,
+        "change": -0.3,
+        "distinct": 0.7,
+        "words": 9.0,
+    }
     assert two == pytest.approx(wanted)
 
 

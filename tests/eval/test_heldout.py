@@ -196,26 +196,38 @@ def test_best_and_distinct_of_several_responses_by_hand():
 
 def test_the_stage_joins_several_responses_with_their_gold(tiny, tmp_path):
     """Gold of 2 and 4 letters; an improver's own prompt gives way to the held-out one."""
-    gold = [{"id": "a", "prompt": "A?", "response": "gg"}]
-    gold.append({"id": "b", "prompt": "B?", "response": "gggg"})
+    gold = [
+        {"id": "a", "prompt": "A?", "response": "gg"},
+        {"id": "b", "prompt": "B?", "response": "gggg"},
+    ]
     base = [{**row, "response": "x"} for row in gold[::-1]]  # joined by id, not by place
-    texts = {"a": ["x", "xx", "x"], "b": ["xxxx", "xxxx", "xx"]}
-    paths = {"out": tmp_path / "eval_samples.json"}
-    for name, some in {"heldout": gold, "base_answers": base, "answers": several(texts)}.items():
-        paths[name] = write_rows(tmp_path / f"{name}.jsonl", some)
+    texts = {
+        "a": ["x", "xx", "x"],
+        "b": ["xxxx", "xxxx", "xx"],
+    }
+    paths = {
+        "out": tmp_path / "eval_samples.json",
+        "heldout": write_rows(tmp_path / "heldout.jsonl", gold),
+        "base_answers": write_rows(tmp_path / "base_answers.jsonl", base),
+        "answers": write_rows(tmp_path / "answers.jsonl", several(texts)),
+    }
     plugin = tmp_path / "lengths.py"
     plugin.write_text(LENGTHS)
     o = Run(f"{plugin}:evaluate")
     out = score_heldout(**paths, base=tiny, o=o, model=tiny)
     # scores 0.5, 1, 0.5 and 1, 1, 0.5
     found = json.loads(out.read_text())
-    assert found.pop("scores") == pytest.approx([2 / 3, 2.5 / 3])
-    assert found == pytest.approx({"score": 4.5 / 6, "best": 1.0, "distinct": 4 / 6})
-    counts = json.loads(out.with_suffix(".manifest.json").read_text())["counts"]
-    assert counts.keys() == {"score", "best", "distinct", "seconds"}
+    scores = found.pop("scores")
+    assert scores == pytest.approx([2 / 3, 2.5 / 3])
+    wanted = {"score": 4.5 / 6, "best": 1.0, "distinct": 4 / 6}
+    assert found == pytest.approx(wanted)
+    manifest = json.loads(out.with_suffix(".manifest.json").read_text())
+    assert manifest["counts"].keys() == {*wanted, "seconds"}
 
     # one response each: the scores stay in the order of the records
-    one = {**paths, "out": tmp_path / "eval.json"}
-    one["answers"] = write_rows(tmp_path / "one.jsonl", several({"b": ["xx"], "a": ["x"]}))
-    found = json.loads(score_heldout(**one, base=tiny, o=o).read_text())
+    single = several({"b": ["xx"], "a": ["x"]})
+    paths["out"] = tmp_path / "eval.json"
+    paths["answers"] = write_rows(tmp_path / "one.jsonl", single)
+    out = score_heldout(**paths, base=tiny, o=o)
+    found = json.loads(out.read_text())
     assert found == {"score": 0.5, "scores": [0.5, 0.5]}
