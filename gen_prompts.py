@@ -81,9 +81,7 @@ class GeneratorOptions(TrainOptions):
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(SampleOptions):
     lists: int = 64_000  # keyword lists per iteration, each from one paragraph of the corpus
-    source: str = (
-        "generator"  # or JSONL of prompts, or FILE.py:FUNCTION from the iteration to records
-    )
+    source: str = "generator"  # or JSONL of prompts, or FILE.py:FUNCTION: iteration -> records
     max_prompts: int = 50_000  # keep at most N new prompts per iteration
     min_words: int = 3  # of a prompt
     max_words: int = 150  # of a prompt
@@ -360,8 +358,14 @@ def sample_prompts(
 
 def take_prompts(seen: dict[str, list[Path]], out: Path, o: PromptOptions, t: int = 1) -> Path:
     """x from --prompts.source, a file or a function, in place of G: the next ones that are new."""
-    files = {"source_files": source_files(o), "keep_files": plugin_files(o.keep)}
-    stage = Stage(out, o, seen=seen, iteration=t, **files)
+    stage = Stage(
+        out,
+        o,
+        seen=seen,
+        iteration=t,
+        source_files=source_files(o),
+        keep_files=plugin_files(o.keep),
+    )
     if stage.done:
         return out
     records = source_records(o, t)

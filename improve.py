@@ -147,9 +147,7 @@ def rewrite(
         improver=improver,
         drafts=drafts,
         base=base,
-        template=revision.template,
-        feedback=revision.feedback or None,
-        feedback_files=revision.files,
+        **revision.identity,
         iteration=t,
         scorer_files=scorer_files(o.scorer),
     )

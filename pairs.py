@@ -61,7 +61,6 @@ def make_pairs(
     revision: Revision = NO_REVISION,  # how the improver is asked, for `settled`
 ) -> Path:
     """D += (x, chosen, rejected) where the filter agrees; counts say why others were dropped."""
-    asked = revision if o.scorer == "settled" else NO_REVISION
     stage = Stage(
         out,
         o,
@@ -69,9 +68,7 @@ def make_pairs(
         rejected=rejected,
         base=base,
         iteration=t,
-        template=asked.template or None,
-        feedback=asked.feedback or None,
-        feedback_files=asked.files,
+        **(revision if o.scorer == "settled" else NO_REVISION).identity,
         scorer_files=scorer_files(o.scorer),
     )
     if stage.done:

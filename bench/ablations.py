@@ -56,7 +56,7 @@ VARIANTS = {  # name -> flags of loop.py, files shared with the base
     "5 keywords": ("--generator.keywords 5 --generator.noise 1", IMPROVER),
     "no filter": ("--pairs.scorer none", REWRITES),
     "no scorer": ("--pairs.scorer none --rewrites.scorer none", DRAFTS),
-    "1 rewrite": ("--rewrites.best_of 1", DRAFTS),
+    "1 rewrite": ("--rewrites.best-of 1", DRAFTS),
     "likelihood": (LIKELIHOOD, DRAFTS),
     "exact score": (EXACT, DRAFTS),
     "no form filter": ("--prompts.keep=", (*IMPROVER, "generator/*")),

@@ -7,6 +7,7 @@
     chosen     change of the chosen responses' log-prob per token while M_t trained
     rejected   the same of the rejected responses
     best       mean over prompts of the best score among several responses of M_t
+    change     best of M_t less that of M_{t-1}
     distinct   share of different texts among these
     words      of M_t's responses
 
@@ -30,6 +31,8 @@ def diagnose(run: Path, T: int) -> list[dict]:
         gap, gap_error = difference(before, result_of(run / f"iter{t}/eval_rewrites.json"))
         gain, gain_error = difference(before, after)
         several = result_of(run / f"iter{t}/eval_samples.json")
+        best = several.get("best", "-")
+        best_before = result_of(run / f"iter{t - 1}/eval_samples.json").get("best", "-")
         chosen, rejected = log_prob_changes(run / f"iter{t}/policy/metrics.jsonl")
         rows.append(
             {
@@ -38,10 +41,11 @@ def diagnose(run: Path, T: int) -> list[dict]:
                 "gap se": gap_error,
                 "gain": gain,
                 "gain se": gain_error,
-                "uptake": gain / gap if isinstance(gap, float) and gap > 0 else "-",
+                "uptake": "-" if "-" in (gap, gain) or gap <= 0 else gain / gap,
                 "chosen": chosen,
                 "rejected": rejected,
-                "best": several.get("best", "-"),
+                "best": best,
+                "change": "-" if "-" in (best, best_before) else best - best_before,
                 "distinct": several.get("distinct", "-"),
                 "words": after.get("words", "-"),
             }
@@ -84,7 +88,7 @@ def log_prob_changes(metrics: Path) -> tuple:
 def warnings(rows: list[dict]) -> list[str]:
     """What looks unhealthy in the rows of diagnose()."""
     found = []
-    for previous, row in zip([None, *rows], rows, strict=False):
+    for row in rows:
         where = f"warning, iteration {row['t']}:"
         if row["gap"] != "-" and row["gap"] <= 0:
             found.append(
@@ -96,10 +100,9 @@ def warnings(rows: list[dict]) -> list[str]:
                 f"{where} log-probs of chosen responses fell ({row['chosen']:+.3f} per token): "
                 "raise --policy.nll, or lower --policy.lr"
             )
-        if previous and "-" not in (previous["best"], row["best"]):
-            if row["best"] < previous["best"]:
-                found.append(
-                    f"{where} the best of several responses fell ({previous['best']:.3f} -> "
-                    f"{row['best']:.3f}): the policy narrows; lower --policy.lr or --policy.epochs"
-                )
+        if row["change"] != "-" and row["change"] < 0:
+            found.append(
+                f"{where} the best of several responses fell (by {-row['change']:.3f} to "
+                f"{row['best']:.3f}): the policy narrows; lower --policy.lr or --policy.epochs"
+            )
     return found

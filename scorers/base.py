@@ -38,6 +38,15 @@ class Revision:
     def files(self) -> list[Path]:
         return plugin_files(self.feedback)
 
+    @property
+    def identity(self) -> dict:
+        """What a stage that asks so follows from, for Stage()."""
+        return {
+            "template": self.template or None,
+            "feedback": self.feedback or None,
+            "feedback_files": self.files,
+        }
+
     def prompts(self, rows: list[dict]) -> list[str]:
         """The requests to revise the responses of records."""
         notes = [{}] * len(rows)

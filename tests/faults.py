@@ -449,12 +449,19 @@ FAULTS = [
         new="self.weights(last.float())",
         tests=("core/test_scorers.py::test_armorm_by_hand",),
     ),
+    Fault(
+        "settled-without-draft",
+        "scorers/likelihood.py",
+        old='"prompt": prompt, "response"',
+        new='"prompt": row["prompt"], "response"',
+        tests=("core/test_scorers.py::test_settled_is_the_likelihood_of_leaving_a_draft_as_it_is",),
+    ),
     # improve.py and gen_prompts.py
     Fault(
         "template-swapped",
-        "improve.py",
-        old='{"prompt": conversation_text(row), "draft": draft}',
-        new='{"prompt": draft, "draft": conversation_text(row)}',
+        "scorers/base.py",
+        old='{"prompt": conversation_text(row), "draft": row["response"]}',
+        new='{"prompt": row["response"], "draft": conversation_text(row)}',
         tests=("core/test_improve.py::test_prompt_holds_question_and_draft",),
     ),
     Fault(
@@ -490,6 +497,13 @@ FAULTS = [
         old="shingles[: n - (shared - 1)]",
         new="shingles[: n - shared]",
         tests=("core/test_gen_prompts.py::test_prefix_filtering_equals_brute_force",),
+    ),
+    Fault(
+        "own-filter-not-an-input",
+        "gen_prompts.py",
+        old="        reads=reads,\n        iteration=t,\n        keep_files=plugin_files(o.keep),",
+        new="        reads=reads,\n        iteration=t,",
+        tests=("core/test_gen_prompts.py::test_prompts_follow_from_the_users_filter",),
     ),
     Fault(
         "same-lists",
@@ -544,13 +558,13 @@ FAULTS = [
     Fault(
         "scored-by-previous",
         "loop.py",
-        old="o.pairs, base=M_0, t=t)",
-        new="o.pairs, base=M_prev, t=t)",
+        old="o.pairs, M_0, t, revision)",
+        new="o.pairs, M_prev, t, revision)",
         tests=("core/test_loop.py::test_first_model_scores_and_all_models_are_evaluated_alike",),
     ),
     Fault(
         "compared-with-itself",
-        "loop.py",
+        "eval/in_run.py",
         old="base_answers = run.heldout_answers(0)",
         new="base_answers = answers",
         tests=("core/test_loop.py::test_first_model_scores_and_all_models_are_evaluated_alike",),
@@ -582,6 +596,31 @@ FAULTS = [
         old='{"chosen": seed["response"], "rejected": draft["response"]}',
         new='{"chosen": draft["response"], "rejected": seed["response"]}',
         tests=("core/test_controls.py::test_gold_pairs_leave_out_empty_drafts_and_number_samples",),
+    ),
+    Fault(
+        "one-revision-repeated",
+        "methods/controls.py",
+        old="y = rewrite(R_1, y, M_0,",
+        new="y = rewrite(R_1, y_0, M_0,",
+        tests=(
+            "core/test_controls.py::test_repeated_revises_with_the_first_improver_and_distils_once",
+        ),
+    ),
+    # demo/
+    Fault(
+        "doubled-words-allowed",
+        "demo/sorting.py",
+        old="whole = sorted(answer) == sorted(words)",
+        new="whole = set(answer) == set(words)",
+        tests=("core/test_sorting.py::test_marks_by_hand",),
+    ),
+    Fault(
+        "gold-in-the-base-text",
+        "demo/sorting.py",
+        old="base = [answering(next(fresh)) for _ in range(ANSWERS)]",
+        new="fresh = iter([list(x) for x in lists])\n"
+        "    base = [answering(next(fresh)) for _ in range(ANSWERS)]",
+        tests=("core/test_sorting.py::test_gold_prompts_are_nowhere_in_the_base_text",),
     ),
     # plumbing/
     Fault(
@@ -680,6 +719,20 @@ FAULTS = [
         old='files[f"R_{t}"] = run / f"iter{t}/eval_improver.json"',
         new='files[f"R_{t}"] = run / f"iter{t}/eval.json"',
         tests=("eval/test_report.py::test_an_improvers_score_is_its_own",),
+    ),
+    Fault(
+        "unpaired-error",
+        "eval/diagnostics.py",
+        old="standard_error([new - old for old, new in pairs])",
+        new='standard_error(after["scores"])',
+        tests=("eval/test_diagnostics.py::test_rows_by_hand",),
+    ),
+    Fault(
+        "mean-of-n-is-best",
+        "eval/heldout.py",
+        old="max(group) for",
+        new="mean(group) for",
+        tests=("eval/test_heldout.py::test_best_and_distinct_of_several_responses_by_hand",),
     ),
     Fault(
         "budget-overrun",

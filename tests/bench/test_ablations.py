@@ -283,7 +283,8 @@ def test_every_variant_is_flags_of_loop(name, tmp_path):
         placed |= {"prepare", "model", "seeds", "corpus", "heldout"}
         assert made["prepare"] == ""
     words = ablations.VARIANTS[name][0].split()
-    named = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    named = {flag[2:].replace("-", "_") for flag in flags}
     common = plain.keys() & made.keys()
     changed = {key for key in common if made[key] != plain[key] and key not in placed}
     # another loss has parameters of its own; the demo's own values are said again for clarity

@@ -119,12 +119,13 @@ def make(folder: Path, tiny_checkpoint) -> dict[str, str]:
 
 def evaluate(answers, heldout, base_answers, model, base, run) -> dict[str, float]:
     """Share of the gold answer's words that the answer has."""
-    shares = [
-        len(set(row["response"].split()) & set(gold["response"].split()))
-        / len(set(gold["response"].split()))
-        for row, gold in zip(answers, heldout, strict=True)
-    ]
+    scores = []
+    for row, gold in zip(answers, heldout, strict=True):
+        wanted = set(gold["response"].split())
+        scores.append(len(wanted & set(row["response"].split())) / len(wanted))
+    words = [len(row["response"].split()) for row in answers]
     return {
-        "score": sum(shares) / len(shares),
-        "words": sum(len(row["response"].split()) for row in answers) / len(answers),
+        "score": sum(scores) / len(scores),
+        "words": sum(words) / len(words),
+        "scores": scores,
     }

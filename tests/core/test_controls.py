@@ -47,7 +47,9 @@ def test_controls_leave_the_run_as_it_was(controlled, finished):
 
 def test_controls_are_evaluated_in_the_report(controlled):
     out, text = controlled
-    for name in ("SFT on the seeds", "pairs from the seeds", "one shot"):
+    names = ["SFT on the seeds", "pairs from the seeds", "one shot"]
+    names += ["NLL alone, M_1", "NLL alone, M_2", "NLL alone, one shot", "2 times R_1, distilled"]
+    for name in names:
         assert re.search(rf"^ *{name} +0\.\d+", text, re.MULTILINE), "a row of the table"
         assert name in (out / "report.html").read_text()
 
@@ -55,7 +57,8 @@ def test_controls_are_evaluated_in_the_report(controlled):
 def test_controls_start_from_the_first_model(controlled, world):
     controls_of = controlled[0] / "controls"
     M_0 = content_hash(Path(world["model"]))
-    for name in ("seed_sft", "seed_pairs", "one_shot/iter1/policy"):
+    policies = ["one_shot/iter1", "nll/iter1", "nll/iter2", "nll_one_shot/iter1", "repeated/iter2"]
+    for name in ["seed_sft", "seed_pairs", *(f"{folder}/policy" for folder in policies)]:
         assert inputs(controls_of / name)["model"] == M_0
     assert counts(controls_of / "seed_sft")["examples"] == micro.SEEDS
 
@@ -88,11 +91,88 @@ def test_one_shot_has_the_same_generator_and_as_many_pairs(controlled):
     assert counts(shot / "iter1" / "policy")["pairs"] == 32
     assert not (shot / "iter2").exists()
 
-    # the reference log-probs are in the run's cache
-    assert not (shot / "reference").exists()
+    # the reference log-probs are in the run's cache; loss sft reads none
+    assert not list((out / "controls").glob("**/reference"))
     computed = cached_and_computed(text)
-    assert len(computed) == 2
+    assert len(computed) == 3, "pairs from the seeds, one shot, repeated"
     assert all(new > 0 for _, new in computed)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "policy" / "model.safetensors").read_bytes()
+
+
+def test_nll_alone_repeats_the_iterations(controlled):
+    """As in the run up to the first pairs; from the first policy on, everything is its own."""
+    out, _ = controlled
+    again = out / "controls" / "nll"
+    for t in (1, 2):
+        ours, theirs = again / f"iter{t}", out / f"iter{t}"
+        options = read_manifest(ours / "policy")["options"]
+        assert options["loss"] == "sft"
+        assert not options.get("nll")
+        assert counts(ours / "policy")["pairs"] == counts(theirs / "policy")["pairs"]
+        assert weights(ours) != weights(theirs)
+        lines = read_rows(ours / "policy" / "metrics.jsonl")
+        assert all(line["preference_loss"] == line["nll/chosen"] for line in lines)
+    for name in ("prompts", "seed_answers", "base_answers", "rewrites", "pairs"):
+        first = (again / "iter1" / f"{name}.jsonl").read_bytes()
+        assert first == (out / "iter1" / f"{name}.jsonl").read_bytes(), name
+    M_1 = read_manifest(again / "iter1" / "policy")["content"]
+    for name in ("answers", "seed_answers"):
+        assert inputs(again / "iter2" / f"{name}.jsonl")["model"] == M_1
+    assert not list(again.glob("iter*/improver/*.safetensors"))
+
+
+def test_nll_alone_in_one_shot_has_the_one_shots_pairs(controlled):
+    out, _ = controlled
+    ours = out / "controls" / "nll_one_shot" / "iter1"
+    theirs = out / "controls" / "one_shot" / "iter1"
+    for name in ("prompts.jsonl", "pairs.jsonl"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    assert read_manifest(ours / "policy")["options"]["loss"] == "sft"
+    assert counts(ours / "policy")["pairs"] == 32
+    assert weights(ours) != weights(theirs)
+
+
+def test_repeated_revises_with_the_first_improver_and_distils_once(controlled):
+    out, _ = controlled
+    folder = out / "controls" / "repeated"
+    R_1 = read_manifest(out / "iter1" / "improver")
+    assert R_1["discarded"]
+    again = read_manifest(folder / "improver")
+    assert again["content"] == R_1["content"] == content_hash(folder / "improver")
+
+    # M_0's responses to the second iteration's prompts, revised twice
+    two = folder / "iter2"
+    y_0 = responses(out / "iter2" / "base_answers.jsonl")
+    once = responses(two / "rewrites1.jsonl")
+    assert responses(two / "rewrites1.jsonl", "draft") == y_0
+    assert responses(two / "rewrites2.jsonl", "draft") == once
+    for name in ("rewrites1", "rewrites2"):
+        assert inputs(two / f"{name}.jsonl")["improver"] == R_1["content"]
+    twice = responses(two / "rewrites2.jsonl")
+    assert twice != once != y_0
+    pairs = read_rows(two / "pairs.jsonl")
+    assert len(pairs) == 16
+    for pair in pairs:
+        texts = (pair["chosen"], pair["rejected"], pair["iteration"])
+        assert texts == (twice[pair["id"]], y_0[pair["id"]], 2)
+    assert inputs(two / "policy")["pairs"] == {"0": content_hash(two / "pairs.jsonl")}
+
+    # one revision is the run's own first iteration
+    assert not (folder / "iter1").exists()
+    assert not (two / "rewrites3.jsonl").exists()
+
+
+def test_controls_have_samples_and_scores_of_each_prompt_too(controlled):
+    out, _ = controlled
+    folders = ["one_shot/iter1", "nll/iter1", "nll/iter2", "nll_one_shot/iter1", "repeated/iter2"]
+    for folder in folders:
+        result = load_json(out / "controls" / folder / "eval.json")
+        assert len(result["scores"]) == micro.HELDOUT
+        several = load_json(out / "controls" / folder / "eval_samples.json")
+        assert several["best"] >= several["score"]
 
 
 def test_a_second_call_does_nothing_again(controlled, tmp_path, world):

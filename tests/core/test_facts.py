@@ -1,8 +1,8 @@
-"""The demo as a user's plug-in: its evaluation, its scorer, its data."""
+"""The world of facts as a user's plug-in: its evaluation, its scorer, its data."""
 
 import pytest
 
-from demo import facts as build
+from demo import facts
 from demo import facts_world as world
 from plumbing.options import RunOptions
 from plumbing.records import read_jsonl
@@ -25,7 +25,7 @@ def test_evaluation_of_hand_made_answers():
     for i, prompt in enumerate(prompts):
         response = world.gold(world.parse(prompt))
         gold.append({"id": str(i), "prompt": prompt, "response": response})
-    result = build.evaluate(gold, gold, gold, None, None, FP32)
+    result = facts.evaluate(gold, gold, gold, None, None, FP32)
     wanted = {"score": 1, "coverage": 1, "accuracy": 1, "form": 1, "se": 0}
     found = {name: result[name] for name in wanted}
     assert found == pytest.approx(wanted)
@@ -38,21 +38,21 @@ def test_evaluation_of_hand_made_answers():
     marks = [score_of(row) for row in half]
     assert marks[:2] == [1, 1]
     assert max(marks[2:]) < 0.3
-    result = build.evaluate(half, gold, gold, None, None, FP32)
+    result = facts.evaluate(half, gold, gold, None, None, FP32)
     mean = sum(marks) / 4
     assert result["score"] == pytest.approx(mean)
     variance = sum((mark - mean) ** 2 for mark in marks) / 3
     assert result["se"] == pytest.approx((variance / 4) ** 0.5)
-    assert build.score(half) == pytest.approx(marks)
+    assert facts.score(half) == pytest.approx(marks)
     unknown = {"prompt": "Describe a unicorn.", "response": gold[0]["response"]}
-    assert build.score([unknown]) == [0.0]
+    assert facts.score([unknown]) == [0.0]
 
 
 def test_the_data_keeps_held_out_prompts_out(tmp_path, monkeypatch):
     few = {"WEB": 400, "PARAGRAPHS": 20, "PRACTICE": 200, "ASKING": 40, "CORPUS": 50}
     for name, number in few.items():
-        monkeypatch.setattr(build, name, number)
-    build.write_data(tmp_path, 0)
+        monkeypatch.setattr(facts, name, number)
+    facts.write_data(tmp_path, 0)
     rows = {}
     for name in ("seeds", "heldout", "base"):
         rows[name] = read_jsonl(tmp_path / f"{name}.jsonl", "prompt", "response")

@@ -1,4 +1,4 @@
-"""The demo's world.
+"""The world of facts.
 
 Gold answers are perfect, web answers are not, gaming the rubric costs, and nothing held out leaks.
 """

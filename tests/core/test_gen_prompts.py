@@ -4,6 +4,7 @@ files to files.
 
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -442,3 +443,79 @@ def test_prompts_of_a_function_of_the_iteration(tmp_path):
     plugin.write_text(plugin.read_text() + "# changed\n")
     with pytest.raises(Refusal, match="source_files"):
         take_prompts({}, tmp_path / "out.jsonl", o, 7)
+
+
+# ------------------------------------------------------------------------- a filter of one's own
+
+KEEP = """
+from words import WANTED
+
+
+def keep(record):
+    assert record["keywords"] and isinstance(record["prompt"], str)
+    return WANTED in record["prompt"]
+"""
+
+
+@pytest.fixture
+def keep(tmp_path, monkeypatch) -> Path:
+    """A user's filter, and a neighbour that it imports."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "words", raising=False)
+    (tmp_path / "words.py").write_text("WANTED = 'blue'\n")
+    (tmp_path / "mine.py").write_text(KEEP)
+    return tmp_path / "mine.py"
+
+
+def test_prompts_that_the_users_filter_rejects_are_counted(keep):
+    """It is asked of what the other rules leave; what it rejects is neither new nor surplus."""
+    texts = ["Is the sky blue?", "Is it red?", "is the sky blue", "Is it red?", "no"]
+    texts += ["Is ink blue?", "Is a leaf blue?"]
+    generated = [*outputs(*texts), {"response": "no tags", "keywords": []}]
+    changes = {"keep": f"{keep}:keep", "near_duplicate": 0, "max_prompts": 2}
+    kept, dropped = filtered(generated, {}, **changes)
+    assert [row["prompt"] for row in kept] == [texts[0], texts[5]]
+    wanted = {"not_kept": 2, "duplicate": 1, "too_short": 1, "malformed": 1, "surplus": 1}
+    assert dropped == wanted
+    assert "not_kept" not in filtered(generated, {}, near_duplicate=0)[1]
+
+
+def test_prompts_follow_from_the_users_filter(tiny, corpus, keep, tmp_path, monkeypatch):
+    def generate(model, rows, out, *rest):
+        texts = ["Is ink blue?", "Is ink red?", "Is grass blue?"]
+        written = []
+        for row, text in zip(rows, texts, strict=True):
+            written.append({**row, "response": f"<question>{text}</question>"})
+        write_rows(out, written)
+        return {"tokens": 9, "fresh": 9}
+
+    monkeypatch.setattr(gen_prompts, "generate", generate)
+    out = tmp_path / "prompts.jsonl"
+
+    def make(spec: str) -> dict:
+        o = PromptOptions(lists=3, near_duplicate=0.0, keep=spec)
+        sample_prompts(tiny, corpus, {}, out, o, options().reads)
+        return counts_of(out)
+
+    counts = make(f"{keep}:keep")
+    assert (counts["lists"], counts["not_kept"], counts["prompts"]) == (3, 1, 2)
+    assert make(f"{keep}:keep") == counts
+
+    # another function, file or neighbour might keep others
+    for file in (keep, keep.with_name("words.py")):
+        before = file.read_text()
+        file.write_text(before + "\n")
+        with pytest.raises(Refusal, match=r"prompts\.jsonl: made with input keep_files"):
+            make(f"{keep}:keep")
+        file.write_text(before)
+    with pytest.raises(Refusal, match=r"prompts\.jsonl: made with option keep"):
+        make("")
+    assert make(f"{keep}:keep") == counts
+
+
+def test_a_filter_that_keeps_nothing_is_named(keep, tmp_path):
+    rows = [{"prompt": f"Is number {i} red?", "keywords": ["red"]} for i in range(3)]
+    source = write_rows(tmp_path / "own.jsonl", rows)
+    o = PromptOptions(source=str(source), keep=f"{keep}:keep")
+    with pytest.raises(InputError, match=r"none of 3 prompts .*'not_kept': 3"):
+        take_prompts({}, tmp_path / "out.jsonl", o)

@@ -48,12 +48,17 @@ EVERY = [
     "heldout_answers.jsonl",
     "heldout_rewrites.jsonl",
     "eval.json",
+    "heldout_samples.jsonl",
     "eval_improver.json",
+    "eval_rewrites.json",
+    "eval_samples.json",
 ]
 RESULTS = [
     "generator",
     "iter0/heldout_answers.jsonl",
+    "iter0/heldout_samples.jsonl",
     "iter0/eval.json",
+    "iter0/eval_samples.json",
     "iter2/answers.jsonl",
     *(f"iter{t}/{name}" for t in (1, 2) for name in EVERY),
 ]
@@ -119,7 +124,9 @@ def test_every_stage_leaves_a_manifest_and_a_line_of_metrics(finished, world):
     prompts = out / "iter2" / "prompts.jsonl"
     assert counts(prompts)["prompts"] == len(read_rows(prompts))
 
-    lines = read_rows(out / "metrics.jsonl")
+    *lines, one, two = read_rows(out / "metrics.jsonl")
+    assert [one["stage"], two["stage"]] == ["iter1/diagnostics", "iter2/diagnostics"]
+    assert two["uptake"] == two["gain"] / two["gap"] or two["gap"] <= 0
     times = [line["time"] for line in lines]
     assert times == sorted(times)
     stages = {line["stage"]: line for line in lines}
@@ -971,6 +978,30 @@ BAD = {
     "no such scorer of rewrites": (
         given("--rewrites.scorer", "reward-model"),
         "reward-model: not a scorer's name",
+    ),
+    "settled without a template": (
+        given("--pairs.scorer", "settled", "--improver.template="),
+        "--scorer settled asks to revise; give --",
+    ),
+    "no such filter of prompts": (
+        given("--prompts.keep", "mine.py:keep"),
+        "mine.py:keep: no such file; write",
+    ),
+    "no such function to filter prompts": (
+        given("--prompts.keep", "tests/core/micro.py:keep"),
+        "micro.py has no function keep",
+    ),
+    "no file of prompts": (
+        given("--prompts.source", "nowhere.jsonl"),
+        "nowhere.jsonl: no such file",
+    ),
+    "no such feedback": (
+        given("--improver.feedback", "mine.py:note"),
+        "mine.py:note: no such file; write",
+    ),
+    "no such function of pairs": (
+        given("--more-pairs", "mine.py:more"),
+        "mine.py:more: no such file; write",
     ),
     "scorer without a score": (model_as_scorer, "a scorer needs a sequence-classification"),
 }

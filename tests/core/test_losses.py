@@ -116,6 +116,7 @@ GOLDEN = [
     ("robust", {"beta": 0.1, "label_smoothing": 0.1}, 0.4630152524),
     ("ipo", {"tau": 0.1}, 1.0),
     ("ipo-mean", {"tau": 0.1}, 21.4677777778),
+    ("sft", {}, 2.0),
     ("orpo", {"weight": 0.1}, 2.0451931604),
     ("orpo", {"weight": 1}, 2 + 0.4519316040),
     ("asft", {"weight": 1}, 4.0856504837),
@@ -206,10 +207,50 @@ def test_swapping_the_responses_negates_the_margin():
 
 def test_what_a_loss_is_blind_to():
     far = pair(rc=-1.0, rr=-99.0)
-    for name in ("simpo", "orpo", "asft"):
+    for name in NO_REFERENCE:
         assert loss(name, far) == loss(name)
     assert loss("dpo", pair(nc=1.0, nr=50.0)) == loss("dpo")  # sums, no means
     assert loss("simpo", pair(pc=-40.0, nc=20.0)) == loss("simpo")  # means, no sums
+    assert loss("sft", pair(pr=-99.0, nr=1.0)) == loss("sft")
+
+
+def test_sft_is_the_other_losses_first_term():
+    p = random_pairs()
+    assert torch.equal(LOSSES["sft"](p), -p.mean_chosen)
+    assert torch.equal(LOSSES["orpo"](p, weight=0.0), LOSSES["sft"](p))
+    assert torch.equal(LOSSES["asft"](p, weight=0.0), LOSSES["sft"](p))
+
+
+@pytest.mark.slow
+def test_sft_takes_the_steps_of_the_nll_alone(tiny, tmp_path):
+    """DPO at beta 1e-30 is ln 2 whatever the pair, and its gradient vanishes beside that of the
+    NLL: with nll 1 it trains as sft, to the same bytes.
+    """
+    pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    alike = {
+        "sft": {},
+        "dpo": {"nll": 1.0, "loss_parameters": {"beta": 1e-30}},
+    }
+    weights = {}
+    losses = {}
+    for name, changes in alike.items():
+        out = tmp_path / name
+        o = options(name, lr=1e-3, epochs=3, batch=2, **changes)
+        train_policy(tiny, [pairs], out, o, cache=tmp_path / "cache")
+        weights[name] = (out / "model.safetensors").read_bytes()
+        losses[name] = [line["loss"] for line in read_rows(out / "metrics.jsonl")]
+    assert weights["sft"] == weights["dpo"]
+    shifted = [value + LN2 for value in losses["sft"]]
+    assert losses["dpo"] == pytest.approx(shifted, abs=1e-5)
+    assert losses["sft"][-1] < losses["sft"][0]
+
+    # other rejected responses change nothing but the shapes of the batches
+    rows = [{**row, "rejected": "so it is"} for row in PAIRS]
+    other = write_rows(tmp_path / "other.jsonl", rows)
+    o = options("sft", lr=1e-3, epochs=3, batch=2)
+    train_policy(tiny, [other], tmp_path / "other", o)
+    assert distance(tmp_path / "other", tmp_path / "sft") < 1e-5
+    assert distance(tmp_path / "sft", tiny) > 1e-5
 
 
 def test_cdpo_has_its_optimum_where_its_docstring_says():

@@ -11,6 +11,7 @@ from pairs import PairOptions, make_pairs, own_words, repetition
 from plumbing.options import RunOptions
 from plumbing.records import InputError
 from plumbing.stage import counts_of
+from scorers.base import Revision
 from scorers.likelihood import likelihood
 
 FP32 = RunOptions(dtype="float32")
@@ -202,6 +203,40 @@ def test_pairwise_scores_are_p_and_its_complement(tiny, make):
     assert [preference_of(row) for row in pairs] == pytest.approx(expected, abs=1e-4)
 
 
+def test_pairs_of_settled_follow_from_how_the_improver_is_asked(tiny, tmp_path):
+    """Another template or feedback is refused; with another scorer it does not count."""
+    hints = tmp_path / "hints.py"
+    hints.write_text("def hints(rows):\n    return [{'hint': 'shorter'} for row in rows]\n")
+    chosen = write_rows(tmp_path / "chosen.jsonl", answers(["a b", "c d e"]))
+    rejected = write_rows(tmp_path / "rejected.jsonl", answers(["x", "y"]))
+    first = Revision(template="{prompt} {draft}", feedback=f"{hints}:hints")
+
+    def made(scorer: str, revision: Revision) -> Path:
+        o = PairOptions(run=FP32, scorer=scorer, threshold=-9.0)
+        out = tmp_path / f"{scorer}.jsonl"
+        return make_pairs(chosen, rejected, out, o, tiny, revision=revision)
+
+    rows = read_rows(made("settled", first))
+    expected = load_file.load_scorer("settled", tiny, FP32, revision=first)(
+        answers(["a b", "c d e"])
+    )
+    assert [row["score_chosen"] for row in rows] == pytest.approx(expected)
+    made("settled", first)
+    made("likelihood", first)
+    others = {
+        "template": Revision(template="{draft}", feedback=first.feedback),
+        "feedback": Revision(template=first.template),
+    }
+    for name, other in others.items():
+        with pytest.raises(InputError, match=rf"settled\.jsonl: made with (option|input) {name}"):
+            made("settled", other)
+        made("likelihood", other)
+    hints.write_text(hints.read_text() + "\n")
+    with pytest.raises(InputError, match=r"settled\.jsonl: made with input feedback_files"):
+        made("settled", first)
+    made("likelihood", first)
+
+
 def test_columns(make):
     chosen = [{**answers(["much better"])[0], "draft": "d"}, TALK]
     rejected = [*answers(["bad"]), {**TALK, "response": "x"}]
@@ -273,13 +308,35 @@ def test_two_processes_score_as_one(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_command_needs_the_model_of_likelihood(tmp_path):
+@pytest.mark.parametrize("scorer", ["likelihood", "settled"])
+def test_command_needs_the_model_of_its_scorer(tmp_path, scorer):
     rows = write_rows(tmp_path / "rows.jsonl", answers(["a"]))
     out = tmp_path / "out.jsonl"
-    code, _, stderr = run(["pairs.py", "--chosen", rows, "--rejected", rows, "--out", out])
+    files = ["--chosen", rows, "--rejected", rows, "--out", out]
+    code, _, stderr = run(["pairs.py", "--scorer", scorer, *files])
     assert code == 2
-    expected = "error: --scorer likelihood scores under a model; give --base DIR"
+    expected = f"error: --scorer {scorer} scores under a model; give --base DIR"
     assert stderr.splitlines()[-1] == expected
+
+
+@pytest.mark.slow
+def test_command_asks_for_a_revision(tiny, tmp_path):
+    """settled by the command line: one line without a template, scores with one."""
+    chosen = write_rows(tmp_path / "chosen.jsonl", answers(["a b"]))
+    rejected = write_rows(tmp_path / "rejected.jsonl", answers(["x"]))
+    files = ["--chosen", chosen, "--rejected", rejected, "--out", tmp_path / "out.jsonl"]
+    command = ["pairs.py", "--scorer", "settled", "--base", tiny, "--dtype", "float32", *files]
+    code, _, stderr = run(command)
+    assert code == 2
+    expected = "error: --scorer settled asks to revise; give --revision.template"
+    assert stderr.splitlines()[-1] == expected
+    more = ["--revision.template", "{prompt} {draft}", "--threshold", -9]
+    code, _, stderr = run([*command, *more])
+    assert code == 0, stderr
+    [pair] = read_rows(tmp_path / "out.jsonl")
+    revision = Revision(template="{prompt} {draft}")
+    [score] = load_file.load_scorer("settled", tiny, FP32, revision=revision)(answers(["a b"]))
+    assert pair["score_chosen"] == pytest.approx(score, rel=1e-4)
 
 
 def test_chosen_text_needs_words_of_its_own(make):

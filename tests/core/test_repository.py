@@ -568,7 +568,7 @@ PLANTED = [
     (upward_imports, {"train.py": "from dpo import key\n", "dpo.py": "", "sample.py": ""}),
     (upward_imports, {"train.py": "def f():\n    import sample\n", "sample.py": ""}),
     (upward_imports, {"plumbing/stage.py": "from ops import cpu\n", "ops/cpu.py": ""}),
-    (upward_imports, {"eval/a.py": "from demo.world import b\n", "demo/world.py": "b = 1\n"}),
+    (upward_imports, {"eval/a.py": "from demo.sorting import b\n", "demo/sorting.py": "b = 1\n"}),
     (upward_imports, {"bench/a.py": "import methods.b\n", "methods/b.py": ""}),
     (upward_imports, {"losses.py": "from ops.logps import a\n", "ops/logps.py": "a = 1\n"}),
     (upward_imports, {"other/a.py": ""}),

@@ -624,7 +624,7 @@ def test_samples_of_a_prompt_differ_from_their_first_token_on(tiny, tmp_path):
 def test_records_keep_their_fields_and_their_own_limits(tiny, tmp_path):
     talk = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "Hi"}]
     rows = [
-        {"id": "a", "prompt": "x", "max_new_tokens": 3},
+        {"id": "a", "prompt": "x", "max_new_tokens": 3, "level": 7, "response": "old"},
         {"id": "b", "messages": talk, "max_new_tokens": 1},
         {"id": "c", "prompt": "y"},
     ]
@@ -635,7 +635,10 @@ def test_records_keep_their_fields_and_their_own_limits(tiny, tmp_path):
     assert b["messages"] == talk
     assert "prompt" not in b
     assert a["prompt"] == "x"
-    assert set(a) == {"id", "prompt", "response", "finish_reason", "tokens"}
+    own = {"id", "prompt", "max_new_tokens", "level"}
+    assert set(a) == {*own, "response", "finish_reason", "tokens"}
+    assert a["level"] == 7
+    assert a["response"] != "old"
 
 
 @pytest.mark.slow

@@ -13,14 +13,14 @@ from conftest import ROOT, last_json, llama_config, read_rows, tiny_checkpoint, 
 from safetensors.torch import load_file, save_file
 
 from plumbing.chat import Chat
-from plumbing.options import RunOptions
+from plumbing.options import RunOptions, load_function
 from plumbing.records import InputError
 from plumbing.stage import counts_of
 from scorers.armorm import ArmoRM
-from scorers.base import blockwise, quantiles, score_pairs
+from scorers.base import Revision, blockwise, quantiles, score_pairs
 from scorers.classifier import RewardOptions, classifier, start_reward_model, train_reward
 from scorers.letter_judge import TEMPLATE, letter_judge
-from scorers.likelihood import likelihood
+from scorers.likelihood import likelihood, settled
 from scorers.load import load_scorer, scorer_files
 
 FP32 = RunOptions(dtype="float32")
@@ -72,23 +72,75 @@ def scores_of(spec, *sides: list[dict]) -> list[float]:
 # ---------------------------------------------------------------------------------- likelihood
 
 
-def test_likelihood_is_the_mean_logp_of_response_and_end(tiny):
+def plain_mean_logp(directory, rows: list[dict]) -> list[float]:
+    """Mean log-prob of response and end token given the prompt, by transformers, one at a time."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    chat = Chat(tiny)
-    rows = [*ROWS, TALK]
-    score_all = likelihood(tiny, FP32)
-    for row, score in zip(rows, score_all(rows), strict=True):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    chat = Chat(directory)
+    means = []
+    for row in rows:
         prompt = chat.prompt_ids(row)
         response = [*chat.encode(row["response"]), 0]
         with torch.no_grad():
             [logits] = model(torch.tensor([prompt + response])).logits
         before = logits[len(prompt) - 1 : -1]
         logps = before.log_softmax(-1)[range(len(response)), response]  # (T,)
-        assert score == pytest.approx(logps.mean().item(), abs=1e-4)
+        means.append(logps.mean().item())
+    return means
+
+
+def test_likelihood_is_the_mean_logp_of_response_and_end(tiny):
+    rows = [*ROWS, TALK]
+    score_all = likelihood(tiny, FP32)
+    assert score_all(rows) == pytest.approx(plain_mean_logp(tiny, rows), abs=1e-4)
     loaded = load_scorer("likelihood", tiny, FP32)
     assert loaded(ROWS) == pytest.approx(score_all(ROWS), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------- settled
+
+ASK = Revision(template="{prompt}\nDraft: {draft}\nBetter:")
+
+
+def test_settled_is_the_likelihood_of_leaving_a_draft_as_it_is(tiny):
+    """By a plain forward on the template filled in by hand."""
+    rows = [*ROWS, TALK]
+    texts = [f"{row['prompt']}\nDraft: {row['response']}\nBetter:" for row in ROWS]
+    turns = "user: Hi\n\nassistant: Hello\n\nuser: Bye"
+    texts.append(f"{turns}\nDraft: See you\nBetter:")
+    asked = []
+    for row, text in zip(rows, texts, strict=True):
+        asked.append({"prompt": text, "response": row["response"]})
+    wanted = [math.exp(mean) for mean in plain_mean_logp(tiny, asked)]
+    scores = settled(tiny, FP32, ASK)(rows)
+    assert scores == pytest.approx(wanted, rel=1e-3)
+    assert all(0 < score < 1 for score in scores)
+    plain = [math.exp(mean) for mean in likelihood(tiny, FP32)(rows)]
+    assert scores != pytest.approx(plain, rel=1e-3)
+    loaded = load_scorer("settled", tiny, FP32, single=True, revision=ASK)
+    assert loaded(rows) == pytest.approx(scores, rel=1e-5)
+    assert loaded([]) == []
+
+
+def test_settled_asks_with_the_records_fields_and_the_users_feedback(tiny, tmp_path):
+    row = {"id": "r", "prompt": "Why?", "level": 7, "response": "So."}
+    (tmp_path / "hints.py").write_text(
+        "def hints(rows):\n    return [{'hint': row['response'] * 2} for row in rows]\n"
+    )
+    template = "{level} {hint} {draft}"
+    ask = Revision(template=template, feedback=f"{tmp_path}/hints.py:hints")
+    by_hand = {"id": "r", "prompt": "7 So.So. So.", "response": "So."}
+    [mean] = likelihood(tiny, FP32)([by_hand])
+    assert settled(tiny, FP32, ask)([row]) == pytest.approx([math.exp(mean)])
+    with pytest.raises(InputError, match=r"record r: .* reads \{hint\}"):
+        settled(tiny, FP32, Revision(template=template))([row])
+
+
+def test_settled_names_records_beyond_the_context(tiny):
+    long = {"id": "long", "prompt": "x", "response": "y" * 600}
+    with pytest.raises(InputError, match="record long: its prompt fills the context"):
+        settled(tiny, FP32, ASK)([ROWS[0], long])
 
 
 # ---------------------------------------------------------------------------------- reward models
@@ -316,6 +368,17 @@ def test_likelihood_needs_a_model_to_score_under():
             load_scorer("likelihood", base, FP32)
 
 
+def test_settled_needs_a_model_and_a_way_to_ask(tiny):
+    for base in ("", None):
+        message = "^--scorer settled scores under a model; give --base DIR$"
+        with pytest.raises(InputError, match=message):
+            load_scorer("settled", base, FP32, revision=ASK)
+    for revision in (None, Revision()):
+        message = "^--scorer settled asks to revise; give --revision.template$"
+        with pytest.raises(InputError, match=message):
+            load_scorer("settled", tiny, FP32, revision=revision)
+
+
 def test_random_scores_depend_on_text_and_seed_alone():
     scores = scores_of("random", ROWS)
     assert scores == scores_of("random", ROWS)
@@ -344,7 +407,7 @@ def test_a_scorer_that_compares_cannot_score_a_single_answer(tiny, tmp_path):
 
 
 def test_files_that_a_scorer_reads(tmp_path):
-    for spec in ("none", "random", "likelihood", "endpoint:gpt"):
+    for spec in ("none", "random", "likelihood", "settled", "endpoint:gpt"):
         assert scorer_files(spec) == []
     assert scorer_files("judge:/j") == [Path("/j")]
     assert scorer_files("/r") == [Path("/r")]
@@ -399,6 +462,38 @@ def test_cached_scores_are_of_one_model(tiny, tmp_path):
     assert second == pytest.approx(likelihood(other, FP32)(ROWS)) != first
     assert load_scorer("likelihood", tiny, FP32, scratch)(ROWS) == first
     assert len(list(scratch.iterdir())) == 2
+
+
+def test_cached_scores_are_of_one_way_to_ask(tiny, tmp_path):
+    """Another template or feedback gives other scores in the same folder."""
+    scratch = tmp_path / "scratch"
+    hints = tmp_path / "hints.py"
+    code = "def hints(rows):\n    return [{'hint': '%s'} for row in rows]\n"
+
+    def scores(revision: Revision, folder: Path | None = scratch) -> list[float]:
+        return load_scorer("settled", tiny, FP32, folder, revision=revision)(ROWS)
+
+    hints.write_text(code % "shorter")
+    hinted = Revision(template="{draft} {hint}", feedback=f"{hints}:hints")
+    asked = [ASK, Revision(template="{draft}?"), hinted]
+    first = [scores(revision) for revision in asked]
+    assert len({tuple(some) for some in first}) == 3
+    assert first == [pytest.approx(scores(revision, None), rel=1e-5) for revision in asked]
+    assert [scores(revision) for revision in asked] == first
+    assert len(list(scratch.iterdir())) == 3
+
+    # a changed file of feedback, in a new process
+    hints.write_text(code % "longer")
+    load_function.cache_clear()
+    changed = scores(hinted)
+    assert changed != first[2]
+    assert changed == pytest.approx(scores(hinted, None), rel=1e-5)
+    # the way to ask is no part of other scorers' scores
+    plain = load_scorer("likelihood", tiny, FP32, scratch, revision=ASK)(ROWS)
+    files = len(list(scratch.iterdir()))
+    again = load_scorer("likelihood", tiny, FP32, scratch, revision=hinted)(ROWS)
+    assert again == plain
+    assert len(list(scratch.iterdir())) == files
 
 
 # ------------------------------------------------------------------------ a reward model from pairs

@@ -554,6 +554,18 @@ def loss(p, *, sharpness: float = 3.0):
 
 def evaluate(answers, heldout, base_answers, model, base, run):
     return {"score": FACTOR * len(answers)}
+
+
+def keep(record):
+    return FACTOR > 0
+
+
+def source(t):
+    return [{"prompt": f"Question {i} of {t}?"} for i in range(3)]
+
+
+def feedback(rows):
+    return [{"note": FACTOR} for _ in rows]
 """
 PROMPTS = ["Why is the sky blue?", "How does a red fox jump?", "Can the green owl sing?"]
 
@@ -626,33 +638,50 @@ def train_generator(f, out):
     return ["model", "seeds.jsonl"]
 
 
-def sample_prompts(f, out):
-    o = gen_prompts.PromptOptions(**settings(f)[1], lists=3)
-    seen = {"seed": ["seeds.jsonl"], "heldout": ["heldout.jsonl"], "earlier": ["earlier.jsonl"]}
-    paths = {label: [f / name for name in names] for label, names in seen.items()}
+SEEN = {"seed": ["seeds.jsonl"], "heldout": ["heldout.jsonl"], "earlier": ["earlier.jsonl"]}
+
+
+def seen_in(f: Path) -> dict[str, list[Path]]:
+    return {label: [f / name for name in names] for label, names in SEEN.items()}
+
+
+def sample_prompts(f, out, keep="", also=()):
+    o = gen_prompts.PromptOptions(**settings(f)[1], lists=3, keep=keep)
     reads = gen_prompts.GeneratorOptions().reads
     prompts = out.with_suffix(".jsonl")
-    gen_prompts.sample_prompts(f / "model", f / "corpus.txt", paths, prompts, o, reads)
-    return ["model", "corpus.txt", "seeds.jsonl", "heldout.jsonl", "earlier.jsonl"]
+    gen_prompts.sample_prompts(f / "model", f / "corpus.txt", seen_in(f), prompts, o, reads)
+    return ["model", "corpus.txt", "seeds.jsonl", "heldout.jsonl", "earlier.jsonl", *also]
 
 
-def train_improver(f, out, scorer="none", also=()):
-    o = improve.ImproverOptions(**settings(f)[0], scorer=scorer, threshold=-99.0)
+def take_prompts(f, out, source="", keep="", also=()):
+    own = source or str(f / "prompts.jsonl")
+    o = gen_prompts.PromptOptions(**settings(f)[1], source=own, keep=keep)
+    seen = seen_in(f) if source else {"seed": []}  # other files hold the same prompts
+    gen_prompts.take_prompts(seen, out.with_suffix(".jsonl"), o)
+    files = ["seeds.jsonl", "heldout.jsonl", "earlier.jsonl"] if source else ["prompts.jsonl"]
+    return [*files, *also]
+
+
+def train_improver(f, out, scorer="none", feedback="", also=()):
+    o = improve.ImproverOptions(**settings(f)[0], scorer=scorer, threshold=-99.0, feedback=feedback)
     improve.train_improver(f / "model", f / "seeds.jsonl", f / "drafts.jsonl", out, o)
     return ["model", "seeds.jsonl", "drafts.jsonl", *also]
 
 
-def rewrite(f, out, scorer="none", also=()):
+def rewrite(f, out, scorer="none", feedback="", also=()):
     o = improve.RewriteOptions(**settings(f)[1], scorer=scorer, best_of=2, draft_competes=True)
     rewrites = out.with_suffix(".jsonl")
-    improve.rewrite(f / "second", f / "drafts.jsonl", f / "model", rewrites, o)
+    revision = improve.ImproverOptions(feedback=feedback).revision
+    improve.rewrite(f / "second", f / "drafts.jsonl", f / "model", rewrites, o, revision)
     return ["second", "drafts.jsonl", "model", *also]
 
 
-def make_pairs(f, out, scorer="none", also=()):
+def make_pairs(f, out, scorer="none", feedback="", also=()):
     o = pairs.PairOptions(run=settings(f)[0]["run"], scorer=scorer, threshold=-99.0)
-    chosen, rejected = f / "answers.jsonl", f / "base_answers.jsonl"
-    pairs.make_pairs(chosen, rejected, out.with_suffix(".jsonl"), o, base=f / "model")
+    made = out.with_suffix(".jsonl")
+    revision = improve.ImproverOptions(feedback=feedback).revision
+    sides = f / "answers.jsonl", f / "base_answers.jsonl"
+    pairs.make_pairs(*sides, made, o, base=f / "model", revision=revision)
     return ["answers.jsonl", "base_answers.jsonl", "model", *also]
 
 
@@ -706,8 +735,8 @@ def with_plugin(function, option: str, name: str):
 def with_scorer(function, spec: str, also: list[str]):
     """A stage with a scorer; FOLDER in its name is the folder of inputs."""
 
-    def run_stage(f, out):
-        return function(f, out, scorer=spec.replace("FOLDER", str(f)), also=also)
+    def run_stage(f, out, also=also, **more):
+        return function(f, out, scorer=spec.replace("FOLDER", str(f)), also=also, **more)
 
     return run_stage
 
@@ -718,15 +747,27 @@ STAGES = {
     "sample": answer,
     "train_generator": train_generator,
     "sample_prompts": sample_prompts,
+    "sample_prompts, keep": with_plugin(sample_prompts, "keep", "keep"),
+    "take_prompts": take_prompts,
+    "take_prompts, plug-in": with_plugin(take_prompts, "source", "source"),
+    "take_prompts, keep": with_plugin(take_prompts, "keep", "keep"),
     "train_improver": train_improver,
+    "train_improver, feedback": with_plugin(train_improver, "feedback", "feedback"),
+    "train_improver, settled": with_scorer(train_improver, "settled", []),
     "train_improver, reward model": with_scorer(train_improver, "FOLDER/reward", ["reward"]),
     "train_improver, plug-in": with_plugin(train_improver, "scorer", "scorer"),
     "rewrite": rewrite,
+    "rewrite, feedback": with_plugin(rewrite, "feedback", "feedback"),
     "rewrite, likelihood": with_scorer(rewrite, "likelihood", []),
+    "rewrite, settled": with_scorer(rewrite, "settled", []),
     "rewrite, reward model": with_scorer(rewrite, "FOLDER/reward", ["reward"]),
     "rewrite, plug-in": with_plugin(rewrite, "scorer", "scorer"),
     "make_pairs": make_pairs,
     "make_pairs, likelihood": with_scorer(make_pairs, "likelihood", []),
+    "make_pairs, settled": with_scorer(make_pairs, "settled", []),
+    "make_pairs, settled with feedback": with_plugin(
+        with_scorer(make_pairs, "settled", []), "feedback", "feedback"
+    ),
     "make_pairs, reward model": with_scorer(make_pairs, "FOLDER/reward", ["reward"]),
     "make_pairs, judge": with_scorer(make_pairs, "judge:FOLDER/third", ["third"]),
     "make_pairs, plug-in": with_plugin(make_pairs, "scorer", "scorer"),

@@ -8,7 +8,7 @@ from conftest import tiny_checkpoint, write_rows
 from eval_helpers import FP32
 
 from checkpoint import load
-from eval.heldout import evaluate, score_heldout
+from eval.heldout import evaluate, over_samples, score_heldout
 from ops.attention import Packed
 from plumbing.chat import Chat
 from plumbing.records import InputError
@@ -160,3 +160,74 @@ def test_a_function_of_the_users_in_its_place(files, tiny, tmp_path, monkeypatch
         path.write_text(before)
     with pytest.raises(InputError, match="made with option evaluate"):
         score_heldout(**files, base=tiny, o=Run())
+
+
+# ---- several responses per prompt
+
+LENGTHS = """
+def evaluate(answers, heldout, base_answers, model, base, run):
+    for row, gold, base_row in zip(answers, heldout, base_answers, strict=True):
+        assert row["id"] == gold["id"] == base_row["id"]
+        assert row["prompt"] == gold["prompt"]
+    scores = [len(row["response"]) / len(g["response"]) for row, g in zip(answers, heldout)]
+    return {"score": sum(scores) / len(scores), "scores": scores}
+"""
+
+
+def several(texts: dict[str, list[str]]) -> list[dict]:
+    """Records of all responses to each id, side by side, asked with an improver's prompt."""
+    records = []
+    for name, some in texts.items():
+        for i, text in enumerate(some):
+            row = {"id": name, "prompt": "Improve!", "sample": i, "response": text}
+            records.append(row)
+    return records
+
+
+def test_best_and_distinct_of_several_responses_by_hand():
+    answers = several({"a": ["x", "y", "x"], "b": ["x", "z", "zz"]})
+    result = over_samples(answers, [0.2, 0.8, 0.5, 0.0, -1.0, -2.0])
+    # a text that answers two prompts counts for both
+    assert result["distinct"] == pytest.approx(5 / 6)
+    assert result["best"] == pytest.approx((0.8 + 0.0) / 2)
+    assert result["scores"] == pytest.approx([0.5, -1.0])
+    assert result.keys() == {"best", "distinct", "scores"}
+
+
+def test_the_stage_joins_several_responses_with_their_gold(tiny, tmp_path):
+    """Gold of 2 and 4 letters; an improver's own prompt gives way to the held-out one."""
+    gold = [
+        {"id": "a", "prompt": "A?", "response": "gg"},
+        {"id": "b", "prompt": "B?", "response": "gggg"},
+    ]
+    base = [{**row, "response": "x"} for row in gold[::-1]]  # joined by id, not by place
+    texts = {
+        "a": ["x", "xx", "x"],
+        "b": ["xxxx", "xxxx", "xx"],
+    }
+    paths = {
+        "out": tmp_path / "eval_samples.json",
+        "heldout": write_rows(tmp_path / "heldout.jsonl", gold),
+        "base_answers": write_rows(tmp_path / "base_answers.jsonl", base),
+        "answers": write_rows(tmp_path / "answers.jsonl", several(texts)),
+    }
+    plugin = tmp_path / "lengths.py"
+    plugin.write_text(LENGTHS)
+    o = Run(f"{plugin}:evaluate")
+    out = score_heldout(**paths, base=tiny, o=o, model=tiny)
+    # scores 0.5, 1, 0.5 and 1, 1, 0.5
+    found = json.loads(out.read_text())
+    scores = found.pop("scores")
+    assert scores == pytest.approx([2 / 3, 2.5 / 3])
+    wanted = {"score": 4.5 / 6, "best": 1.0, "distinct": 4 / 6}
+    assert found == pytest.approx(wanted)
+    manifest = json.loads(out.with_suffix(".manifest.json").read_text())
+    assert manifest["counts"].keys() == {*wanted, "seconds"}
+
+    # one response each: the scores stay in the order of the records
+    single = several({"b": ["xx"], "a": ["x"]})
+    paths["out"] = tmp_path / "eval.json"
+    paths["answers"] = write_rows(tmp_path / "one.jsonl", single)
+    out = score_heldout(**paths, base=tiny, o=o)
+    found = json.loads(out.read_text())
+    assert found == {"score": 0.5, "scores": [0.5, 0.5]}

@@ -64,6 +64,9 @@ def train(folder: Path, steps: int, **columns) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
+HELDOUT = [{"id": "h", "prompt": "Held out?", "response": "yes"}]
+
+
 def pair(t: int, k: int) -> dict:
     """What pair k of iteration t is made of."""
     first = f"first answer {k}"
@@ -111,6 +114,7 @@ def write_iteration(folder: Path, t: int, pairs: list[dict], scored: bool) -> No
     train(folder / "improver", 4, loss=lambda i: 2 / i)
     train(folder / "policy", 5, loss=lambda i: 0.7 / i, rewards__margins=float)
     if scored:
+        write_rows(folder / "heldout_answers.jsonl", HELDOUT)
         result = {"score": 0.4 + t / 10, "se": 0.02, "words": 9.0}
         for name in ("eval", "eval_improver"):
             (folder / f"{name}.json").write_text(json.dumps(result))
@@ -132,8 +136,7 @@ def make_run(out: Path, pairs: list[list[dict]], scored: bool = True, **changes)
     if scored:
         changes["evaluate"] = write_plugin(out, "What M_0 says.")
         changes["heldout"] = out / "heldout.jsonl"
-        asked = [{"prompt": "Held out?", "response": "yes"}]
-        write_rows(out / "iter0" / "heldout_answers.jsonl", asked)
+        write_rows(out / "iter0" / "heldout_answers.jsonl", HELDOUT)
         result = {"score": 0.4, "se": 0.02, "words": 9.0}
         (out / "iter0" / "eval.json").write_text(json.dumps(result))
     changes |= {"model": Checkpoint("models/zero"), "seeds": Path("gone"), "iters": len(pairs)}
@@ -270,7 +273,7 @@ def test_examples_are_spread_evenly(tmp_path, capsys, count, shown):
     report.show_examples(tmp_path, 0, count)
     out = capsys.readouterr().out
     assert re.findall(r"Question (\d)", out) == [str(i) for i in shown]
-    assert out.count(f"  M_0:           One\n{' ' * 17}two\n") == len(shown)
+    assert out.count(f"  M_0:   One\n{' ' * 9}two\n") == len(shown)
 
 
 def test_options_that_differ_are_listed_with_their_help(tmp_path):
@@ -300,6 +303,55 @@ def test_options_that_differ_are_listed_with_their_help(tmp_path):
     assert blocks_of(page)[0]["options"] == []
 
 
+def test_examples_have_the_answers_of_all_models(tmp_path, capsys):
+    rows = [{"prompt": "Why?", "response": "Because"}, {"prompt": "How?", "response": "So"}]
+    for t, text in enumerate(("first", "second", "third")):
+        answers = [{**row, "response": f"{row['response']} {text}"} for row in rows]
+        write_rows(tmp_path / f"iter{t}" / "heldout_answers.jsonl", answers)
+    report.show_examples(tmp_path, 2, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "prompt:  Why?",
+        "  M_0:   Because first",
+        "  M_1:   Because second",
+        "  M_2:   Because third",
+        "",
+        "prompt:  How?",
+        "  M_0:   So first",
+        "  M_1:   So second",
+        "  M_2:   So third",
+    ]
+    # while the run iterates: one line each
+    long = [{"prompt": "a\nb " + "c" * 90, "response": "d\n\ne"}]
+    report.show_answers(write_rows(tmp_path / "long.jsonl", long), 3)
+    assert capsys.readouterr().out == f"    a b {'c' * 66}  ->  d e\n"
+
+
+def test_differences_to_the_last_model_are_paired_by_prompt(tmp_path, capsys):
+    """By hand: M_2 - M_0 is 0.3 and 0.1, M_2 - M_1 is 0.1 twice; rewrites have no `scores`."""
+    out = make_run(tmp_path / "run", [[pair(1, 0)], [pair(2, 0)]])
+    for t, scores in enumerate(([0.2, 0.6], [0.4, 0.6], [0.5, 0.7])):
+        result = {"score": sum(scores) / 2, "se": 0.02, "words": 9.0, "scores": scores}
+        (out / f"iter{t}" / "eval.json").write_text(json.dumps(result))
+    report.report(out)
+    text = capsys.readouterr().out
+    lines = text[text.index("\nheld-out prompts, by") :].splitlines()[2:]
+    head, rows = lines[0].split(), {}
+    for line in lines[1:6]:
+        name, *cells = line.split()
+        rows[name] = cells
+    assert head == ["score", "se", "words", "M_2", "-", "se"]
+    assert [*rows] == ["M_0", "R_1", "M_1", "R_2", "M_2"]
+    assert rows["M_0"] == ["0.400", "0.020", "9.000", "0.200", "0.100"]
+    assert rows["M_1"][3:] == ["0.100", "0.000"]
+    assert rows["M_2"][3:] == ["0.000", "0.000"]
+    assert rows["R_1"][3:] == ["0.100", "-"]
+    # the scores of single answers are in no table and not on the page
+    assert "0.700" not in text
+    data, _ = blocks_of(out / "report.html")
+    assert data["evaluations"][0] == {"name": "M_0", "score": 0.4, "se": 0.02, "words": 9.0}
+
+
 def test_scratch_of_unfinished_stages_is_ignored(two, tmp_path):
     """A stage that was stopped leaves its parts in OUT.partial/, which may look like results."""
     out = shutil.copytree(two, tmp_path / "run")
@@ -315,6 +367,8 @@ def test_scratch_of_unfinished_stages_is_ignored(two, tmp_path):
 
 def test_metrics_name_what_each_stage_read(two):
     lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    *lines, first, second = lines
+    assert [first["stage"], second["stage"]] == ["iter1/diagnostics", "iter2/diagnostics"]
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     assert all(line["paths"] == {"model": "M"} for line in lines)
     names = [line["stage"] for line in lines]
@@ -521,7 +575,7 @@ def test_the_command_says_what_it_wants(tmp_path):
 def test_an_evaluation_says_what_its_numbers_show(tmp_path):
     """A module's NOTE goes to the page; that of the built-in evaluation without --evaluate."""
     assert report.note_of("") == heldout.NOTE
-    assert report.note_of("demo/build.py:evaluate").startswith("\nShown: one step")
+    assert report.note_of("demo/facts.py:evaluate").startswith("\nShown: one step")
     (tmp_path / "silent.py").write_text("def evaluate(*arguments): ...\n")
     assert report.note_of(f"{tmp_path}/silent.py:evaluate") == ""
     page = make_page(tmp_path, [[pair(1, 0)]])
@@ -1028,8 +1082,8 @@ def test_a_page_for_every_run(chrome, tmp_path, name):
         assert not re.search("NaN|Infinity|undefined|object", drawn)
         sections = view.js("[...document.querySelectorAll('main > section')].map(s => s.id)")
         T = len(pairs)
-        wanted = ["scores"] * changes.get("scored", True) + ["pairs"] + ["yields"] * bool(T)
-        wanted += ["training", "time"]
+        wanted = ["scores"] * changes.get("scored", True) + ["diagnostics"] * bool(T) + ["pairs"]
+        wanted += ["yields"] * bool(T) + ["training", "time"]
         assert sections == wanted
         assert view.texts("nav a") == view.texts("h2")
         assert view.count(".row") == sum(map(len, pairs))
