@@ -155,9 +155,8 @@ def reference_logps(
     Sums, or lists of the scored tokens' own (per_token). groups: what training will put into one
     forward pass. A bf16 matmul rounds by the shape of its batch, so sequences are scored in these
     very groups, and policy and reference start from the same bits, but for pairs that an earlier
-    iteration has cached from other groups. One file a block of groups, so a restart resumes.
-    Addressed by a hash of the model's files, the dtype, the token ids and where scoring starts: a
-    changed template or tokenizer never hits.
+    iteration cached from other groups. One file a block of groups, so a restart resumes. A changed
+    template or tokenizer never hits: keys hold model, dtype, token ids and where scoring starts.
     """
     parts = [on_rank0(fingerprint, model), o.run.dtype]
     if per_token:

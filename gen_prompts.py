@@ -315,16 +315,8 @@ def sample_prompts(
     seen: label -> files of records whose prompts must not come again; reads:
     GeneratorOptions.reads; t: the iteration.
     """
-    stage = Stage(
-        out,
-        o,
-        generator=generator,
-        corpus=corpus,
-        seen=seen,
-        reads=reads,
-        iteration=t,
-        keep_files=plugin_files(o.keep),
-    )
+    files = {"generator": generator, "corpus": corpus, "keep_files": plugin_files(o.keep)}
+    stage = Stage(out, o, seen=seen, reads=reads, iteration=t, **files)
     if stage.done:
         return out
 
@@ -333,7 +325,7 @@ def sample_prompts(
     rows = []
     for i, words in enumerate(lists):
         rows.append({"id": digest(i, words), "prompt": fill(reads["template"], words)})
-    raw = out.with_suffix(".raw.jsonl")  # for the curious; nothing reads it
+    raw = out.with_suffix(".raw.jsonl")  # G's outputs as they came; no later stage reads them
     purpose = f"prompts {t}"
     counts = generate(generator, rows, raw, o, stage.scratch, purpose, "keyword lists")
 

@@ -94,15 +94,26 @@ def make_pairs(
         problem = f"no pair of {len(pairs)} left ({dict(dropped)}); score gaps {quantiles(gaps)}"
         raise InputError(f"{out}: {problem}; lower the threshold or make more prompts")
     valid = len(kept)
-    if valid > o.max_pairs:
-        drawn = rng(o.run.seed, "pairs", t).sample(range(valid), o.max_pairs)
-        kept = [kept[i] for i in sorted(drawn)]
+    kept = draw(kept, o, t)
     on_rank0(write_jsonl, out, kept)
     counts = {"candidates": len(pairs), **dropped, "valid": valid, "pairs": len(kept)}
-    counts["mean_gap"] = mean(gaps)
+    return stage.finish(**counts, mean_gap=mean(gaps), **words(kept))
+
+
+def draw(pairs: list[dict], o: PairOptions, t: int) -> list[dict]:
+    """At most max_pairs of the pairs, sampled uniformly, in their order."""
+    if len(pairs) <= o.max_pairs:
+        return pairs
+    drawn = rng(o.run.seed, "pairs", t).sample(range(len(pairs)), o.max_pairs)
+    return [pairs[i] for i in sorted(drawn)]
+
+
+def words(pairs: list[dict]) -> dict[str, float]:
+    """Mean words of either side."""
+    counts = {}
     for side in ("chosen", "rejected"):
-        counts[f"{side}_words"] = mean([len(row[side].split()) for row in kept])
-    return stage.finish(**counts)
+        counts[f"{side}_words"] = mean([len(pair[side].split()) for pair in pairs])
+    return counts
 
 
 def join(chosen: list[dict], rejected: list[dict]) -> list[tuple[dict, dict]]:

@@ -61,8 +61,8 @@ VARIANTS = {  # name -> flags of loop.py, files shared with the base
     "exact score": (EXACT, DRAFTS),
     "no form filter": ("--prompts.keep=", (*IMPROVER, "generator/*")),
     "dpo alone": ("--policy.nll 0", PAIRS),
-    "dpo alone, lr / 10": ("--policy.nll 0 --policy.lr 1e-4", PAIRS),
-    "simpo, lr / 10": (SIMPO + "--policy.nll 0 --policy.lr 1e-4", PAIRS),
+    "dpo alone slow": ("--policy.nll 0 --policy.lr 1e-4", PAIRS),
+    "simpo slow": (SIMPO + "--policy.nll 0 --policy.lr 1e-4", PAIRS),
     "simpo + nll": (SIMPO, PAIRS),
     "controls": ("", RUN),  # methods/controls.py on a copy of the base's finished run
 }

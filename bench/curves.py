@@ -13,6 +13,7 @@ prompts, paired.
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -47,6 +48,10 @@ def results_of(run: Path) -> dict[str, dict]:
     return found
 
 
+def models_of(T: int) -> list[str]:
+    return [f"M_{t}" for t in range(T + 1)]
+
+
 def lines_of(results: dict[str, dict], T: int, name: str) -> list[str]:
     """The models of a line at t = 0 .. T: all begin at M_0, and R_1 applied once is SynPO's M_1."""
     models = ["M_0", *(LINES[name].format(t=t) for t in range(1, T + 1))]
@@ -64,13 +69,13 @@ def over_seeds(runs: list[dict[str, dict]], model: str) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------- tables
 
 
-def score_rows(runs: list[dict[str, dict]]) -> list[dict]:
-    """Mean scores of all models, and the paired difference to the last of the cycle."""
-    rows = []
-    for model in runs[0]:
-        middle, error = over_seeds(runs, model)
-        rows.append({"model": model.ljust(24), "score": middle, "se over seeds": error})
-    return rows
+def score_row(runs: list[dict[str, dict]], model: str, label: str) -> dict:
+    middle, error = over_seeds(runs, model)
+    return {
+        "model": label.ljust(24),
+        "score": middle,
+        "se over seeds": error,
+    }
 
 
 def seed_rows(runs: dict[Path, dict[str, dict]], T: int) -> list[dict]:
@@ -78,11 +83,15 @@ def seed_rows(runs: dict[Path, dict[str, dict]], T: int) -> list[dict]:
     rows = []
     for run, results in runs.items():
         row = {"seed": load_json(run / "config.json")["seed"]}
-        row |= {f"M_{t}": results[f"M_{t}"]["score"] for t in range(T + 1)}
-        last = f"M_{T}"
-        pairs = [(f"M_{t}", f"M_{t - 1}") for t in range(1, T + 1)]
-        pairs += [(last, control) for control in POINTS if control in results]
-        for model, other in pairs:
+        for model in models_of(T):
+            row[model] = results[model]["score"]
+
+        # each model and the one before it, the last one and the controls
+        pairs = list(pairwise(models_of(T)))
+        for control in POINTS:
+            if control in results:
+                pairs.append((control, f"M_{T}"))
+        for other, model in pairs:
             gain, error = difference(results[other], results[model])
             row[f"{model} - {other}"] = f"{gain:+.3f} ({error:.3f})"
         rows.append(row)
@@ -100,19 +109,26 @@ def draw(runs: list[dict[str, dict]], T: int, beside: dict[str, list[dict]], out
     plt.rcParams["svg.hashsalt"] = "curves"  # the same picture in the same bytes
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
 
-    def errorbar(results: list[dict], models: list[str], start: int, name: str, style: str) -> None:
-        means, errors = zip(*[over_seeds(results, model) for model in models], strict=True)
-        places = range(start, start + len(models))
-        axes.errorbar(places, means, errors, fmt=style, capsize=3, label=f"{name}  {means[-1]:.3f}")
+    def plot(name: str, results: list[dict], models: list[str], style: str) -> None:
+        """The models' scores, the last one at T."""
+        scores = [over_seeds(results, model) for model in models]
+        means = [middle for middle, _ in scores]
+        errors = [error for _, error in scores]
+        places = range(T + 1 - len(models), T + 1)
+        label = f"{name}  {means[-1]:.3f}"
+        axes.errorbar(places, means, errors, fmt=style, capsize=3, label=label)
 
     for name in LINES:
-        errorbar(runs, lines_of(runs[0], T, name), 0, name, "o-")
+        plot(name, runs, lines_of(runs[0], T, name), "o-")
     for name, others in beside.items():
-        errorbar(others, [f"M_{t}" for t in range(T + 1)], 0, name, "o--")
+        plot(name, others, models_of(T), "o--")
     for name in runs[0]:
         if name in POINTS or name.startswith("best of"):
-            errorbar(runs, [name], T, name, "s")
-    axes.set(xlabel="iteration t", ylabel="held-out score of M_t", xticks=range(T + 1), ylim=(0, 1))
+            plot(name, runs, [name], "s")
+    axes.set_xlabel("iteration t")
+    axes.set_ylabel("held-out score of M_t")
+    axes.set_xticks(range(T + 1))
+    axes.set_ylim(0, 1)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.savefig(out, metadata={"Date": None})
@@ -122,23 +138,25 @@ def draw(runs: list[dict[str, dict]], T: int, beside: dict[str, list[dict]], out
 
 
 def main(args: argparse.Namespace) -> dict:
-    runs = {run: results_of(run) for run in args.runs}
     T = load_json(args.runs[0] / "config.json")["iters"]
+    by_run = {run: results_of(run) for run in args.runs}
+    runs = list(by_run.values())
     beside = {}
     for name, *folders in args.beside:
         beside[name] = [results_of(Path(folder)) for folder in folders]
-    tables = {"scores": score_rows(list(runs.values())), "seeds": seed_rows(runs, T)}
+
+    # tables
+    scores = [score_row(runs, model, model) for model in runs[0]]
     for name, others in beside.items():
-        for t in range(T + 1):
-            middle, error = over_seeds(others, f"M_{t}")
-            model = f"{name}, M_{t}".ljust(24)
-            tables["scores"].append({"model": model, "score": middle, "se over seeds": error})
-    for rows in tables.values():
-        print(table(rows), end="\n\n")
+        for model in models_of(T):
+            scores.append(score_row(others, model, f"{name}, {model}"))
+    seeds = seed_rows(by_run, T)
+    print(table(scores), table(seeds), sep="\n\n")
+    write_figures(args.json, {"scores": scores, "seeds": seeds})
+
     if args.svg:
-        draw(list(runs.values()), T, beside, args.svg)
-    write_figures(args.json, tables)
-    return {"runs": len(runs), "M_T": over_seeds(list(runs.values()), f"M_{T}")[0]}
+        draw(runs, T, beside, args.svg)
+    return {"runs": len(runs), "M_T": over_seeds(runs, f"M_{T}")[0]}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from loop import Options, Run
 from plumbing.options import load_function, parse_options
 from plumbing.ranks import distributed
 from plumbing.records import InputError, read_jsonl
+from scorers.base import Scorer
 from scorers.classifier import RewardOptions, train_reward
 from scorers.load import load_scorer
 
@@ -62,6 +63,15 @@ def tasks(run: Run) -> dict[str, list[Pair]]:
     return pairs
 
 
+def accuracy(scorer: Scorer, pairs: list[Pair]) -> str:
+    """Share of pairs whose better text scores higher, and its 95 % interval."""
+    better = [pair[0] for pair in pairs]
+    worse = [pair[1] for pair in pairs]
+    right = wins(scorer(better), scorer(worse))
+    low, high = wilson(sum(right), len(right))
+    return f"{mean(right):.3f} ({low:.3f} to {high:.3f})"
+
+
 def main(args: argparse.Namespace) -> dict:
     o = parse_options(Options, ["--config", str(args.run / "config.json")])
     seed_pairs = args.run / "controls/seed_pairs.jsonl"
@@ -72,15 +82,12 @@ def main(args: argparse.Namespace) -> dict:
     rows = []
     with distributed():
         model = train_reward(o.model, seed_pairs, args.run / "controls/reward_model", reward)
-        specs = {"settled": "settled", "likelihood": "likelihood", "reward model": str(model)}
-        for name, spec in specs.items():
+        for name in ("settled", "likelihood", "reward model"):
+            spec = str(model) if name == "reward model" else name
             scorer = load_scorer(spec, o.model, o.run, revision=o.improver.revision)
             row = {"scorer": name.ljust(12)}
             for task, pairs in found.items():
-                better, worse = map(list, zip(*pairs, strict=True))
-                right = wins(scorer(better), scorer(worse))
-                low, high = wilson(sum(right), len(right))
-                row[f"{task} ({len(right)} pairs)"] = f"{mean(right):.3f} ({low:.3f} to {high:.3f})"
+                row[f"{task} ({len(pairs)} pairs)"] = accuracy(scorer, pairs)
             rows.append(row)
     print(table(rows))
     write_figures(args.json, rows)

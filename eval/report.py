@@ -168,6 +168,17 @@ def evaluations(run: Path, T: int) -> dict[str, dict]:
     return {name: load_json(path) for name, path in files.items() if path.is_file()}
 
 
+def score_rows(results: dict[str, dict], T: int) -> list[dict]:
+    """Rows of the table of held-out numbers, with the paired difference of M_T to each model."""
+    names = list(numbers(results["M_0"]))
+    rows = []
+    for name, result in results.items():
+        row = {"": name, **{column: result.get(column, "-") for column in names}}
+        row[f"M_{T} -"], row["se "] = difference(result, results[f"M_{T}"])
+        rows.append(row)
+    return rows
+
+
 def note_of(spec: str) -> str:
     """What an evaluation's numbers do and do not show: NOTE of its module, "" if it has none.
 
@@ -418,16 +429,9 @@ def report(run: str | Path) -> dict:
     results = evaluations(run, T)
     note = ""
     if results:
-        names = list(numbers(results["M_0"]))
-        last = results[f"M_{T}"]
-        rows = []
-        for name, result in results.items():
-            row = {"": name, **{column: result.get(column, "-") for column in names}}
-            row[f"M_{T} -"], row["se "] = difference(result, last)
-            rows.append(row)
         note = note_of(o["evaluate"])
         by = o["evaluate"] or "eval/heldout.py:evaluate"
-        print(f"\nheld-out prompts, by {by}\n{table(rows)}\n{note}")
+        print(f"\nheld-out prompts, by {by}\n{table(score_rows(results, T))}\n{note}")
         if "score" in results["M_0"]:
             write_text(run / "scores.svg", score_chart(results))
         show_examples(run, T, o["show"])

@@ -20,7 +20,7 @@ from bench import ablations
 from plumbing.options import parse_values
 from plumbing.records import write_json
 
-SOME = "data fresh,no noise,controls"
+SOME = "start previous,no noise,controls"
 
 
 @pytest.fixture(scope="session")
@@ -79,20 +79,20 @@ SAME = (
 def test_the_command_from_end_to_end(finished):
     out, text = finished
     seed, result = out / "seed0", last_json(text)
-    rows = ["M_0", "base", "data fresh", "no noise", "seeds: SFT", "seeds: pairs", "one shot"]
+    rows = ["M_0", "base", "start previous", "no noise", "seeds: SFT", "seeds: pairs", "one shot"]
     summary = result["summary"]
     assert [*summary] == rows and not result["failed"] and result["iters"] == 2
     for row, evaluated in {
         "M_0": "base/iter0/eval.json",
         "base": "base/iter2/eval.json",
-        "data fresh": "data_fresh/iter2/eval.json",
+        "start previous": "start_previous/iter2/eval.json",
         "no noise": "no_noise/iter2/eval.json",
         "seeds: SFT": "controls/controls/seed_sft_eval.json",
         "one shot": "controls/controls/one_shot/iter1/eval.json",
     }.items():
         assert summary[row]["M_T"] == [score(seed / evaluated), None], row
     assert summary["no noise"]["M_1"] == [score(seed / "no_noise/iter1/eval.json"), None]
-    assert summary["data fresh"]["pairs"] == [16, 16] and summary["one shot"]["pairs"] == [32]
+    assert summary["start previous"]["pairs"] == [16, 16] and summary["one shot"]["pairs"] == [32]
     assert summary["seeds: SFT"]["pairs"] == []
     assert summary["seeds: pairs"]["pairs"] == [micro.SEEDS]
     assert json.loads((out / "results.json").read_text())["summary"] == summary
@@ -108,7 +108,7 @@ def test_the_command_from_end_to_end(finished):
 def test_what_is_linked_is_what_would_be_made(finished, recipe, tmp_path):
     """A variant that shares with the base and loop.py with its flags in an empty directory."""
     out, _ = finished
-    shared, alone = out / "seed0/data_fresh", tmp_path / "alone"
+    shared, alone = out / "seed0/start_previous", tmp_path / "alone"
     base = out / "seed0/base"
     for name in (
         "generator/model.safetensors",
@@ -119,7 +119,7 @@ def test_what_is_linked_is_what_would_be_made(finished, recipe, tmp_path):
         assert inode(shared / name) == inode(base / name), name
     policy = "iter1/policy/model.safetensors"
     assert inode(shared / policy) != inode(base / policy)
-    argv = ablations.flags("data fresh", 0, options(recipe, out, SOME))
+    argv = ablations.flags("start previous", 0, options(recipe, out, SOME))
     argv[argv.index("--out") + 1] = str(alone)
     code, _, errors = run(["loop.py", *argv], timeout=1500)
     assert code == 0, errors
@@ -175,21 +175,21 @@ def start_and_wait_for(argv: list[str], path: Path) -> subprocess.Popen:
 @pytest.mark.slow
 def test_killed_it_resumes(finished, recipe, tmp_path):
     """Once the command alone, whose child lives on, and once with its children: the same scores."""
-    argv, seed = flags(recipe, tmp_path, "data fresh"), tmp_path / "seed0"
+    argv, seed = flags(recipe, tmp_path, "start previous"), tmp_path / "seed0"
     alone = start_and_wait_for(argv, seed / "base/generator.partial/identity.json")
     alone.kill()
     alone.wait()
     # so a second base cannot start beside it
     with open(tmp_path / "lock", "w") as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    process = start_and_wait_for(argv, seed / "data_fresh/iter1/policy.partial/identity.json")
+    process = start_and_wait_for(argv, seed / "start_previous/iter1/policy.partial/identity.json")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     code, text, errors = run_bench("ablations", argv, timeout=1500)
     assert code == 0, errors
     whole, again = last_json(finished[1])["summary"], last_json(text)["summary"]
-    assert again == {row: whole[row] for row in ("M_0", "base", "data fresh")}
-    for name in [f"{run_name}/{file}" for run_name in ("base", "data_fresh") for file in SAME]:
+    assert again == {row: whole[row] for row in ("M_0", "base", "start previous")}
+    for name in [f"{run_name}/{file}" for run_name in ("base", "start_previous") for file in SAME]:
         assert (seed / name).read_bytes() == (finished[0] / "seed0" / name).read_bytes(), name
 
 
@@ -213,21 +213,21 @@ def test_a_failure_stops_nobody_else(finished, recipe, tmp_path, monkeypatch):
         "base": ablations.VARIANTS["base"],
         "nothing left": ("--pairs.threshold 99", ablations.REWRITES),
         "shares too much": ("--pairs.threshold -2", ablations.PAIRS),
-        "data fresh": ablations.VARIANTS["data fresh"],
+        "start previous": ablations.VARIANTS["start previous"],
     }
     monkeypatch.setattr(ablations, "VARIANTS", variants)
     out = Path(shutil.copytree(finished[0], tmp_path / "copy"))
     result = ablations.main(options(recipe, out, ""))
-    assert [*result["summary"]] == ["M_0", "base", "data fresh"] and len(result["failed"]) == 2
+    assert [*result["summary"]] == ["M_0", "base", "start previous"] and len(result["failed"]) == 2
     assert "no pair of" in result["failed"]["nothing left, seed 0"]
     said = "pairs.jsonl: made with option threshold = -3.0, now -2.0"
     assert said in result["failed"]["shares too much, seed 0"]
     # other flags are run again: corrected the one, and the other never taken for what it was
     monkeypatch.setitem(variants, "nothing left", ("", ablations.PAIRS))
-    monkeypatch.setitem(variants, "data fresh", ("", ablations.PAIRS))
-    again = ablations.main(options(recipe, out, "nothing left,data fresh"))
+    monkeypatch.setitem(variants, "start previous", ("", ablations.PAIRS))
+    again = ablations.main(options(recipe, out, "nothing left,start previous"))
     assert again["summary"]["nothing left"]["gain"] == [0, None]
-    assert [*again["failed"]] == ["data fresh, seed 0"]
+    assert [*again["failed"]] == ["start previous, seed 0"]
 
 
 def figures(first, last, pairs, words) -> dict:
