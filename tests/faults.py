@@ -501,8 +501,8 @@ FAULTS = [
     Fault(
         "own-filter-not-an-input",
         "gen_prompts.py",
-        old="        reads=reads,\n        iteration=t,\n        keep_files=plugin_files(o.keep),",
-        new="        reads=reads,\n        iteration=t,",
+        old='"corpus": corpus, "keep_files": plugin_files(o.keep)}',
+        new='"corpus": corpus}',
         tests=("core/test_gen_prompts.py::test_prompts_follow_from_the_users_filter",),
     ),
     Fault(

@@ -79,7 +79,7 @@ SAME = (
 def test_the_command_from_end_to_end(finished):
     out, text = finished
     seed, result = out / "seed0", last_json(text)
-    rows = ["M_0", "base", "start previous", "no noise", "seeds: SFT", "seeds: pairs", "one shot"]
+    rows = ["M_0", "base", "start previous", "no noise", *ablations.CONTROLS]
     summary = result["summary"]
     assert [*summary] == rows and not result["failed"] and result["iters"] == 2
     for row, evaluated in {
