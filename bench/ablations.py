@@ -71,7 +71,7 @@ CONTROLS = {  # row -> its evaluation, and what counted its pairs, below control
     "seeds: pairs": ("seed_pairs_eval.json", ("seed_pairs",)),
     "one shot": ("one_shot/iter1/eval.json", ("one_shot/iter1/policy",)),
     "nll alone": ("nll/iter{T}/eval.json", ("nll/iter{T}/policy",)),
-    "nll alone, one shot": ("nll_one_shot/iter1/eval.json", ("nll_one_shot/iter1/policy",)),
+    "nll, one shot": ("nll_one_shot/iter1/eval.json", ("nll_one_shot/iter1/policy",)),
     "R_1 T times": ("repeated/iter{T}/eval.json", ("repeated/iter{T}/policy",)),
 }
 Job = tuple[str, int]  # a variant and a random seed
