@@ -315,8 +315,16 @@ def sample_prompts(
     seen: label -> files of records whose prompts must not come again; reads:
     GeneratorOptions.reads; t: the iteration.
     """
-    files = {"generator": generator, "corpus": corpus, "keep_files": plugin_files(o.keep)}
-    stage = Stage(out, o, seen=seen, reads=reads, iteration=t, **files)
+    stage = Stage(
+        out,
+        o,
+        generator=generator,
+        corpus=corpus,
+        seen=seen,
+        reads=reads,
+        iteration=t,
+        keep_files=plugin_files(o.keep),
+    )
     if stage.done:
         return out
 
@@ -338,13 +346,9 @@ def sample_prompts(
         problem = f"none of {len(lists)} outputs is a usable prompt ({dict(dropped)})"
         raise InputError(f"{out}: {problem}; see {raw}")
     on_rank0(write_jsonl, out, kept)
+    sampled = {name: counts[name] for name in ("tokens", "fresh")}
     return stage.finish(
-        lists=len(lists),
-        **dropped,
-        prompts=len(kept),
-        **keyword_use(kept),
-        tokens=counts["tokens"],
-        fresh=counts["fresh"],
+        lists=len(lists), **dropped, prompts=len(kept), **keyword_use(kept), **sampled
     )
 
 

@@ -501,8 +501,8 @@ FAULTS = [
     Fault(
         "own-filter-not-an-input",
         "gen_prompts.py",
-        old='"corpus": corpus, "keep_files": plugin_files(o.keep)}',
-        new='"corpus": corpus}',
+        old="iteration=t,\n        keep_files=plugin_files(o.keep),",
+        new="iteration=t,",
         tests=("core/test_gen_prompts.py::test_prompts_follow_from_the_users_filter",),
     ),
     Fault(
