@@ -47,7 +47,7 @@ Rewritten answer:"""
 
 @dataclass(frozen=True, kw_only=True)
 class ImproverOptions(TrainOptions):
-    drafts: Count = 1  # sampled responses per seed to train on
+    drafts: int = 1  # sampled responses per seed to train on; 0: the drafts that seeds bring
     threshold: float = 0.0  # train only where score(gold) - score(draft) exceeds this
     scorer: str = "none"  # of that rule; none keeps all; see scorers/load.py
     template: str = TEMPLATE  # what R reads: {prompt}, {draft}, or any other field of a record
@@ -89,23 +89,38 @@ def train_improver(
         return out
     scorer = load_scorer(o.scorer, model, o.run, single=True, revision=o.revision)
     gold = read_jsonl(seeds, "prompt", "response")
-    answers = read_jsonl(drafts)
-    rows = training_rows(gold, answers, scorer, o)
-    counts = {"drafts": len(answers), "kept": len(rows)}
+    pairs = gold_and_draft(gold, read_drafts(drafts))
+    rows = training_rows(pairs, scorer, o)
+    counts = {"drafts": len(pairs), "kept": len(rows)}
     return stage.finish(**counts, **sft(model, rows, stage, o))
 
 
+def read_drafts(path: Path) -> list[dict]:
+    """Responses to the seeds' prompts; none were sampled with --improver.drafts 0."""
+    return read_jsonl(path) if path.stat().st_size else []
+
+
+def gold_and_draft(seeds: list[dict], answers: list[dict]) -> list[tuple[dict, dict]]:
+    """Every seed with each draft of it: the one that it brings in its field `draft`, or else the
+    answers to its prompt.
+    """
+    asked = {seed["id"]: seed for seed in seeds if "draft" not in seed}
+    pairs = []
+    for answer in answers:
+        if answer["response"] and answer["id"] in asked:
+            pairs.append((asked[answer["id"]], answer))
+    pairs += [(seed, {**seed, "response": seed["draft"]}) for seed in seeds if "draft" in seed]
+    if not pairs:
+        raise InputError("no seed has a draft; let --improver.drafts be 1, or give each a `draft`")
+    return pairs
+
+
 def training_rows(
-    seeds: list[dict], answers: list[dict], scorer: Scorer | None, o: ImproverOptions
+    pairs: list[tuple[dict, dict]], scorer: Scorer | None, o: ImproverOptions
 ) -> list[dict]:
     """R's examples, where the gold response scores higher than the draft by more than the
     threshold.
     """
-    by_id = {seed["id"]: seed for seed in seeds}
-    pairs = [(by_id[draft["id"]], draft) for draft in answers if draft["response"]]
-    # a seed may bring a draft of its own
-    pairs = [pair for pair in pairs if "draft" not in pair[0]]
-    pairs += [(seed, {**seed, "response": seed["draft"]}) for seed in seeds if "draft" in seed]
     if scorer:
         gold_scores = scorer([seed for seed, _ in pairs])
         draft_scores = scorer([draft for _, draft in pairs])

@@ -277,9 +277,9 @@ def sample(
     stage = Stage(out, o, model=model, prompts=prompts, samples=samples, purpose=purpose)
     if stage.done:
         return out
-    rows = repeat(read_jsonl(prompts, "prompt"), samples)
-    counts = generate(model, rows, out, o, stage.scratch, purpose, prompts)
-    return stage.finish(records=len(rows) // samples, **counts)
+    rows = read_jsonl(prompts, "prompt")
+    counts = generate(model, repeat(rows, samples), out, o, stage.scratch, purpose, prompts)
+    return stage.finish(records=len(rows), **counts)
 
 
 def repeat(rows: list[dict], samples: int) -> list[dict]:

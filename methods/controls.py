@@ -20,7 +20,7 @@ from pathlib import Path
 from dpo import train_policy
 from eval.in_run import evaluate, score
 from eval.report import report
-from improve import rewrite, train_improver
+from improve import gold_and_draft, read_drafts, rewrite, train_improver
 from loop import Options, Run, synpo
 from pairs import make_pairs
 from plumbing.options import RunOptions, cli, parse_options
@@ -52,18 +52,15 @@ def from_seeds(cycle: Run, out: Path, total: int) -> None:
 
 
 def gold_pairs(seeds: Path, drafts: Path, out: Path, run: RunOptions) -> Path:
-    """Pairs of a seed's gold response over each of M_0's responses to its prompt."""
+    """Pairs of a seed's gold response over each draft of it."""
     stage = Stage(out, run=run, seeds=seeds, drafts=drafts)
     if stage.done:
         return out
-    gold = {row["id"]: row for row in read_jsonl(seeds)}
     pairs = []
-    for draft in read_jsonl(drafts):
-        seed = gold[draft["id"]]
+    for seed, draft in gold_and_draft(read_jsonl(seeds), read_drafts(drafts)):
         name = f"{draft['id']}-{draft.get('sample', 0)}"
         sides = {"chosen": seed["response"], "rejected": draft["response"]}
-        if draft["response"]:
-            pairs.append({**seed, "id": name, **sides})
+        pairs.append({**seed, "id": name, **sides})
     on_rank0(write_jsonl, out, pairs)
     return stage.finish(pairs=len(pairs))
 

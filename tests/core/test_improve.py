@@ -11,6 +11,7 @@ from improve import (
     main,
     rewrite,
     train_improver,
+    gold_and_draft,
     training_rows,
 )
 from plumbing.options import RunOptions, parse_options
@@ -97,27 +98,35 @@ def test_feedback_adds_fields(tmp_path):
 
 def test_a_seeds_own_draft_takes_the_place_of_sampled_ones():
     seeds = [{**SEEDS[0], "draft": "Because."}, SEEDS[1]]
-    rows = training_rows(seeds, DRAFTS, None, options())
+    rows = training_rows(gold_and_draft(seeds, DRAFTS), None, options())
     assert [(row["prompt"], row["response"]) for row in rows] == [
         ("Q: How?\nA: Like this, I think\nBetter:", "Well."),
         ("Q: Why?\nA: Because.\nBetter:", "Because it is so."),
     ]
 
 
+def test_seeds_with_drafts_need_no_sampled_ones():
+    seeds = [{**seed, "draft": "Because."} for seed in SEEDS]
+    assert len(gold_and_draft(seeds, [])) == len(seeds)
+    with pytest.raises(InputError, match="no seed has a draft"):
+        gold_and_draft(SEEDS, [])
+
+
 def test_without_scorer_every_draft_with_text_is_an_example():
-    rows = training_rows(SEEDS, DRAFTS, None, options())
+    rows = training_rows(gold_and_draft(SEEDS, DRAFTS), None, options())
     assert [(row["prompt"], row["response"]) for row in rows] == [
         ("Q: Why?\nA: No idea\nBetter:", "Because it is so."),
         ("Q: How?\nA: Like this, I think\nBetter:", "Well."),
     ]
-    again = training_rows(SEEDS, [*DRAFTS, {**DRAFTS[0], "sample": 2}], None, options())
+    more = [*DRAFTS, {**DRAFTS[0], "sample": 2}]
+    again = training_rows(gold_and_draft(SEEDS, more), None, options())
     assert len({row["id"] for row in again}) == 3
     assert again[:2] == rows
 
 
 def test_with_scorer_gold_must_beat_the_draft_by_more_than_the_threshold():
     def kept(threshold: float) -> list[str]:
-        rows = training_rows(SEEDS, DRAFTS, words, options(threshold=threshold))
+        rows = training_rows(gold_and_draft(SEEDS, DRAFTS), words, options(threshold=threshold))
         return [row["response"] for row in rows]
 
     # gaps are 2 and -3
@@ -138,7 +147,7 @@ def test_stage_counts_drafts_and_examples(tiny, tmp_path, monkeypatch, scorer, k
     seeds = write_rows(tmp_path / "seeds.jsonl", SEEDS)
     drafts = write_rows(tmp_path / "drafts.jsonl", DRAFTS)
     counts = train_improver(tiny, seeds, drafts, tmp_path / "improver", options())
-    assert counts == {"drafts": 3, "kept": kept, "records": kept}
+    assert counts == {"drafts": 2, "kept": kept, "records": kept}
 
 
 # ---------------------------------------------------------------------------------------- rewrites
