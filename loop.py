@@ -180,8 +180,9 @@ def synpo(run: Run, t: int) -> None:
         take_prompts(run.seen(t), x, o.prompts, t)
 
     # R_t <- SFT(M_0) on (x*, y' ~ M_{t-1}(. | x*)) -> y*
-    n, revision = o.improver.drafts, o.improver.revision
-    drafts = sample(M_prev, run.seeds, it / "seed_answers.jsonl", o.answers, n, f"seeds {t}")
+    drafts = it / "seed_answers.jsonl"
+    n = o.improver.drafts  # per seed
+    sample(M_prev, run.seeds, drafts, o.answers, samples=n, purpose=f"seeds {t}")
     R = train_improver(M_0, run.seeds, drafts, out=it / "improver", o=o.improver)
 
     # y_0 ~ M_0(. | x);   y ~ M_{t-1}(. | x);   y^ ~ R_t(. | x, y)
@@ -189,6 +190,7 @@ def synpo(run: Run, t: int) -> None:
     y = y_0  # at t = 1, M_{t-1} is M_0
     if t > 1:
         y = sample(M_prev, x, it / "answers.jsonl", o.answers, purpose=f"answers {t}")
+    revision = o.improver.revision  # what R reads
     y_hat = rewrite(R, y, M_0, it / "rewrites.jsonl", o.rewrites, revision, t)
 
     # D += (x, chosen y^, rejected y_0) where the filter agrees
@@ -315,7 +317,9 @@ def check_disk(run: Run) -> None:
     made = sum(f.stat().st_size for f in run.out.glob("**/*.safetensors"))
     # to resume from: fp32 weights and two moments, twice while one replaces another
     resume = 12 * size if o.policy.save_every else 0
-    wanted = size * (o.iters + 2) + resume - made
+    # G, every M_t, and R_t beside them: all of them, or one at a time
+    improvers = o.iters if o.keep_improvers else 1
+    wanted = size * (1 + o.iters + improvers) + resume - made
     free = shutil.disk_usage(run.out).free
     if wanted > free:
         space = f"{wanted / 1e9:.0f} GB of checkpoints, {free / 1e9:.0f} GB free"

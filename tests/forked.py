@@ -1,7 +1,8 @@
 """Commands of the project in forked processes, which spares each the time of importing torch.
 
-The children of one server, which has imported the libraries and nothing of the project. Whatever a
-process reads as torch is loaded (OMP_NUM_THREADS, ATEN_CPU_CAPABILITY ...) is the server's.
+The children of one server, which has imported the libraries and nothing of the project. What a
+process reads as torch is loaded (ATEN_CPU_CAPABILITY ...) is the server's, but for the number of
+threads: on some CPUs a matrix product of two threads has other last bits than one of one.
 """
 
 import multiprocessing
@@ -12,6 +13,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 LIBRARIES = [
     "numpy",
@@ -33,6 +36,7 @@ def command(args: list[str], env: dict, cwd: Path, output: Path) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     if args[0] == "-m":
         sys.argv = args[1:]
         sys.path[0] = str(cwd)

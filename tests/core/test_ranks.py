@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT, refusal, run_process
+from forked import run_forked
 
 from plumbing.ranks import gather, on_rank0, print0, work_queue
 from plumbing.records import InputError
@@ -32,6 +33,14 @@ def test_a_single_process_gathers_and_queues_for_itself(capsys):
     assert list(work_queue([])) == []
     print0("said", 1)
     assert capsys.readouterr().out == "said 1\n"
+
+
+def test_a_forked_command_has_the_threads_of_its_own_environment(tmp_path):
+    script = tmp_path / "threads.py"
+    script.write_text("import torch\nprint(torch.get_num_threads())")
+    for threads in ("1", "3"):
+        env = {**os.environ, "OMP_NUM_THREADS": threads}
+        assert run_forked([script], env, tmp_path) == (0, f"{threads}\n", "")
 
 
 # ------------------------------------------------------------------------------- two processes
