@@ -21,8 +21,8 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from demo.constraint_kinds import KINDS
+from eval.answers import guarded
 from eval.stats import mean, standard_error
-from pairs import own_words, repetition
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0, print0
 from plumbing.records import InputError, digest, read_jsonl, rng, write_jsonl
@@ -32,10 +32,6 @@ from sample import SampleOptions, sample
 SEED_SHARE, PROMPT_SHARE = 0.35, 0.5
 SAMPLES = 2  # answers to edit for each instruction
 MAX_WORDS = 100  # of an answer to edit: the improver reads it and writes it again
-
-# an answer that keeps its constraints counts if it also
-MIN_OWN_WORDS = 12  # has at least so many words that its prompt does not have
-MAX_REPETITION = 0.5  # repeats a smaller share of its word trigrams
 
 
 # ------------------------------------------------------------------------------------- constraints
@@ -93,13 +89,6 @@ def edited_after(constraint: dict) -> tuple[bool, bool]:
 
 
 # --------------------------------------------------------------------------------- what is counted
-
-
-def guarded(row: dict) -> bool:
-    """Whether a response says something of its own, ended by itself, and does not loop."""
-    if row.get("finish_reason", "stop") != "stop":
-        return False
-    return own_words(row) >= MIN_OWN_WORDS and repetition(row["response"]) < MAX_REPETITION
 
 
 def kept(row: dict) -> float:

@@ -5,10 +5,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from eval.stats import mean
+from pairs import own_words, repetition
 from plumbing.records import InputError, read_jsonl, read_text
 from plumbing.stage import Stage
 from sample import SampleOptions, generate
 from scorers.llm_judge import JudgeOptions
+
+# an answer that obeys counts as guarded if it also
+MIN_OWN_WORDS = 12  # has at least so many words that its prompt does not have
+MAX_REPETITION = 0.5  # repeats a smaller share of its word trigrams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,13 @@ def first(rows: list, limit: int) -> list:
     if limit < 0:
         raise InputError(f"--limit must be at least 0 (all), got {limit}")
     return rows[:limit] if limit else rows
+
+
+def guarded(row: dict) -> bool:
+    """Whether a response says something of its own, ended by itself, and does not loop."""
+    if row.get("finish_reason", "stop") != "stop":
+        return False
+    return own_words(row) >= MIN_OWN_WORDS and repetition(row["response"]) < MAX_REPETITION
 
 
 def answer(

@@ -7,9 +7,19 @@ checkers are those of lm-evaluation-harness, with the seed of its language detec
 same answers always score the same. As there, answers are greedy, of at most 1,280 tokens, through
 the chat template.
 
+An empty answer breaks no rule about its form. So there is a fifth number of ours, guarded: prompts
+strictly followed by an answer that also says something of its own, ended by itself and does not
+loop (eval/answers.py).
+
+--against compares with another checkpoint on the same prompts: paired differences with standard
+errors (over prompts, as the instructions of one prompt are not independent), won and lost, and
+McNemar's exact p; of all numbers, and of every type of instruction. Its answers lie where its own
+evaluation would write them, and are used again.
+
 input_data.jsonl {key, prompt, instruction_id_list, kwargs} -> OUT/answers.jsonl, OUT/scores.jsonl
 
     python -m eval.ifeval --model DIR --data input_data.jsonl
+    python -m eval.ifeval --model DIR --data input_data.jsonl --against OTHER_DIR
     torchrun --nproc-per-node 8 -m eval.ifeval --model DIR --data input_data.jsonl
 
 The file is in google-research/google-research, under instruction_following_eval/data. Two
@@ -19,15 +29,15 @@ punkt_tab`); --nltk-data or NLTK_DATA says where it is.
 
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import Checkpoint
-from eval.answers import answer, first, need, place
+from eval.answers import MAX_REPETITION, MIN_OWN_WORDS, answer, first, guarded, need, place
 from eval.lm_eval_adapter import lm_eval_seeds, optional
-from eval.stats import rounded, standard_error
+from eval.stats import mean, paired, rounded, standard_error
 from eval.table import table
 from plumbing.options import cli
 from plumbing.ranks import on_rank0, print0
@@ -41,18 +51,22 @@ METRICS = {
     "prompt_loose": "prompt_level_loose_acc",
     "instruction_strict": "inst_level_strict_acc",
     "instruction_loose": "inst_level_loose_acc",
+    "guarded": "guarded",
 }
+PAIRED = ("difference", "se", "won", "lost", "p")  # columns of a comparison
+OFFICIAL_LIMIT = 1280  # tokens per answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SampleOptions):
     model: Checkpoint  # checkpoint directory
     data: Path | None = None  # IFEval's input_data.jsonl
+    against: Checkpoint | None = None  # another checkpoint, to compare with
     out: Path | None = None  # directory to write; empty: MODEL/eval/ifeval
     limit: int = 0  # use only the first N prompts; 0: all
     nltk_data: str = ""  # directory of NLTK's data, with tokenizers/punkt_tab; empty: NLTK_DATA
     temperature: float = 0.0  # 0 is greedy
-    max_new_tokens: int = 1280  # limit per answer
+    max_new_tokens: int = OFFICIAL_LIMIT  # limit per answer
 
 
 def read_prompts(path: Path | None, limit: int) -> list[dict]:
@@ -103,7 +117,7 @@ def checkers(nltk_data: str = ""):
 
 
 def check(prompts: list[dict], answers: list[dict], nltk_data: str = "") -> list[dict]:
-    """{id, instructions, four metrics} of each answer.
+    """{id, instructions, five metrics, cut_off, words} of each answer.
 
     A metric is a bool for the prompt, or a list of bools for its instructions.
     """
@@ -111,13 +125,17 @@ def check(prompts: list[dict], answers: list[dict], nltk_data: str = "") -> list
     with checkers(nltk_data) as process:
         for row, answered in zip(prompts, answers, strict=True):
             metrics = process(row, [answered["response"]])
-            names = row["instruction_id_list"]
-            scores.append({"id": row["id"], "instructions": names, **metrics})
+            row_scores = {"id": row["id"], "instructions": row["instruction_id_list"], **metrics}
+            followed = metrics["prompt_level_strict_acc"]
+            row_scores["guarded"] = followed and guarded({**row, **answered})
+            row_scores["cut_off"] = answered.get("finish_reason") == "length"
+            row_scores["words"] = len(answered["response"].split())
+            scores.append(row_scores)
     return scores
 
 
 def summary(scores: list[dict]) -> dict:
-    """The means of the four metrics, and the standard error of the first."""
+    """The means of the metrics, the standard error of the first, and what answers are like."""
     # a metric's values over prompts, or over instructions
     values = {name: np.hstack([row[key] for row in scores]) for name, key in METRICS.items()}
     numbers = {name: float(column.mean()) for name, column in values.items()}
@@ -127,6 +145,8 @@ def summary(scores: list[dict]) -> dict:
         **numbers,
         "prompts": len(scores),
         "instructions": len(values["instruction_strict"]),
+        "words": mean([row["words"] for row in scores]),
+        "cut_off": sum(row["cut_off"] for row in scores),
     }
 
 
@@ -148,14 +168,48 @@ def by_kind(scores: list[dict]) -> list[dict]:
     return rows
 
 
+def compare(ours: list[dict], theirs: list[dict]) -> list[dict]:
+    """Rows of a table: our numbers against theirs, then every type of instruction, strictly."""
+    # name -> for each side, {(prompt, place in it): followed}
+    found = defaultdict(lambda: ({}, {}))
+    for side, scores in enumerate((ours, theirs)):
+        for row in scores:
+            for name, key in METRICS.items():
+                for i, followed in enumerate(np.atleast_1d(row[key])):
+                    found[name][side][row["id"], i] = followed
+            for i, name in enumerate(row["instructions"]):
+                found[name][side][row["id"], i] = row[METRICS["instruction_strict"]][i]
+
+    rows = []
+    for name in [*METRICS, *sorted(found.keys() - METRICS)]:
+        mine, other = found[name]
+        if mine.keys() != other.keys():
+            raise InputError("the two models' scores are of different prompts; score both again")
+        values = list(mine.values())
+        others = [other[place] for place in mine]
+        shown = {"IFEval": name, "number": len(values), "ours": mean(values)}
+        prompts = [prompt for prompt, _ in mine]
+        rows.append({**shown, "theirs": mean(others), **paired(values, others, prompts)})
+    return rows
+
+
 def score_answers(o: Options, prompts: list[dict], answers: Path, out: Path) -> Path:
     """Stage: the verdict on every answer."""
-    stage = Stage(out, run=o.run, answers=answers, data=o.data, limit=o.limit)
+    guard = [MIN_OWN_WORDS, MAX_REPETITION]
+    stage = Stage(out, run=o.run, answers=answers, data=o.data, limit=o.limit, guard=guard)
     if stage.done:
         return out
     scores = on_rank0(check, prompts, read_jsonl(answers, "prompt"), o.nltk_data)
     on_rank0(write_jsonl, out, scores)
     return stage.finish(**rounded(summary(scores)))
+
+
+def scores_of(o: Options, prompts: list[dict], out: Path) -> list[dict]:
+    """Answer, then check."""
+    questions = [{"id": row["id"], "prompt": row["prompt"]} for row in prompts]
+    answer(o, questions, out / "answers.jsonl", [o.data], purpose="ifeval")
+    score_answers(o, prompts, out / "answers.jsonl", out / "scores.jsonl")
+    return read_jsonl(out / "scores.jsonl")
 
 
 def main(o: Options) -> dict:
@@ -164,15 +218,28 @@ def main(o: Options) -> dict:
     prompts = on_rank0(read_prompts, o.data, o.limit)
     on_rank0(check, [], [], o.nltk_data)
 
-    # answer, then check
-    questions = [{"id": row["id"], "prompt": row["prompt"]} for row in prompts]
-    answer(o, questions, out / "answers.jsonl", [o.data], purpose="ifeval")
-    score_answers(o, prompts, out / "answers.jsonl", out / "scores.jsonl")
-    scores = read_jsonl(out / "scores.jsonl")
-    result = rounded(summary(scores))
+    scores = scores_of(o, prompts, out)
+    result = summary(scores)
+    show(scores, result)
+    if o.max_new_tokens != OFFICIAL_LIMIT:
+        problem = f"warning: answers have at most {o.max_new_tokens} tokens"
+        print0(f"{problem}; published figures have {OFFICIAL_LIMIT} and are not comparable")
+
+    if o.against:
+        other = replace(o, model=o.against, out=None)
+        theirs = scores_of(other, prompts, place(other, "ifeval"))
+        rows = compare(scores, theirs)
+        print0(f"\n{o.model.name} against {o.against.name}\n{table(rows)}")
+        strict = rows[0]
+        result |= {f"against_{name}": strict[name] for name in ("theirs", *PAIRED)}
+    return rounded(result)
+
+
+def show(scores: list[dict], result: dict) -> None:
     print0(table(by_kind(scores)))
-    print0(table([{name: result[name] for name in ("score", "se", *list(METRICS)[1:])}]))
-    return result
+    numbers = ("score", "se", *list(METRICS)[1:])
+    print0(table([{name: result[name] for name in numbers}]))
+    print0(f"{result['words']:.0f} words an answer, {result['cut_off']} cut off by the token limit")
 
 
 if __name__ == "__main__":

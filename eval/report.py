@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import heldout
+from eval import heldout, ifeval
 from eval.answers import read_lines
 from eval.diagnostics import diagnose, difference, warnings
 from eval.table import table
@@ -286,6 +286,20 @@ def benchmarks(run: Path, T: int) -> dict[str, list]:
     return dict(sorted(found.items()))
 
 
+def ifeval_against_first(run: Path, T: int) -> list[dict]:
+    """Rows of a table: IFEval's numbers of M_1 .. M_T against those of M_0."""
+    scores = {}
+    for t in range(T + 1):
+        for path in finished_files(run, f"iter{t}/eval/ifeval/scores.jsonl"):
+            scores[t] = read_lines(path)
+    rows = []
+    for t in range(1, T + 1):
+        if t in scores and 0 in scores:
+            compared = ifeval.compare(scores[t], scores[0])[: len(ifeval.METRICS)]
+            rows += [{"model": f"M_{t} against M_0", **row} for row in compared]
+    return rows
+
+
 def all_curves(run: Path, folders: list[Path]) -> list[dict]:
     """The curves of G, then of every R_t, then of every M_t."""
     found = [curves(run / "generator")]
@@ -435,7 +449,14 @@ def report(run: str | Path) -> dict:
         if "score" in results["M_0"]:
             write_text(run / "scores.svg", score_chart(results))
         show_examples(run, T, o["show"])
+
+    # IFEval, where it was a benchmark of the run
+    against = ifeval_against_first(run, T)
+    if against:
+        print(f"\n{table(against)}")
+
     data = page_data(run, o, folders, results, spent)
+    data |= {"against": against}
     data |= {"note": note, "diagnostics": diagnoses, "warnings": warnings(diagnoses)}
     write_page(run, data, list(pair_rows(folders)))
 

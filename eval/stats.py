@@ -1,5 +1,7 @@
 """Statistics that benchmarks share: standard errors, bootstraps, logistic regression."""
 
+from math import comb
+
 import numpy as np
 
 
@@ -17,6 +19,36 @@ def standard_error(values) -> float:
 def wins(ours: list[float], theirs: list[float]) -> list[float]:
     """1 where our score is higher, 0.5 for a draw, else 0."""
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def paired(ours: list[float], theirs: list[float], groups: list | None = None) -> dict:
+    """Two models on the same questions: difference of their means, its standard error, won, lost
+    and McNemar's p.
+
+    groups: one name a value; values of one group need not be independent for the standard error.
+    For p, all values are taken as independent.
+    """
+    differences = np.subtract(ours, theirs, dtype=float)
+    n = len(differences)
+    groups = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sums = np.bincount(groups, differences - differences.mean())
+    clusters = len(sums)
+    variance = clusters / max(1, clusters - 1) * (sums**2).sum() / n**2
+    won, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    return {
+        "difference": float(differences.mean()),
+        "se": float(variance**0.5),
+        "won": won,
+        "lost": lost,
+        "p": mcnemar(won, lost),
+    }
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Exact two-sided p: how probable is a split at least as uneven if each side is as likely?"""
+    n = won + lost
+    tail = sum(comb(n, k) for k in range(min(won, lost) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def rounded(numbers: dict) -> dict:

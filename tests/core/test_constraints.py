@@ -12,7 +12,6 @@ import loop
 from demo import constraints
 from demo.constraint_kinds import KINDS, sentences_of
 from demo.constraints import (
-    MIN_OWN_WORDS,
     broken_rules,
     draw_constraints,
     edited,
@@ -22,6 +21,7 @@ from demo.constraints import (
     score,
     with_constraints,
 )
+from eval.answers import MIN_OWN_WORDS
 from plumbing.options import RunOptions
 from plumbing.records import InputError, write_jsonl
 from sample import SampleOptions

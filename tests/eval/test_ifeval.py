@@ -98,6 +98,9 @@ def test_verdicts_of_answers_by_hand(nltk_data, tmp_path):
         "instruction_loose": sum(map(sum, loose)) / 12,
         "prompts": len(CASES),
         "instructions": 12,
+        "guarded": 0.1,  # one answer says at least twelve words
+        "words": sum(len(answer.split()) for _, _, answer, _, _ in CASES) / len(CASES),
+        "cut_off": 0,
     }
     assert result == pytest.approx(wanted)
     assert 0 < result["score"] < result["prompt_loose"] < 1
@@ -172,3 +175,100 @@ def test_from_model_to_numbers_and_not_twice(nltk_data, tmp_path, monkeypatch, c
     assert ifeval.main(o) == result and "instruction_loose" in capsys.readouterr().out
     with pytest.raises(InputError, match="max_new_tokens"):
         ifeval.main(replace(o, max_new_tokens=20))
+
+
+LONG = "Several quite ordinary words follow one another here so that somebody can read them aloud"
+OBEDIENT = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "key": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "answer", "counts"),
+    [
+        ("Write.", {"response": LONG}, True),
+        ("Write.", {"response": LONG, "finish_reason": "length"}, False),
+        ("Write.", {"response": LONG + ", or not"}, False),  # breaks the instruction
+        ("Write.", {"response": "What else can I do?"}, False),
+        (f"Repeat: {LONG}", {"response": LONG}, False),
+        ("Write.", {"response": f"{LONG} " * 3}, False),
+    ],
+)
+def test_only_an_answer_that_says_something_is_guarded(nltk_data, prompt, answer, counts):
+    [row] = ifeval.check([{**OBEDIENT, "id": "1", "prompt": prompt}], [answer], nltk_data)
+    assert row["guarded"] is counts
+    assert row["cut_off"] is ("finish_reason" in answer)
+    assert row["words"] == len(answer["response"].split())
+
+
+def scored(name: str, strict: list[bool], loose: list[bool], guarded: bool) -> dict:
+    return {
+        "id": name,
+        "instructions": ["punctuation:no_comma", "startend:quotation"][: len(strict)],
+        "prompt_level_strict_acc": all(strict),
+        "prompt_level_loose_acc": all(loose),
+        "inst_level_strict_acc": strict,
+        "inst_level_loose_acc": loose,
+        "guarded": guarded,
+        "cut_off": False,
+        "words": 3,
+    }
+
+
+def test_two_models_are_compared_prompt_by_prompt_and_by_type():
+    ours = [
+        scored("a", [True, True], [True, True], True),
+        scored("b", [False], [True], False),
+        scored("c", [True], [True], False),
+    ]
+    theirs = [
+        scored("a", [True, False], [True, True], False),
+        scored("b", [True], [True], False),
+        scored("c", [False], [False], False),
+    ]
+    rows = {row["IFEval"]: row for row in ifeval.compare(ours, theirs[::-1])}
+    assert list(rows) == [*ifeval.METRICS, "punctuation:no_comma", "startend:quotation"]
+
+    def figures(name: str) -> tuple:
+        row = rows[name]
+        counts = (row["number"], row["won"], row["lost"], row["p"])
+        return *counts, *(round(row[key], 4) for key in ("ours", "theirs", "difference"))
+
+    assert figures("score") == (3, 2, 1, 1, 0.6667, 0.3333, 0.3333)
+    assert figures("instruction_strict") == (4, 2, 1, 1, 0.75, 0.5, 0.25)
+    assert figures("guarded") == (3, 1, 0, 1, 0.3333, 0, 0.3333)
+    assert figures("punctuation:no_comma") == (3, 1, 1, 1, 0.6667, 0.6667, 0)
+    assert figures("startend:quotation") == (1, 1, 0, 1, 1, 0, 1)
+    # instructions of one prompt are one cluster: sums of difference - mean are .5, -1.25, .75
+    squares = 0.5**2 + 1.25**2 + 0.75**2
+    assert rows["instruction_strict"]["se"] == pytest.approx(math.sqrt(1.5 * squares) / 4)
+
+
+def test_scores_of_other_prompts_are_not_compared():
+    one = [scored("a", [True], [True], True)]
+    with pytest.raises(InputError, match="different prompts"):
+        ifeval.compare(one, [scored("b", [True], [True], True)])
+
+
+def test_against_uses_what_the_other_model_has_and_warns_of_the_limit(
+    nltk_data, tmp_path, monkeypatch, capsys
+):
+    data = write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    models = [tiny_checkpoint(tmp_path / name, seed=i) for i, name in enumerate(("one", "two"))]
+    o = ifeval.Options(
+        run=FP32, model=models[0], data=data, nltk_data=nltk_data, max_new_tokens=30, limit=4
+    )
+    alone = ifeval.main(o)
+    assert "answers have at most 30 tokens; published figures have 1280" in capsys.readouterr().out
+
+    # the second model is asked, the first is not again
+    against = ifeval.main(replace(o, model=models[1], against=models[0]))
+    assert against["against_theirs"] == alone["score"]
+    assert (models[1] / "eval/ifeval/scores.jsonl").is_file()
+    assert "two against one" in capsys.readouterr().out
+    monkeypatch.setattr(answers, "generate", None)
+    back = ifeval.main(replace(o, against=models[1]))
+    assert back["against_difference"] == -against["against_difference"]
+    assert (back["against_won"], back["against_lost"]) == (
+        against["against_lost"],
+        against["against_won"],
+    )

@@ -469,6 +469,27 @@ def test_benchmarks_are_read_where_they_are(tmp_path):
     }
 
 
+def test_ifeval_is_compared_with_the_first_model(two, tmp_path, capsys):
+    out = shutil.copytree(two, tmp_path / "run")
+    assert report.ifeval_against_first(out, 2) == []
+    for t, followed in ((0, [True, False, False]), (2, [True, True, True])):
+        rows = []
+        for i, one in enumerate(followed):
+            row = {"id": str(i), "instructions": ["a:b"], "guarded": False}
+            row |= dict.fromkeys(("prompt_level_strict_acc", "prompt_level_loose_acc"), one)
+            row |= {key: [one] for key in ("inst_level_strict_acc", "inst_level_loose_acc")}
+            rows.append(row)
+        path = out / f"iter{t}" / "eval" / "ifeval" / "scores.jsonl"
+        path.parent.mkdir(parents=True)
+        write_rows(path, rows)
+    report.report(out)
+    shown = blocks_of(out / "report.html")[0]["against"]
+    assert [row["IFEval"] for row in shown] == list(report.ifeval.METRICS)
+    assert {row["model"] for row in shown} == {"M_2 against M_0"}
+    assert (shown[0]["won"], shown[0]["lost"], shown[0]["p"]) == (2, 0, 0.5)
+    assert "M_2 against M_0" in capsys.readouterr().out
+
+
 def test_texts_are_on_the_page_once(tmp_path):
     """The draft of iteration 1 is M_0's answer and rejected; later the draft is another text.
 

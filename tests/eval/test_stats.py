@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.stats import bootstrap, logistic, sigmoid, standard_error
+from eval.stats import bootstrap, logistic, mcnemar, paired, sigmoid, standard_error
 
 
 def sigma(x: float) -> float:
@@ -18,6 +18,46 @@ def test_standard_error_by_hand():
     assert error == pytest.approx((variance / 4) ** 0.5)
     assert standard_error([2.0]) == 0
     assert standard_error([2.0, 2.0]) == 0
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(3, 3) == 1
+    assert mcnemar(5, 0) == mcnemar(0, 5) == 2 / 32
+    assert mcnemar(7, 2) == 2 * (1 + 9 + 36) / 512
+
+
+def test_paired_differences_by_hand():
+    found = paired([1, 0, 1, 1], [0, 0, 1, 0])
+    # differences 1, 0, 0, 1
+    se = math.sqrt(4 * 0.25 / 3 / 4)
+    assert found == {
+        "difference": 0.5,
+        "se": pytest.approx(se),
+        "won": 2,
+        "lost": 0,
+        "p": 0.5,
+    }
+
+
+def test_paired_values_of_a_group_count_together():
+    ours, theirs = [1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]
+    alone = paired(ours, theirs, list("abcdef"))
+    assert alone == paired(ours, theirs)
+    # each value twice is no more than once
+    doubled = paired(ours * 2, theirs * 2, list("abcdef") * 2)
+    assert doubled["se"] == pytest.approx(alone["se"])
+    assert doubled["won"] == 2 * alone["won"]
+    # bootstrap of whole groups
+    groups = np.repeat(np.arange(200), 3)
+    generator = np.random.default_rng(1)
+    whole = generator.normal(size=200)[groups]
+    differences = whole + 0.1 * generator.normal(size=600)
+    sums = differences.reshape(200, 3)
+    means = bootstrap(lambda rows: rows.mean(), sums, rounds=4000)
+    se = paired(differences, np.zeros(600), groups)["se"]
+    assert se == pytest.approx(means.std(), rel=0.05)
+    assert paired(differences, np.zeros(600))["se"] < 0.7 * se
 
 
 def test_sigmoid_far_out():
