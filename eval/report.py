@@ -262,6 +262,7 @@ def page_data(run: Path, o: dict, folders: list[Path], results: dict, spent: lis
         "processes": max((manifest.get("processes", 1) for manifest in manifests), default=1),
         "evaluations": [{**numbers(result), "name": name} for name, result in results.items()],
         "benchmarks": benchmarks(run, T),
+        "against": ifeval_against_first(run, T),
         "curves": all_curves(run, folders),
         "yields": {
             "prompts": [yields(folder / "prompts.jsonl", "lists", "prompts") for folder in folders],
@@ -449,14 +450,9 @@ def report(run: str | Path) -> dict:
         if "score" in results["M_0"]:
             write_text(run / "scores.svg", score_chart(results))
         show_examples(run, T, o["show"])
-
-    # IFEval, where it was a benchmark of the run
-    against = ifeval_against_first(run, T)
-    if against:
-        print(f"\n{table(against)}")
-
     data = page_data(run, o, folders, results, spent)
-    data |= {"against": against}
+    if data["against"]:
+        print(f"\nIFEval, prompt by prompt\n{table(data['against'])}")
     data |= {"note": note, "diagnostics": diagnoses, "warnings": warnings(diagnoses)}
     write_page(run, data, list(pair_rows(folders)))
 
