@@ -544,8 +544,8 @@ FAULTS = [
     Fault(
         "drafts-of-the-first",
         "loop.py",
-        old="drafts = sample(M_prev, run.seeds,",
-        new="drafts = sample(M_0, run.seeds,",
+        old="sample(M_prev, run.seeds,",
+        new="sample(M_0, run.seeds,",
         tests=("core/test_loop.py::test_data_flow_is_the_papers",),
     ),
     Fault(
