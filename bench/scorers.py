@@ -53,13 +53,21 @@ def tasks(run: Run) -> dict[str, list[Pair]]:
     scored = defaultdict(list)  # id -> (score, response): rewrites first, M_0's last
     for row, score in zip(rows, scores, strict=True):
         scored[row["id"]].append((score, row))
-    pairs = {"rewrite or rewrite": [], "rewrite or M_0's": []}
-    for candidates in scored.values():
-        first, second, last = candidates[0], candidates[1], candidates[-1]
-        for name, two in zip(pairs, ((first, second), (first, last)), strict=True):
-            (low, worse), (high, better) = sorted(two, key=lambda scored: scored[0])
-            if low < high:
-                pairs[name].append((better, worse))
+    found = defaultdict(list)
+    for *rewrites, answer in scored.values():
+        if len(rewrites) > 1:
+            found["rewrite or rewrite"].append(rewrites[:2])
+        found["rewrite or M_0's"].append((rewrites[0], answer))
+    return {task: better_and_worse(several) for task, several in found.items()}
+
+
+def better_and_worse(scored: list) -> list[Pair]:
+    """Two responses each as (better, worse), where their scores differ."""
+    pairs = []
+    for two in scored:
+        (low, worse), (high, better) = sorted(two, key=lambda response: response[0])
+        if low < high:
+            pairs.append((better, worse))
     return pairs
 
 

@@ -1,0 +1,75 @@
+"""bench/scorers.py: the texts that it asks scorers about, and how often they are right."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from bench_helpers import run_bench
+from conftest import write_rows
+
+from bench import scorers
+from plumbing.records import write_json
+
+PLUGIN = """
+def evaluate(answers, heldout, base_answers, model, base, run):
+    return {"scores": [float(len(row["response"])) for row in answers]}
+"""
+
+
+def length(rows: list[dict]) -> list[float]:
+    return [float(len(row["response"])) for row in rows]
+
+
+def make_run(tmp_path: Path, rewrites: int) -> SimpleNamespace:
+    """One iteration on two prompts; the exact score of a text is its length."""
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    texts = {"a": ["long text", "text", "x"], "b": ["even", "same", "longest of all"]}
+    folder = tmp_path / "iter1"
+    folder.mkdir()
+    written, answers = [], []
+    for name, (*candidates, answer) in texts.items():
+        for i, text in enumerate(candidates[:rewrites]):
+            row = {"id": name, "sample": i, "prompt": f"Revise {name}", "response": text}
+            written.append(row)
+        answers.append({"id": name, "prompt": f"Prompt {name}", "response": answer})
+    write_rows(folder / "rewrites.candidates.jsonl", written)
+    write_rows(folder / "base_answers.jsonl", answers)
+    evaluate = f"{tmp_path / 'plugin.py'}:evaluate"
+    o = SimpleNamespace(iters=1, evaluate=evaluate, model=None, run=None)
+    return SimpleNamespace(o=o, iter=lambda t: tmp_path / f"iter{t}")
+
+
+def responses(pairs: list) -> list[tuple[str, str]]:
+    return [(better["response"], worse["response"]) for better, worse in pairs]
+
+
+def test_texts_with_different_exact_scores_are_told_apart(tmp_path):
+    found = scorers.tasks(make_run(tmp_path, 2))
+    # the two rewrites of b are equally good
+    assert responses(found["rewrite or rewrite"]) == [("long text", "text")]
+    assert responses(found["rewrite or M_0's"]) == [("long text", "x"), ("longest of all", "even")]
+    # scorers read the prompt, not what the improver read
+    for pairs in found.values():
+        assert all(row["prompt"].startswith("Prompt ") for pair in pairs for row in pair)
+
+
+def test_one_rewrite_is_compared_with_the_answer_alone(tmp_path):
+    found = scorers.tasks(make_run(tmp_path, 1))
+    assert list(found) == ["rewrite or M_0's"]
+
+
+def test_accuracy_is_the_share_of_better_texts_that_score_higher(tmp_path):
+    pairs = scorers.tasks(make_run(tmp_path, 2))["rewrite or M_0's"]
+    assert scorers.accuracy(length, pairs).startswith("1.000 (")
+    assert scorers.accuracy(lambda rows: [-score for score in length(rows)], pairs)[:5] == "0.000"
+    # a tie is half right
+    assert scorers.accuracy(lambda rows: [0.0] * len(rows), pairs)[:5] == "0.500"
+
+
+@pytest.mark.slow
+def test_a_run_without_controls_gets_one_line(tmp_path):
+    write_json(tmp_path / "config.json", {"model": "m", "iters": 1})
+    code, _, errors = run_bench("scorers", ["--run", tmp_path])
+    assert code != 0
+    assert errors.count("\n") == 1
+    assert "run methods.controls" in errors
