@@ -52,7 +52,7 @@ def models_of(T: int) -> list[str]:
     return [f"M_{t}" for t in range(T + 1)]
 
 
-def lines_of(results: dict[str, dict], T: int, name: str) -> list[str]:
+def lines_of(results: dict, T: int, name: str) -> list[str]:
     """The models of a line at t = 0 .. T: all begin at M_0, and R_1 applied once is SynPO's M_1."""
     models = ["M_0", *(LINES[name].format(t=t) for t in range(1, T + 1))]
     if models[1] not in results:
@@ -76,6 +76,24 @@ def score_row(runs: list[dict[str, dict]], model: str, label: str) -> dict:
         "score": middle,
         "se over seeds": error,
     }
+
+
+def method_rows(scores: list[dict], T: int, beside: list[str]) -> list[dict]:
+    """The same scores with a row for each method and a column for each iteration: mean (se)."""
+    cells = {}
+    for row in scores:
+        cells[row["model"].strip()] = f"{row['score']:.3f} ({row['se over seeds']:.3f})"
+    names = {name: lines_of(cells, T, name) for name in LINES}
+    names |= {name: [f"{name}, {model}" for model in models_of(T)] for name in beside}
+    rows = []
+    for name, models in names.items():
+        rows.append({"method": name} | {f"t = {t}": cells[m] for t, m in enumerate(models)})
+    # trained once, with as much data as all iterations
+    for model in cells:
+        if model in POINTS or model.startswith("best of"):
+            empty = {f"t = {t}": "" for t in range(T)}
+            rows.append({"method": model, **empty, f"t = {T}": cells[model]})
+    return rows
 
 
 def seed_rows(runs: dict[Path, dict[str, dict]], T: int) -> list[dict]:
@@ -150,9 +168,10 @@ def main(args: argparse.Namespace) -> dict:
     for name, others in beside.items():
         for model in models_of(T):
             scores.append(score_row(others, model, f"{name}, {model}"))
+    methods = method_rows(scores, T, list(beside))
     seeds = seed_rows(by_run, T)
-    print(table(scores), table(seeds), sep="\n\n")
-    write_figures(args.json, {"scores": scores, "seeds": seeds})
+    print(table(methods), table(seeds), sep="\n\n")
+    write_figures(args.json, {"scores": scores, "methods": methods, "seeds": seeds})
 
     if args.svg:
         draw(runs, T, beside, args.svg)

@@ -27,7 +27,8 @@ def make_run(out: Path, seed: int) -> Path:
     write_json(out / "config.json", {"seed": seed, "iters": 2, "heldout_samples": 8})
     for name, runs in SCORES.items():
         scores = runs[seed]
-        write_json(out / name, {"score": sum(scores) / 2, "scores": scores})
+        score = sum(scores) / 2
+        write_json(out / name, {"score": score, "scores": scores})
     write_json(out / "iter0/eval_samples.json", {"score": 0.1, "best": 0.3 + seed / 10})
     return out
 
@@ -36,9 +37,10 @@ def make_run(out: Path, seed: int) -> Path:
 def curves(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("curves")
     runs = [make_run(folder / f"seed{seed}", seed) for seed in (0, 1)]
-    files = ["--svg", folder / "curves.svg", "--json", folder / "curves.json"]
-    more = ["--beside", "other", runs[0], runs[1]]
-    code, text, errors = run_bench("curves", [*runs, *files, *more])
+    svg = ["--svg", folder / "curves.svg"]
+    figures = ["--json", folder / "curves.json"]
+    beside = ["--beside", "other", *runs]
+    code, text, errors = run_bench("curves", [*runs, *svg, *figures, *beside])
     assert code == 0, errors
     return folder, text
 
@@ -46,13 +48,35 @@ def curves(tmp_path_factory) -> tuple[Path, str]:
 @pytest.mark.slow
 def test_means_over_random_seeds_have_their_standard_error(curves):
     rows = load_json(curves[0] / "curves.json")["figures"]["scores"]
-    found = {row["model"].strip(): (row["score"], row["se over seeds"]) for row in rows}
+    found = {}
+    for row in rows:
+        name = row["model"].strip()
+        found[name] = (row["score"], row["se over seeds"])
     # .8 in both runs; .4 and .5: half their difference
     assert found["M_2"] == pytest.approx((0.8, 0))
     assert found["M_1"] == pytest.approx((0.45, 0.05))
     assert found["best of 8 of M_0"] == pytest.approx((0.35, 0.05))
     assert found["other, M_1"] == found["M_1"]
     assert last_json(curves[1])["M_T"] == pytest.approx(0.8)
+
+
+@pytest.mark.slow
+def test_methods_stand_beside_each_other_by_iteration(curves):
+    rows = load_json(curves[0] / "curves.json")["figures"]["methods"]
+    found = {row.pop("method"): list(row.values()) for row in rows}
+    assert found["SynPO"] == [
+        "0.150 (0.050)",
+        "0.450 (0.050)",
+        "0.800 (0.000)",
+    ]
+    assert found["NLL alone"][2] == "0.500 (0.000)"
+    # R_1 applied once is SynPO's M_1
+    repeated = found["R_1 t times, distilled once"]
+    assert repeated[1] == found["SynPO"][1]
+    assert repeated[2] == "0.900 (0.000)"
+    # trained once
+    assert found["one shot"] == ["", "", "0.550 (0.050)"]
+    assert found["best of 8 of M_0"][2] == "0.350 (0.050)"
 
 
 @pytest.mark.slow

@@ -23,20 +23,29 @@ def length(rows: list[dict]) -> list[float]:
 def make_run(tmp_path: Path, rewrites: int) -> SimpleNamespace:
     """One iteration on two prompts; the exact score of a text is its length."""
     (tmp_path / "plugin.py").write_text(PLUGIN)
-    texts = {"a": ["long text", "text", "x"], "b": ["even", "same", "longest of all"]}
+    texts = {
+        "a": ["long text", "text", "x"],
+        "b": ["even", "same", "longest of all"],
+    }
     folder = tmp_path / "iter1"
     folder.mkdir()
-    written, answers = [], []
+    written = []
+    answers = []
     for name, (*candidates, answer) in texts.items():
         for i, text in enumerate(candidates[:rewrites]):
             row = {"id": name, "sample": i, "prompt": f"Revise {name}", "response": text}
             written.append(row)
-        answers.append({"id": name, "prompt": f"Prompt {name}", "response": answer})
+        row = {"id": name, "prompt": f"Prompt {name}", "response": answer}
+        answers.append(row)
     write_rows(folder / "rewrites.candidates.jsonl", written)
     write_rows(folder / "base_answers.jsonl", answers)
     evaluate = f"{tmp_path / 'plugin.py'}:evaluate"
     o = SimpleNamespace(iters=1, evaluate=evaluate, model=None, run=None)
-    return SimpleNamespace(o=o, iter=lambda t: tmp_path / f"iter{t}")
+
+    def iteration(t: int) -> Path:
+        return tmp_path / f"iter{t}"
+
+    return SimpleNamespace(o=o, iter=iteration)
 
 
 def responses(pairs: list) -> list[tuple[str, str]]:
@@ -60,10 +69,17 @@ def test_one_rewrite_is_compared_with_the_answer_alone(tmp_path):
 
 def test_accuracy_is_the_share_of_better_texts_that_score_higher(tmp_path):
     pairs = scorers.tasks(make_run(tmp_path, 2))["rewrite or M_0's"]
-    assert scorers.accuracy(length, pairs).startswith("1.000 (")
-    assert scorers.accuracy(lambda rows: [-score for score in length(rows)], pairs)[:5] == "0.000"
+
+    def short(rows: list[dict]) -> list[float]:
+        return [-score for score in length(rows)]
+
+    def same(rows: list[dict]) -> list[float]:
+        return [0.0 for _ in rows]
+
     # a tie is half right
-    assert scorers.accuracy(lambda rows: [0.0] * len(rows), pairs)[:5] == "0.500"
+    for scorer, share in ((length, "1.000"), (short, "0.000"), (same, "0.500")):
+        found = scorers.accuracy(scorer, pairs)
+        assert found.startswith(f"{share} ("), found
 
 
 @pytest.mark.slow
