@@ -111,6 +111,10 @@ class Run:
     out: Path
     home: Path
 
+    @property
+    def is_control(self) -> bool:
+        return self.out != self.home
+
     def iter(self, t: int) -> Path:
         return self.out / f"iter{t}"
 
@@ -284,7 +288,7 @@ def check(run: Run, needs_corpus: bool) -> str:
     config = out / "config.json"
     if not config.is_file():
         keep_options(run)
-    return differences(load_json(config), as_dict(o), config)
+    return option_differences(load_json(config), as_dict(o), config)
 
 
 def keep_options(run: Run) -> None:
@@ -338,7 +342,7 @@ def changed(o: Options) -> list[list]:
     return rows
 
 
-def differences(before: dict, now: dict, config: Path) -> str:
+def option_differences(before: dict, now: dict, config: Path) -> str:
     """How options differ from an earlier call's, to end a refusal with; empty if they do not."""
     old, new = flatten(before), flatten(now)
     changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]

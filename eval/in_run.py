@@ -31,7 +31,7 @@ def evaluate(run, t: int) -> None:
         score(run, several, it / "eval_samples.json", model)
 
     # benchmarks are for the run itself, not for its controls
-    if run.out != run.home:
+    if run.is_control:
         return
     prompts = run.every("prompts.jsonl", t)
     for name, given in benchmark.check(o.eval, o.eval_options).items():
