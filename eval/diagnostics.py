@@ -3,7 +3,8 @@
     gap        score of R_t's rewrites of M_{t-1}'s held-out responses, less that of the responses;
                of any rewrite, not of the picked ones
     gain       score of M_t less that of M_{t-1}
-    uptake     gain / gap: how much of what R_t knows better the policy has learned
+    uptake     gain / gap: how much of what R_t knows better the policy has learned; "-" where the
+               gap is within its standard error of 0
     chosen     change of the chosen responses' log-prob per token while M_t trained
     rejected   the same of the rejected responses
     best       mean over prompts of the best score among several responses of M_t
@@ -41,7 +42,7 @@ def diagnose(run: Path, T: int) -> list[dict]:
                 "gap se": gap_error,
                 "gain": gain,
                 "gain se": gain_error,
-                "uptake": "-" if "-" in (gap, gain) or gap <= 0 else gain / gap,
+                "uptake": uptake(gap, gap_error, gain),
                 "chosen": chosen,
                 "rejected": rejected,
                 "best": best,
@@ -67,6 +68,14 @@ def difference(before: dict, after: dict) -> tuple:
         pairs = zip(before["scores"], after["scores"], strict=True)
         error = standard_error([new - old for old, new in pairs])
     return after[name] - before[name], error
+
+
+def uptake(gap, gap_error, gain):
+    """gain / gap; "-" where a number is missing, or the gap may be 0."""
+    if "-" in (gap, gain):
+        return "-"
+    at_least = 0 if gap_error == "-" else gap_error
+    return gain / gap if gap > at_least else "-"
 
 
 def log_prob_changes(metrics: Path) -> tuple:

@@ -178,6 +178,16 @@ def test_whole_numbers_have_an_uptake_too(tmp_path):
     assert diagnose(tmp_path, 1)[0]["uptake"] == 0.5
 
 
+def test_a_gap_that_may_be_none_has_no_uptake(tmp_path):
+    write(tmp_path / "iter0/eval.json", score=0.0, scores=[0.0, 0.0])
+    write(tmp_path / "iter1/eval.json", score=0.5, scores=[0.5, 0.5])
+    # a gap of .8 with standard error .1; one of .1 with .5
+    for scores, shown in (([0.9, 0.7], 0.625), ([0.6, -0.4], "-")):
+        gap = sum(scores) / 2
+        write(tmp_path / "iter1/eval_rewrites.json", score=gap, scores=scores)
+        assert diagnose(tmp_path, 1)[0]["uptake"] == shown
+
+
 def test_a_training_that_logs_no_log_probs_has_no_changes(tmp_path):
     metrics = write_rows(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 0.5}])
     assert log_prob_changes(metrics) == ("-", "-")
