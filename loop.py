@@ -173,15 +173,8 @@ def synpo(run: Run, t: int) -> None:
     o, it = run.o, run.iter(t)
     M_0, M_prev = run.model(0), run.model(t - 1)
 
-    # G <- SFT(M_0) on seeds: keywords -> prompt               (up to date from t = 2 on)
-    # x ~ G(. | 3 keywords), new with respect to everything seen
-    x = it / "prompts.jsonl"
-    if run.needs_generator:
-        G = train_generator(M_0, run.seeds, out=run.home / "generator", o=o.generator)
-        reads = o.generator.reads  # what G reads: its template, and how many keywords that holds
-        sample_prompts(G, run.corpus, run.seen(t), x, o.prompts, reads, t)
-    else:  # prompts of the user's own
-        take_prompts(run.seen(t), x, o.prompts, t)
+    # G <- SFT(M_0) on seeds: keywords -> prompt;   x ~ G(. | 3 keywords)
+    x = new_prompts(run, t)
 
     # R_t <- SFT(M_0) on (x*, y' ~ M_{t-1}(. | x*)) -> y*
     drafts = it / "seed_answers.jsonl"
@@ -212,6 +205,18 @@ def synpo(run: Run, t: int) -> None:
     evaluate_improver(run, R, t)
     if not o.keep_improvers:
         on_rank0(discard, R)
+
+
+def new_prompts(run: Run, t: int) -> Path:
+    """Prompts that are new with respect to everything seen: G's, or the user's own."""
+    o, x = run.o, run.iter(t) / "prompts.jsonl"
+    if not run.needs_generator:
+        return take_prompts(run.seen(t), x, o.prompts, t)
+
+    # G is up to date from t = 2 on
+    G = train_generator(run.model(0), run.seeds, out=run.home / "generator", o=o.generator)
+    reads = o.generator.reads  # what G reads: its template, and how many keywords that holds
+    return sample_prompts(G, run.corpus, run.seen(t), x, o.prompts, reads, t)
 
 
 def boost(iteration: Callable, run: Run, needs_corpus: bool = True) -> dict:

@@ -19,7 +19,7 @@ rewrites.jsonl, base_answers.jsonl -> pairs.jsonl {id, prompt, chosen, rejected,
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from plumbing.records import (
     write_jsonl,
 )
 from plumbing.stage import Stage
-from scorers.base import NO_REVISION, Revision, is_pairwise, quantiles, score_pairs
+from scorers.base import NO_REVISION, Revision, Scorer, is_pairwise, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
 
 
@@ -77,10 +77,21 @@ def make_pairs(
     # join both sides and score them
     scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", revision=revision)
     pairs = join(read_jsonl(chosen, "prompt"), read_jsonl(rejected, "prompt"))
-    good, bad = score_pairs(scorer, [good for good, _ in pairs], [bad for _, bad in pairs])
-    gaps = [a - b for a, b in zip(good, bad, strict=True)] if scorer else []
+    scores = score_pairs(scorer, [good for good, _ in pairs], [bad for _, bad in pairs])
+    return keep_pairs(stage, pairs, scores, scorer, o, t)
 
-    # keep what the filter agrees to
+
+def keep_pairs(
+    stage: Stage,
+    pairs: list[tuple[dict, dict]],
+    scores: tuple[list, list],
+    scorer: Scorer | None,
+    o: PairOptions,
+    t: int,
+) -> Path:
+    """Write the pairs that the filter agrees to. scores: of the chosen and the rejected."""
+    good, bad = scores
+    gaps = [a - b for a, b in zip(good, bad, strict=True)] if scorer else []
     kept = []
     dropped: Counter = Counter()
     for i, pair in enumerate(pairs):
@@ -92,10 +103,10 @@ def make_pairs(
             kept.append(make_pair(*pair, good[i], bad[i], t, preference))
     if not kept:
         problem = f"no pair of {len(pairs)} left ({dict(dropped)}); score gaps {quantiles(gaps)}"
-        raise InputError(f"{out}: {problem}; lower the threshold or make more prompts")
+        raise InputError(f"{stage.out}: {problem}; lower the threshold or make more prompts")
     valid = len(kept)
     kept = draw(kept, o, t)
-    on_rank0(write_jsonl, out, kept)
+    on_rank0(write_jsonl, stage.out, kept)
     counts = {"candidates": len(pairs), **dropped, "valid": valid, "pairs": len(kept)}
     return stage.finish(**counts, mean_gap=mean(gaps), **words(kept))
 
@@ -117,9 +128,18 @@ def words(pairs: list[dict]) -> dict[str, float]:
 
 
 def join(chosen: list[dict], rejected: list[dict]) -> list[tuple[dict, dict]]:
-    """Records of both sides with the same id and sample."""
-    other = {pair_id(row): row for row in rejected}
-    return [(row, other[pair_id(row)]) for row in chosen if pair_id(row) in other]
+    """Records of both sides with the same id and sample. A chosen one that has no samples, such as
+    gold, goes with every sample of the other side.
+    """
+    by_prompt = defaultdict(list)
+    for row in rejected:
+        by_prompt[row["id"]].append(row)
+    pairs = []
+    for good in chosen:
+        for bad in by_prompt[good["id"]]:
+            if "sample" not in good or pair_id(good) == pair_id(bad):
+                pairs.append((good, bad))
+    return pairs
 
 
 def pair_id(row: dict) -> str:
@@ -166,7 +186,7 @@ def make_pair(
     good: dict, bad: dict, score_good: float, score_bad: float, t: int, preference: float | None
 ) -> dict:
     """A record of pairs.jsonl. preference: P(chosen is better), where a judge gave it."""
-    pair = {"id": pair_id(good)}
+    pair = {"id": pair_id(bad)}
     written = ("id", "sample", "draft", "response", "finish_reason", "tokens")
     pair |= {name: value for name, value in good.items() if name not in written}
     if preference is not None:

@@ -265,8 +265,8 @@ def page_data(run: Path, o: dict, folders: list[Path], results: dict, spent: lis
         "against": ifeval_against_first(run, T),
         "curves": all_curves(run, folders),
         "yields": {
-            "prompts": [yields(folder / "prompts.jsonl", "lists", "prompts") for folder in folders],
-            "pairs": [yields(folder / "pairs.jsonl", "candidates", "valid") for folder in folders],
+            "prompts": all_yields(folders, "prompts.jsonl", "lists", "prompts"),
+            "pairs": all_yields(folders, "pairs.jsonl", "candidates", "valid"),
         },
         "shares": shares(folders),
         "times": spent,
@@ -322,6 +322,12 @@ def curves(folder: Path, t: int = 0) -> dict | None:
     points = [values[i : i + width].mean(0) for i in range(0, len(rows), width)]
     columns = dict(zip(rows[0], np.transpose(points).tolist(), strict=True))
     return {"stage": folder.name, "t": t, "width": width, "columns": columns}
+
+
+def all_yields(folders: list[Path], name: str, total: str, kept: str) -> list[dict]:
+    """By iteration; none for a method without such a stage."""
+    results = [folder / name for folder in folders]
+    return [yields(result, total, kept) for result in results if counts_of(result)]
 
 
 def yields(result: Path, total: str, kept: str) -> dict:

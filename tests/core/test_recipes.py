@@ -31,7 +31,7 @@ def flat(options: dict, prefix: str = "") -> dict:
 
 
 def test_the_recipes_are_these():
-    names = {path.stem for path in (ROOT / "recipes").glob("*")}
+    names = {path.stem for path in (ROOT / "recipes").glob("*.*")}
     assert names == {"demo", "facts", "constraints", "smollm2", "mistral-7b", "llama3-8b"}
 
 

@@ -25,13 +25,14 @@ STAGES = ("sample", "train", "gen_prompts", "improve", "pairs", "dpo", "loop")
 Tree = dict[str, str]
 
 # Ceilings, in Python tokens. Raise one only for a feature that needs it, and say so in the commit.
-CORE_TOKENS = 19_650  # top-level files without losses.py; never above 20,000
+CORE_TOKENS = 19_850  # top-level files without losses.py; never above 20,000
 PLUMBING_TOKENS = 7_000  # never above 7,000
 # All Python outside tests/ at commit 7187c6c, before the code was reflowed:
 #     git archive 7187c6c | tar -x -C DIR && python tests/core/test_repository.py DIR
 # counted 79,921; the same features in plain statements 79,896. Since then: the sorting world, its
-# controls, curves and diagnostics, the scorer settled, and hooks for prompts, feedback and pairs.
-ALL_TOKENS = 92_500
+# controls, curves and diagnostics, the scorer settled, hooks for prompts, feedback and pairs, and
+# rivals in methods/.
+ALL_TOKENS = 94_200
 TOKENS_A_LINE = 11
 COLUMNS = 100
 FUNCTION_LINES = 50

@@ -25,7 +25,7 @@ import sample
 import train
 from checkpoint import Checkpoint
 from eval import heldout
-from methods import controls
+from methods import controls, ranking
 from plumbing import stage
 from plumbing.options import RunOptions
 from plumbing.records import digest, load_json, write_json, write_jsonl, write_text
@@ -608,6 +608,9 @@ def given(tmp_path_factory) -> Path:
         )
     samples = [{**row, "id": f"pairs1 {row['prompt']}"} for row in bad]
     write_rows(folder / "samples.jsonl", samples)
+    several = [{**row, "id": row["prompt"], "sample": i} for row in good for i in range(2)]
+    several = [{**row, "response": f"{row['response']} {row['sample']}"} for row in several]
+    write_rows(folder / "several.jsonl", several)
     (folder / "corpus.txt").write_text("the quick fox can jump\n\nthe quiet owl can sleep well\n")
     (folder / "plugin.py").write_text(PLUGIN)
     (folder / "stage_neighbour.py").write_text("FACTOR = 1.0\n")
@@ -683,6 +686,14 @@ def make_pairs(f, out, scorer="none", feedback="", also=()):
     sides = f / "answers.jsonl", f / "base_answers.jsonl"
     pairs.make_pairs(*sides, made, o, base=f / "model", revision=revision)
     return ["answers.jsonl", "base_answers.jsonl", "model", *also]
+
+
+def rank_pairs(f, out, scorer="likelihood", feedback="", also=()):
+    o = pairs.PairOptions(run=settings(f)[0]["run"], scorer=scorer, threshold=-99.0)
+    revision = improve.ImproverOptions(feedback=feedback).revision
+    samples, made = f / "several.jsonl", out.with_suffix(".jsonl")
+    ranking.rank_pairs(samples, made, o, base=f / "model", revision=revision)
+    return ["several.jsonl", "model", *also]
 
 
 def train_policy(f, out, names=("pairs1", "pairs2"), also=(), **how):
@@ -771,6 +782,12 @@ STAGES = {
     "make_pairs, reward model": with_scorer(make_pairs, "FOLDER/reward", ["reward"]),
     "make_pairs, judge": with_scorer(make_pairs, "judge:FOLDER/third", ["third"]),
     "make_pairs, plug-in": with_plugin(make_pairs, "scorer", "scorer"),
+    "rank_pairs": rank_pairs,
+    "rank_pairs, settled with feedback": with_plugin(
+        with_scorer(rank_pairs, "settled", []), "feedback", "feedback"
+    ),
+    "rank_pairs, reward model": with_scorer(rank_pairs, "FOLDER/reward", ["reward"]),
+    "rank_pairs, plug-in": with_plugin(rank_pairs, "scorer", "scorer"),
     "train_policy": train_policy,
     "train_policy, second reference": policy_with_a_second_reference,
     "train_policy, self-samples": policy_with_self_samples,
