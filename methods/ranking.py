@@ -15,12 +15,13 @@ from scorers.base import NO_REVISION, Revision
 from scorers.load import load_scorer, scorer_files
 
 Scored = tuple[float, dict]  # (score, response)
+RECORDED = "recorded"  # as --pairs.scorer: the field `score` of the records
 
 
 def rank_pairs(
     samples: Path,  # JSONL of responses, several to a prompt
     out: JsonlPath,  # JSONL of pairs to write
-    o: PairOptions,  # its scorer ranks
+    o: PairOptions,  # its scorer ranks; RECORDED: scores that the records have
     base: Checkpoint | None = None,  # M_0: the model that `likelihood` and `settled` score under
     t: int = 1,  # iteration: recorded in the pairs
     revision: Revision = NO_REVISION,  # how the improver is asked, for `settled`
@@ -33,11 +34,13 @@ def rank_pairs(
         base=base,
         iteration=t,
         **(revision if o.scorer == "settled" else NO_REVISION).identity,
-        scorer_files=scorer_files(o.scorer),
+        scorer_files=[] if o.scorer == RECORDED else scorer_files(o.scorer),
     )
     if stage.done:
         return out
-    scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", True, revision)
+    scorer = recorded
+    if o.scorer != RECORDED:
+        scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", True, revision)
     if not scorer:
         raise InputError("--pairs.scorer none: responses are ranked by their scores; name a scorer")
     rows = [row for row in read_jsonl(samples, "prompt") if row["response"]]
@@ -49,6 +52,10 @@ def rank_pairs(
     pairs = [(good, bad) for (_, good), (_, bad) in ranked]
     scores = [[score for score, _ in side] for side in zip(*ranked, strict=True)] or [[], []]
     return keep_pairs(stage, pairs, scores, scorer, o, t)
+
+
+def recorded(rows: list[dict]) -> list[float]:
+    return [row["score"] for row in rows]
 
 
 def best_and_worst(rows: list[dict], scores: list[float]) -> list[tuple[Scored, Scored]]:

@@ -12,17 +12,27 @@ from conftest import ROOT, last_json, read_rows, refusal, run, write_rows
 from cycle import command, counts, flags, inputs, one_line, stamps
 
 from losses import LOSSES, PairLogps
-from methods import sampling_ranking, spin
-from methods.ranking import best_and_worst, rank_pairs
+from methods import sampling_ranking, self_rewarding, spin
+from methods.ranking import RECORDED, best_and_worst, rank_pairs
+from methods.self_rewarding import TEMPLATE, ask, grade, judged, mean_scores, read_score
 from pairs import PairOptions, make_pairs
 from plumbing.options import RunOptions, parse_options
 from plumbing.records import InputError
 from plumbing.stage import content_hash, read_manifest
 
 pytest_plugins = ["cycle"]
+JUDGE = [
+    "--rewarding.samples=3",
+    "--rewarding.verdicts=2",
+    "--rewarding.template={prompt} {response}",
+    "--verdicts.max-new-tokens=8",
+    "--pairs.threshold=0",
+    "--seed-sft.epochs=40",
+]
 METHODS = {
     "spin": (spin, ["--spin.samples", "2", "--policy.epochs", "2", "--spin.equal"]),
     "sampling_ranking": (sampling_ranking, ["--ranking.samples", "3", "--pairs.threshold", "0"]),
+    "self_rewarding": (self_rewarding, JUDGE),
 }
 
 
@@ -73,8 +83,8 @@ def test_options_in_config_json_reproduce_the_run(method_run):
     method, _ = METHODS[name]
     o = parse_options(method.Options, ["--config", str(out / "config.json")])
     assert o == replace(o, out=out)
-    samples = o.spin.samples if name == "spin" else o.ranking.samples
-    assert samples == (2 if name == "spin" else 3)
+    sections = {"spin": "spin", "sampling_ranking": "ranking", "self_rewarding": "rewarding"}
+    assert getattr(o, sections[name]).samples == (2 if name == "spin" else 3)
 
 
 @pytest.mark.slow
@@ -105,12 +115,15 @@ def test_a_recipe_agrees_with_the_demos_but_where_it_says_so(name):
     demo = parse_options(method.Options, ["--config", str(ROOT / "recipes/demo.toml")])
     assert here.out == Path("runs") / name
     assert here.answers == demo.answers
-    allowed = {"spin": {"epochs": 36}, "sampling_ranking": {}}[name]
+    allowed = {"epochs": 36} if name == "spin" else {}
     assert here.policy == replace(demo.policy, **allowed)
-    if name == "sampling_ranking":
+    if name != "spin":
         assert (here.generator, here.prompts) == (demo.generator, demo.prompts)
+    if name == "sampling_ranking":
         assert here.pairs == replace(demo.pairs, threshold=0.0)
         assert here.improver.revision == demo.improver.revision
+    if name == "self_rewarding":
+        assert here.seed_sft == demo.seed_sft
 
 
 # -------------------------------------------------------------------------------- SPIN
@@ -357,3 +370,116 @@ def test_sampling_ranking_reads_what_synpo_reads(world, finished, tmp_path):
             == 3 * counts(out / f"iter{t}/prompts.jsonl")["prompts"]
         )
     assert not list(out.glob("iter*/improver"))
+
+
+# -------------------------------------------------------------------------------- Self-Rewarding
+
+
+@pytest.mark.parametrize(
+    ("verdict", "score"),
+    [
+        ("Score: 4", 4),
+        ("score: 4.5", 4.5),
+        ("Score: 4/5", 4),
+        ("**Score:** 3", 3),
+        ("Score: 2, at first sight. Score: 5", 5),
+        ("Score: 7", None),
+        ("Score: -1", None),
+        ("Score: <total points>", None),
+        ("4 out of 5", None),
+        ("", None),
+    ],
+)
+def test_the_last_number_behind_score_is_read(verdict, score):
+    assert read_score(verdict) == score
+
+
+def judge(tmp_path: Path, verdicts: dict[str, list[str]], texts: dict[str, str]) -> Path:
+    """Scores of responses, a sample each, after given verdicts."""
+    run_options = RunOptions(dtype="float32")
+    responses = []
+    for i, (name, text) in enumerate(texts.items()):
+        row = {"id": "a", "prompt": "Ask", "sample": i, "response": text}
+        responses.append({**row, "finish_reason": "stop", "name": name})
+    samples = write_rows(tmp_path / "samples.jsonl", responses)
+    asked = read_rows(ask(samples, tmp_path / "judged.jsonl", TEMPLATE, run_options))
+    rows = []
+    for question, words in zip(asked, verdicts.values(), strict=True):
+        for i, said in enumerate(words):
+            rows.append({**question, "sample": i, "response": said})
+    given = write_rows(tmp_path / "verdicts.jsonl", rows)
+    return mean_scores(samples, given, tmp_path / "scored.jsonl", run_options)
+
+
+def said(*scores: int | None) -> list[str]:
+    return ["no idea" if score is None else f"Score: {score}" for score in scores]
+
+
+def test_the_best_mean_of_verdicts_against_the_worst(tmp_path):
+    verdicts = {
+        "A": said(5, 4, 5),
+        "B": said(3, 4, 3),
+        "C": said(4, None, 5),
+        "D": said(2, 3, 2),
+        "E": said(None, None, None),
+    }
+    scored = judge(tmp_path, verdicts, {name: f"text {name}" for name in verdicts})
+    found = {row["name"]: round(row["score"], 4) for row in read_rows(scored)}
+    assert found == {"A": 4.6667, "B": 3.3333, "C": 4.5, "D": 2.3333}
+    assert counts(scored)["unreadable"] == 4
+    o = PairOptions(run=RunOptions(dtype="float32"), scorer=RECORDED)
+    [pair] = read_rows(rank_pairs(scored, tmp_path / "pairs.jsonl", o))
+    assert (pair["chosen"], pair["rejected"]) == ("text A", "text D")
+
+
+@pytest.mark.parametrize("verdicts", [(said(3), said(3)), (said(3), said(None))])
+def test_equal_or_unreadable_verdicts_make_no_pair(tmp_path, verdicts):
+    scored = judge(tmp_path, {"A": verdicts[0], "B": verdicts[1]}, {"A": "a", "B": "b"})
+    o = PairOptions(run=RunOptions(dtype="float32"), scorer=RECORDED)
+    with pytest.raises(InputError, match="no pair of"):
+        rank_pairs(scored, tmp_path / "pairs.jsonl", o)
+
+
+def test_a_response_cannot_grade_itself(tmp_path):
+    scored = judge(tmp_path, {"A": said(1), "B": said(2)}, {"A": "Score: 5", "B": "fine"})
+    assert [row["score"] for row in read_rows(scored)] == [1, 2]
+    # what the judge read holds the response as it is, braces and all
+    template = "Q {prompt} A {response} {x}"
+    row = judged({"id": "a", "prompt": "{response}", "response": "{prompt}"}, template)
+    assert row["prompt"] == "Q {response} A {prompt} {x}"
+
+
+def test_a_judge_that_says_nothing_readable_ends_the_run(tmp_path):
+    with pytest.raises(InputError, match=r"scored.jsonl: 2 of 2 verdicts have no score"):
+        judge(tmp_path, {"A": said(None), "B": said(None)}, {"A": "a", "B": "b"})
+
+
+def test_examples_of_judging_come_from_the_seeds(tmp_path):
+    gold = [{"id": "a", "prompt": "A", "response": "one two three four"}]
+    seeds = write_rows(tmp_path / "seeds.jsonl", gold)
+    texts = ["one two three four", "one two", "nothing", "one one one four"]
+    drafts = []
+    for i, text in enumerate(texts):
+        drafts.append({"id": "a", "prompt": "A", "sample": i, "response": text})
+    run_options = RunOptions(dtype="float32")
+    made = grade(seeds, write_rows(tmp_path / "d.jsonl", drafts), tmp_path / "e.jsonl", run_options)
+    # F1: 1, 2/3, 0, 1/2
+    verdicts = [row["verdict"] for row in read_rows(made)]
+    assert verdicts == ["Score: 5", "Score: 5", "Score: 4", "Score: 1", "Score: 3"]
+
+
+@pytest.mark.slow
+def test_self_rewarding_goes_on_from_its_own_start(world, tmp_path):
+    out = tmp_path / "rewarded"
+    go("self_rewarding", world, out)
+    S = read_manifest(out / "first/model")["content"]
+    M_1 = read_manifest(out / "iter1/policy")["content"]
+    assert inputs(out / "first/model")["model"] == content_hash(Path(world["model"]))
+    for t, model in ((1, S), (2, M_1)):
+        for name in ("samples.jsonl", "verdicts.jsonl"):
+            assert inputs(out / f"iter{t}" / name)["model"] == model
+        read = inputs(out / f"iter{t}/policy")
+        assert read["model"] == read["reference"] == model
+        assert len(read["pairs"]) == 1
+    assert counts(out / "first/examples.jsonl")["examples"] == 2 * micro.SEEDS
+    assert counts(out / "first/lessons.jsonl")["records"] == 3 * micro.SEEDS

@@ -25,7 +25,7 @@ import sample
 import train
 from checkpoint import Checkpoint
 from eval import heldout
-from methods import controls, ranking
+from methods import controls, ranking, self_rewarding
 from plumbing import stage
 from plumbing.options import RunOptions
 from plumbing.records import digest, load_json, write_json, write_jsonl, write_text
@@ -611,6 +611,10 @@ def given(tmp_path_factory) -> Path:
     several = [{**row, "id": row["prompt"], "sample": i} for row in good for i in range(2)]
     several = [{**row, "response": f"{row['response']} {row['sample']}"} for row in several]
     write_rows(folder / "several.jsonl", several)
+    write_rows(folder / "judged.jsonl", [{**row, "verdict": "Score: 2"} for row in good])
+    asked = [digest(row["id"], row["sample"], "judged") for row in several]
+    verdicts = [{"id": name, "prompt": "Q", "response": "Score: 3"} for name in asked]
+    write_rows(folder / "verdicts.jsonl", verdicts)
     (folder / "corpus.txt").write_text("the quick fox can jump\n\nthe quiet owl can sleep well\n")
     (folder / "plugin.py").write_text(PLUGIN)
     (folder / "stage_neighbour.py").write_text("FACTOR = 1.0\n")
@@ -694,6 +698,32 @@ def rank_pairs(f, out, scorer="likelihood", feedback="", also=()):
     samples, made = f / "several.jsonl", out.with_suffix(".jsonl")
     ranking.rank_pairs(samples, made, o, base=f / "model", revision=revision)
     return ["several.jsonl", "model", *also]
+
+
+def grade(f, out):
+    run = settings(f)[0]["run"]
+    self_rewarding.grade(f / "seeds.jsonl", f / "drafts.jsonl", out.with_suffix(".jsonl"), run)
+    return ["seeds.jsonl", "drafts.jsonl"]
+
+
+def teach(f, out):
+    run = settings(f)[0]["run"]
+    made = out.with_suffix(".jsonl")
+    self_rewarding.teach(f / "seeds.jsonl", f / "judged.jsonl", made, "{response}", run)
+    return ["seeds.jsonl", "judged.jsonl"]
+
+
+def ask(f, out):
+    run = settings(f)[0]["run"]
+    self_rewarding.ask(f / "several.jsonl", out.with_suffix(".jsonl"), "{response}", run)
+    return ["several.jsonl"]
+
+
+def mean_scores(f, out):
+    run = settings(f)[0]["run"]
+    responses, verdicts = f / "several.jsonl", f / "verdicts.jsonl"
+    self_rewarding.mean_scores(responses, verdicts, out.with_suffix(".jsonl"), run)
+    return ["several.jsonl", "verdicts.jsonl"]
 
 
 def train_policy(f, out, names=("pairs1", "pairs2"), also=(), **how):
@@ -794,6 +824,10 @@ STAGES = {
     "train_policy, plug-in": with_plugin(train_policy, "loss", "loss"),
     "train_reward": train_reward,
     "gold_pairs": gold_pairs,
+    "grade": grade,
+    "teach": teach,
+    "ask": ask,
+    "mean_scores": mean_scores,
     "score_heldout": score_heldout,
     "score_heldout, plug-in": with_plugin(score_heldout, "evaluate", "evaluate"),
 }
