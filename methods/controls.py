@@ -11,10 +11,12 @@ RUN/config.json, RUN/iterT/... -> RUN/controls/: checkpoints, evaluations; the r
 written again. M_0's best of n needs no run: it is `best` in iter0/eval_samples.json.
 
     python -m methods.controls --run runs/demo
+    python -m methods.controls --run runs/demo --only seed_sft,one_shot
     torchrun --nproc-per-node 8 -m -- methods.controls --run runs/llama3-8b
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dpo import train_policy
@@ -25,30 +27,36 @@ from loop import Options, Run, synpo
 from pairs import make_pairs
 from plumbing.options import RunOptions, cli, parse_options
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import read_jsonl, write_jsonl
+from plumbing.records import InputError, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import sample
 from train import finetune
 
 
-def from_seeds(cycle: Run, out: Path, total: int) -> None:
-    """seed_sft and seed_pairs. total: pairs that all iterations have made."""
+def seed_sft(cycle: Run, out: Path) -> None:
+    finetune(cycle.o.model, cycle.seeds, out, cycle.o.seed_sft)
+    evaluate_one(cycle, out)
+
+
+def seed_pairs(cycle: Run, out: Path, total: int) -> None:
+    """Preference pairs of gold over drafts. total: pairs that all iterations have made."""
     o, M_0 = cycle.o, cycle.o.model
-    finetune(M_0, cycle.seeds, out / "seed_sft", o.seed_sft)
 
     # as many training pairs as M_T saw
     drafts = cycle.iter(1) / "seed_answers.jsonl"
-    pairs = gold_pairs(cycle.seeds, drafts, out / "seed_pairs.jsonl", o.run)
+    pairs = gold_pairs(cycle.seeds, drafts, out.with_suffix(".jsonl"), o.run)
     epochs = max(1, round(o.policy.epochs * total / len(read_jsonl(pairs))))
     policy = replace(o.policy, epochs=epochs)
-    train_policy(M_0, [pairs], out / "seed_pairs", policy, reference=M_0, cache=cycle.cache)
+    train_policy(M_0, [pairs], out, policy, reference=M_0, cache=cycle.cache)
+    evaluate_one(cycle, out)
 
-    # held-out scores of both
-    if o.heldout:
-        for name in ("seed_sft", "seed_pairs"):
-            answers = out / f"{name}_answers.jsonl"
-            sample(out / name, cycle.heldout, answers, o.answers, purpose="heldout")
-            score(cycle, answers, out / f"{name}_eval.json", out / name)
+
+def evaluate_one(cycle: Run, model: Path) -> None:
+    """Held-out score of a control that is no cycle: MODEL_eval.json beside it."""
+    if cycle.o.heldout:
+        answers = model.with_name(f"{model.name}_answers.jsonl")
+        sample(model, cycle.heldout, answers, cycle.o.answers, purpose="heldout")
+        score(cycle, answers, model.with_name(f"{model.name}_eval.json"), model)
 
 
 def gold_pairs(seeds: Path, drafts: Path, out: Path, run: RunOptions) -> Path:
@@ -104,6 +112,7 @@ def repeated(cycle: Run, out: Path) -> None:
 
 def main(
     run: Path,  # the directory of a finished run
+    only: str = "",  # some controls, with commas between; empty: all
 ) -> dict:
     o = parse_options(Options, ["--config", str(run / "config.json")])
     cycle = Run(o, run, run)
@@ -112,12 +121,21 @@ def main(
     chosen_only = replace(o.policy, loss="sft", loss_parameters={}, nll=0.0)
     nll = replace(o, policy=chosen_only)
 
+    controls = {
+        "seed_sft": partial(seed_sft, cycle),
+        "seed_pairs": partial(seed_pairs, cycle, total=total),
+        "one_shot": partial(one_shot, cycle, o, total=total),
+        "nll": partial(again, cycle, nll),
+        "nll_one_shot": partial(one_shot, cycle, nll, total=total),
+        "repeated": partial(repeated, cycle),
+    }
+    chosen = only.split(",") if only else [*controls]
+    for name in chosen:
+        if name not in controls:
+            raise InputError(f"--only {name}: no such control; there are {', '.join(controls)}")
     print0("controls")
-    from_seeds(cycle, out, total)
-    one_shot(cycle, o, out / "one_shot", total)
-    again(cycle, nll, out / "nll")
-    one_shot(cycle, nll, out / "nll_one_shot", total)
-    repeated(cycle, out / "repeated")
+    for name in chosen:
+        controls[name](out=out / name)
     return on_rank0(report, run)
 
 

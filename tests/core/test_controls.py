@@ -45,6 +45,17 @@ def test_controls_leave_the_run_as_it_was(controlled, finished):
         assert load_json(out / name) == load_json(finished[0] / name)
 
 
+def test_some_controls_alone_and_unknown_ones_in_one_line(copy):
+    code, text, errors = command(controls.main, ["--run", str(copy), "--only", "seed_sft"])
+    assert code == 0, errors
+    made = {path.name for path in (copy / "controls").iterdir()}
+    assert {"seed_sft", "seed_sft_eval.json"} <= made
+    assert not made & {"seed_pairs", "one_shot", "nll", "repeated"}
+    assert "SFT on the seeds" in text
+    code, _, errors = command(controls.main, ["--run", str(copy), "--only", "seed_sft,nothing"])
+    assert "--only nothing: no such control; there are seed_sft" in one_line(code, errors)
+
+
 def test_controls_are_evaluated_in_the_report(controlled):
     out, text = controlled
     names = ["SFT on the seeds", "pairs from the seeds", "one shot"]
