@@ -88,8 +88,11 @@ def keep_pairs(
     scorer: Scorer | None,
     o: PairOptions,
     t: int,
+    **more: int,
 ) -> Path:
-    """Write the pairs that the filter agrees to. scores: of the chosen and the rejected."""
+    """Write the pairs that the filter agrees to. scores: of the chosen and the rejected; more:
+    further counts.
+    """
     good, bad = scores
     gaps = [a - b for a, b in zip(good, bad, strict=True)] if scorer else []
     kept = []
@@ -108,7 +111,7 @@ def keep_pairs(
     kept = draw(kept, o, t)
     on_rank0(write_jsonl, stage.out, kept)
     counts = {"candidates": len(pairs), **dropped, "valid": valid, "pairs": len(kept)}
-    return stage.finish(**counts, mean_gap=mean(gaps), **words(kept))
+    return stage.finish(**counts, mean_gap=mean(gaps), **words(kept), **more)
 
 
 def draw(pairs: list[dict], o: PairOptions, t: int) -> list[dict]:

@@ -41,7 +41,7 @@ COLUMNS = {
     "prompts": ("prompts.jsonl", "prompts"),
     "valid": ("pairs.jsonl", "valid"),
     "pairs": ("pairs.jsonl", "pairs"),
-    "D": ("pairs.jsonl", "pairs"),  # --data cumulative: and those of earlier iterations
+    "D": ("policy", "pairs"),  # --data cumulative: and those of earlier iterations
     "gap": ("pairs.jsonl", "mean_gap"),
     "words: chosen": ("pairs.jsonl", "chosen_words"),
     "rejected": ("pairs.jsonl", "rejected_words"),
@@ -54,6 +54,8 @@ KINDS = {
     "generator": "generator",
     "prompts": "prompts",
     "base_answers": "answers",
+    "samples": "answers",
+    "verdicts": "answers",
     "answers": "answers",
     "seed_answers": "answers",
     "improver": "improver",
@@ -133,7 +135,7 @@ def times(stages: list[dict]) -> list[dict]:
 # -------------------------------------------------------------------------------- what is printed
 
 
-def iteration_rows(folders: list[Path], cumulative: bool, spent: list[dict]) -> list[dict]:
+def iteration_rows(folders: list[Path], spent: list[dict]) -> list[dict]:
     """Rows of the first table: yields, gap, mean words, scores, seconds. spent: as of times()."""
     seconds = {(line["where"], line["what"]): line["seconds"] for line in spent}
     rows = []
@@ -141,8 +143,6 @@ def iteration_rows(folders: list[Path], cumulative: bool, spent: list[dict]) -> 
         row = {"t": t}
         for name, (result, count) in COLUMNS.items():
             row[name] = counts_of(folder / result).get(count, "-")  # a method may lack a stage
-        if cumulative and rows:
-            row["D"] += rows[-1]["D"]
         for kind in ("prompts", "answers", "improver", "rewrites", "policy", "eval"):
             name = "seconds: prompts" if kind == "prompts" else kind
             row[name] = round(seconds.get((folder.name, kind), 0))
@@ -437,7 +437,7 @@ def report(run: str | Path) -> dict:
 
     # iterations
     spent = times(stages)
-    iterations = iteration_rows(folders, o["data"] == "cumulative", spent)
+    iterations = iteration_rows(folders, spent)
     print(f"\niterations of {run}\n{table(iterations) if iterations else 'none is finished'}")
 
     # diagnostics

@@ -2,7 +2,8 @@
 
 The first of the best and the last of the worst are taken, so that equal scores give two texts and
 the strict threshold drops them. An empty response takes no part. One that the token limit cut off
-may be rejected; the filter drops the pair where it would be chosen, as in pairs.py.
+may be rejected; the filter drops the pair where it would be chosen, as in pairs.py. The stage's
+counts say how many responses were empty, and how many prompts had fewer than two others.
 """
 
 from pathlib import Path
@@ -41,9 +42,8 @@ def rank_pairs(
     scorer = recorded
     if o.scorer != RECORDED:
         scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", True, revision)
-    if not scorer:
-        raise InputError("--pairs.scorer none: responses are ranked by their scores; name a scorer")
-    rows = [row for row in read_jsonl(samples, "prompt") if row["response"]]
+    every = read_jsonl(samples, "prompt")
+    rows = [row for row in every if row["response"]]
     if not rows:
         raise InputError(f"{samples}: every response is empty; look at the model that wrote them")
 
@@ -51,7 +51,9 @@ def rank_pairs(
     ranked = best_and_worst(rows, scorer(rows))
     pairs = [(good, bad) for (_, good), (_, bad) in ranked]
     scores = [[score for score, _ in side] for side in zip(*ranked, strict=True)] or [[], []]
-    return keep_pairs(stage, pairs, scores, scorer, o, t)
+    prompts = {row["id"] for row in every}
+    left_out = {"empty_responses": len(every) - len(rows), "lonely": len(prompts) - len(pairs)}
+    return keep_pairs(stage, pairs, scores, scorer, o, t, **left_out)
 
 
 def recorded(rows: list[dict]) -> list[float]:

@@ -1,12 +1,13 @@
-"""Sampling-Ranking, the baseline of SynPO's appendix C.5: choose among samples, improve none.
+"""Sampling-Ranking, the baseline of SynPO's appendix C.5: choose among samples, rewrite none.
 
 Iteration t: prompts as in SynPO; n = 5 responses of M_{t-1} to each; the scorer's best is chosen,
 its worst rejected; preference optimisation.
 
 What the paper does not state, and is as in SynPO here, each with its option: M_t starts from M_0
-(--start), on the pairs of all iterations (--data), by DPO with reference M_0 (--policy.loss; SynPO:
-SimPO); the temperature (--answers.temperature); a pair needs a gap above --pairs.threshold; equal
-scores make no pair. It reads no gold response but those that train G.
+(--start), on the pairs of all iterations (--data), with reference M_0; the temperature
+(--answers.temperature); a pair needs a gap above --pairs.threshold, so equal scores make none. What
+differs: the loss is DPO unless --policy.loss says simpo, as the paper does. Gold responses train G
+only.
 
     python -m methods.sampling_ranking                      the demo
     torchrun --nproc-per-node 8 -m -- methods.sampling_ranking --config FILE --model DIR \\
@@ -19,9 +20,12 @@ from pathlib import Path
 import loop
 from dpo import train_policy
 from loop import Run, boost, new_prompts, prepare
+from methods.checks import need_several, refuse
 from methods.ranking import rank_pairs
 from plumbing.options import Count, RunOptions, cli
+from plumbing.records import InputError
 from sample import sample
+from scorers.load import load_scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class RankingOptions:
 @dataclass(frozen=True, kw_only=True)
 class Options(loop.Options):
     out: Path = Path("runs/sampling_ranking")  # run directory; rerun the same command to resume
+    rejected: str = "previous"  # fixed: the worst response of M_{t-1}
     ranking: RankingOptions = RankingOptions()
 
 
@@ -58,7 +63,13 @@ def iteration(run: Run, t: int) -> None:
 
 
 def main(o: Options) -> dict:
+    refuse(o, "rejected", "more_pairs")
+    need_several(o.ranking.samples, "--ranking.samples")
     o = prepare(o)
+    if o.one_shot:
+        o = o.at_once()
+    if not load_scorer(o.pairs.scorer, o.model, o.run, None, True, o.improver.revision):
+        raise InputError("--pairs.scorer none: responses are ranked by their scores; name a scorer")
     return boost(iteration, Run(o, o.out, o.out))
 
 

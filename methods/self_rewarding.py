@@ -1,25 +1,27 @@
 """Self-Rewarding Language Models (arXiv 2401.10020): the model judges its own responses.
 
-S <- SFT of M_0 on the seeds and on examples of judging, once. Iteration t, where M is S at first
-and then M_{t-1}: new prompts; n = 4 responses of M to each; M judges every response three times,
-and the mean of its readable scores counts; the best is chosen, the worst rejected; DPO of M on the
-pairs of this iteration alone, reference M. Equal scores make no pair.
+S <- SFT of M_0 on the seeds and on examples of judging, once. M is S in iteration 1, M_{t-1} later.
+Iteration t: new prompts; n = 4 responses of M to each; M judges every response three times, and the
+mean of its readable scores counts; the best is chosen, the worst rejected; DPO of M on the pairs of
+this iteration alone, reference M. Equal scores make no pair. (The paper counts S as its M_1.)
 
-The paper's program was not published; these settings are from several independent sets of notes.
-Theirs: temperature 0.7 and top-p 0.9 for responses, beta 0.1, an additive rubric of five points
-after a short justification; Llama-2-70B, learning rate 1e-6 falling to 1e-7, batch 16.
+The paper's program was not published; its settings are taken from secondary sources: temperature
+0.7 and top-p 0.9 for responses, beta 0.1; a short justification, then a score from an additive
+rubric of five points; Llama-2-70B; SFT at a learning rate of 5.5e-6, DPO at 1e-6 falling to 1e-7,
+batch 16.
 
 What differs
-1. Prompts are those of SynPO's G, so that methods can be compared; there a fixed chat model writes
-   them from eight examples.
-2. Without --rewarding.examples, S learns to judge from the seeds: the gold response deserves 5, a
-   response of M_0 1 + round(4 F) where F is the F1 of its words with gold's. There people ranked
-   responses.
-3. No outside judge stops the training early.
-4. The template is in our own words (--rewarding.template).
+1. Prompts are those of SynPO's G, so that methods can be compared; in the paper a fixed chat model
+   writes them from eight examples.
+2. Without --rewarding.examples, S learns to judge from the seeds, without justifications: the gold
+   response deserves 5, a response of M_0 1 + round(4 F) where F is the F1 of its words and pairs of
+   words with gold's. In the paper people ranked responses.
+3. Pairs pass SynPO's filter of repetitive and cut-off responses.
+4. No outside judge stops the training early.
+5. The template is in our own words (--rewarding.template).
 
-Two public programs parse the judged response together with the verdict, so that a response can
-grade itself, or count an unreadable verdict as the worst score. Here the judge's own words alone
+One public program parses the judged response together with the verdict, so that a response can
+grade itself, and counts an unreadable verdict as the worst score. Here the judge's own words alone
 are read, and an unreadable verdict counts for nothing.
 
     python -m methods.self_rewarding                        the demo
@@ -30,11 +32,13 @@ are read, and an unreadable verdict counts for nothing.
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import loop
 from dpo import train_policy
 from loop import Run, boost, new_prompts, prepare
+from methods.checks import need_several, refuse
 from methods.ranking import RECORDED, rank_pairs
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
@@ -60,7 +64,7 @@ Say in at most 100 words why, then end with "Score: " and the number of points."
 class RewardingOptions:
     run: RunOptions = RunOptions()
     samples: Count = 4  # responses per prompt
-    verdicts: Count = 3  # verdicts per response
+    judgements: Count = 3  # verdicts per response
     examples: Path | None = None  # JSONL of {"prompt", "response", "verdict"}; empty: of the seeds
     template: str = TEMPLATE  # what the judge reads: {prompt} and {response}
 
@@ -68,8 +72,12 @@ class RewardingOptions:
 @dataclass(frozen=True, kw_only=True)
 class Options(loop.Options):
     out: Path = Path("runs/self_rewarding")  # run directory; rerun the same command to resume
+    rejected: str = "previous"  # fixed: M_{t-1}'s response
+    start: str = "previous"  # fixed: M_t starts from M_{t-1}
+    data: str = "fresh"  # fixed: the pairs of this iteration
     rewarding: RewardingOptions = RewardingOptions()
-    verdicts: SampleOptions = SampleOptions()  # sampling verdicts
+    answers: SampleOptions = SampleOptions(top_p=0.9)  # sampling from M
+    verdicts: SampleOptions = SampleOptions(top_p=0.9)  # sampling verdicts from M
 
 
 def iteration(run: Run, t: int) -> None:
@@ -84,7 +92,7 @@ def iteration(run: Run, t: int) -> None:
     n = o.rewarding.samples
     y = sample(M, x, it / "samples.jsonl", o.answers, samples=n, purpose=f"answers {t}")
     asked = ask(y, it / "judged.jsonl", o.rewarding.template, o.run)
-    n = o.rewarding.verdicts
+    n = o.rewarding.judgements
     verdicts = sample(M, asked, it / "verdicts.jsonl", o.verdicts, n, f"verdicts {t}")
     scored = mean_scores(y, verdicts, it / "scored.jsonl", o.run)
 
@@ -120,19 +128,25 @@ def grade(seeds: Path, drafts: Path, out: Path, run: RunOptions) -> Path:
     by_id = {row["id"]: row for row in gold}
     rows = [{**row, "id": f"{row['id']} gold", "verdict": "Score: 5"} for row in gold]
     for draft in read_jsonl(drafts, "prompt"):
-        points = 1 + round(4 * word_f1(draft["response"], by_id[draft["id"]]["response"]))
+        points = 1 + round(4 * f1(draft["response"], by_id[draft["id"]]["response"]))
         rows.append({**draft, "id": f"{draft['id']} draft", "verdict": f"Score: {points}"})
     on_rank0(write_jsonl, out, rows)
-    return stage.finish(examples=len(rows))
+    counts = Counter(row["verdict"].removeprefix("Score: ") for row in rows)
+    points = {f"points_{name}": number for name, number in sorted(counts.items())}
+    return stage.finish(examples=len(rows), **points)
 
 
-def word_f1(text: str, gold: str) -> float:
-    """F1 of a text's words with those of another, each as often as it occurs."""
-    ours = Counter(text.lower().split())
-    theirs = Counter(gold.lower().split())
+def f1(text: str, gold: str) -> float:
+    """F1 of a text's words and pairs of words with those of another, each as often as it occurs."""
+    ours, theirs = words_and_pairs(text), words_and_pairs(gold)
     shared = (ours & theirs).total()
     both = ours.total() + theirs.total()
     return 2 * shared / max(1, both)
+
+
+def words_and_pairs(text: str) -> Counter:
+    words = text.lower().split()
+    return Counter(words) + Counter(pairwise(words))
 
 
 def teach(seeds: Path, examples: Path, out: Path, template: str, run: RunOptions) -> Path:
@@ -182,7 +196,8 @@ def mean_scores(responses: Path, verdicts: Path, out: Path, run: RunOptions) -> 
     for row in read_jsonl(responses, "prompt"):
         found = scores[digest(row["id"], row.get("sample", 0), "judged")]
         if found:
-            scored.append({**row, "score": sum(found) / len(found)})
+            # rounded, so that the order of equal verdicts makes no difference
+            scored.append({**row, "score": round(sum(found) / len(found), 6)})
     if not scored:
         problem = f"{unreadable} of {len(rows)} verdicts have no score that can be read"
         raise InputError(f"{out}: {problem}; train the judge longer, or shorten its template")
@@ -198,8 +213,23 @@ def read_score(verdict: str) -> float | None:
     return float(found[-1])
 
 
+def check_judge(o: RewardingOptions) -> None:
+    for field in ("{prompt}", "{response}"):
+        if field not in o.template:
+            raise InputError(f"--rewarding.template: has no {field}; the judge must read it")
+    for row in read_jsonl(o.examples, "prompt", "response", "verdict") if o.examples else []:
+        if read_score(row["verdict"]) is None:
+            fix = 'end it with "Score: " and 0 to 5'
+            raise InputError(f"{o.examples}: {row['id']}: no score in its verdict; {fix}")
+
+
 def main(o: Options) -> dict:
+    refuse(o, "rejected", "start", "data", "more_pairs")
+    need_several(o.rewarding.samples, "--rewarding.samples")
+    check_judge(o.rewarding)
     o = prepare(o)
+    if o.one_shot:
+        o = o.at_once()
     return boost(iteration, Run(o, o.out, o.out))
 
 

@@ -4,22 +4,23 @@ Iteration t: M_{t-1} answers the seeds' prompts; gold is chosen, its answer reje
 from M_{t-1}, with M_{t-1} as reference, by the logistic loss of equation 4.7, which is DPO's:
 -log sigmoid(beta [log pi/p (gold) - log pi/p (own)]) with sums over response tokens. The pairs of
 this and of the last iteration are used (--spin.window); their reference log-probs are new each
-time. It cannot pass the gold data: where the model's distribution is the data's, it stays
+time. SPIN cannot surpass the gold data: where the model's distribution is the data's, it stays
 (theorem 5.4).
 
-As in the paper: beta 0.1 and learning rate 5e-7, then 1e-7 from the third iteration and beta 5 in
-the last (--spin.lrs, --spin.betas); batch 64.
+The paper's values, to be given: --spin.lrs 5e-7,5e-7,1e-7 --spin.betas .1,.1,.1,5
+--policy.batch 64; epochs are 2, 3 or 6 by source, the length 1,024 or 2,048.
 
 What differs
-1. The authors' program samples 256 tokens greedily while gold is not cut, so that length gives the
-   model's answers away, and it frames prompts in another way for sampling than for training (its
-   issues 9 and 33). Here both use the chat template; a cut-off answer is only ever rejected, and
-   counted; its end is not taught, as for every response.
-2. It ends gold with two end tokens; here every response has one.
-3. Optimizer: AdamW, not RMSProp. Temperature: --answers.temperature.
-4. --spin.samples answers to each prompt, 1 in the paper; --spin.equal keeps the steps of an
-   iteration the same whatever the window, where the epochs can be divided by it.
-5. With --policy.nll above 0 SPIN is partly SFT on gold.
+1. The paper starts from a model that SFT has trained on the same data; here from M_0 as it is.
+2. The authors' program samples 256 tokens, greedily it seems, while gold is not cut, so that length
+   gives the model's answers away, and it frames prompts in another way for sampling than for
+   training (its issues 9 and 33). Here both use the chat template; a cut-off answer is only ever
+   rejected, and counted.
+3. It ends gold with two end tokens; here an end token follows every response once.
+4. AdamW and a cosine schedule, not RMSProp and a linear one. Temperature: --answers.temperature.
+5. --spin.samples answers to each prompt, 1 in the paper; --spin.equal divides the epochs by the
+   number of iterations whose pairs are used, so that every iteration takes as many steps.
+6. With --policy.nll above 0 SPIN is partly SFT on gold.
 
 Users of that program report that only the first iteration gains (its issue 36), and that the
 log-probs of both sides fall (13): the run's diagnostics show both.
@@ -28,12 +29,15 @@ log-probs of both sides fall (13): the run's diagnostics show both.
     torchrun --nproc-per-node 8 -m -- methods.spin --config FILE --model DIR --seeds seeds.jsonl
 """
 
+import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import loop
-from dpo import PolicyOptions, train_policy
+from dpo import PolicyOptions, policy_loss, train_policy
 from loop import Run, boost, prepare
+from methods.checks import refuse
 from pairs import PairOptions, make_pairs
 from plumbing.options import Count, RunOptions, cli
 from plumbing.records import InputError
@@ -53,6 +57,8 @@ class SpinOptions:
 @dataclass(frozen=True, kw_only=True)
 class Options(loop.Options):
     out: Path = Path("runs/spin")  # run directory; rerun the same command to resume
+    rejected: str = "previous"  # fixed: M_{t-1}'s response
+    start: str = "previous"  # fixed: M_t starts from M_{t-1}
     spin: SpinOptions = SpinOptions()
 
 
@@ -75,7 +81,14 @@ def iteration(run: Run, t: int) -> None:
 
 
 def all_pairs(o: PairOptions) -> PairOptions:
-    return replace(o, scorer="none", max_repetition=1.0, min_own_words=0)
+    """The filter's options with which it drops equal and empty pairs only."""
+    return PairOptions(
+        run=o.run,
+        scorer="none",
+        max_repetition=1.0,
+        keep_cut_off=True,
+        max_pairs=sys.maxsize,
+    )
 
 
 def policy_of(o: Options, t: int) -> PolicyOptions:
@@ -99,14 +112,17 @@ def of_iteration(values: str, t: int, name: str) -> float:
     try:
         numbers = [float(text) for text in values.split(",")]
     except ValueError:
-        raise InputError(f"--spin.{name} {values}: give numbers with commas between") from None
+        numbers = [0.0]
+    if not all(0 < number < math.inf for number in numbers):
+        raise InputError(f"--spin.{name} {values}: give numbers above 0 with commas between")
     return numbers[min(t, len(numbers)) - 1]
 
 
 def main(o: Options) -> dict:
-    o = prepare(o)
+    refuse(o, "rejected", "start", "data", "more_pairs", "one_shot")
     for t in range(1, o.iters + 1):
-        policy_of(o, t)
+        policy_loss(policy_of(o, t))
+    o = prepare(o)
     return boost(iteration, Run(o, o.out, o.out), needs_corpus=False)
 
 

@@ -350,8 +350,8 @@ def machine() -> dict:
 @cache
 def code_digest() -> str:
     """A hash of the code that makes results."""
-    folders = (ROOT, ROOT / "plumbing", ROOT / "ops", ROOT / "scorers")
-    files = [f for folder in folders for f in sorted(folder.iterdir()) if f.suffix in (".py", ".c")]
+    patterns = "*.py plumbing/*.py ops/*.py ops/*.c scorers/*.py methods/*.py".split()
+    files = [f for pattern in patterns for f in sorted(ROOT.glob(pattern))]
     return digest([f.read_text("utf-8") for f in files])
 
 

@@ -23,7 +23,7 @@ from plumbing.stage import content_hash, read_manifest
 pytest_plugins = ["cycle"]
 JUDGE = [
     "--rewarding.samples=3",
-    "--rewarding.verdicts=2",
+    "--rewarding.judgements=2",
     "--rewarding.template={prompt} {response}",
     "--verdicts.max-new-tokens=8",
     "--pairs.threshold=0",
@@ -126,6 +126,42 @@ def test_a_recipe_agrees_with_the_demos_but_where_it_says_so(name):
         assert here.seed_sft == demo.seed_sft
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "problem"),
+    [
+        ("spin", ["--start", "base"], "--start base: not for this method; let it be previous"),
+        ("spin", ["--one-shot"], "--one-shot True: not for this method; leave it out"),
+        ("spin", ["--policy.loss", "sft", "--spin.betas", "5"], "beta"),
+        ("sampling_ranking", ["--more-pairs", "f.py:f"], "--more-pairs f.py:f: not for this"),
+        ("sampling_ranking", ["--ranking.samples", "1"], "--ranking.samples 1: the best and"),
+        ("sampling_ranking", ["--pairs.scorer", "none"], "--pairs.scorer none: responses are"),
+        ("self_rewarding", ["--data", "cumulative"], "--data cumulative: not for this method"),
+        ("self_rewarding", ["--rewarding.template", "{prompt}"], "has no {response}"),
+    ],
+)
+def test_what_a_method_cannot_do_is_refused_at_once(name, given, problem, world, tmp_path):
+    method, _ = METHODS[name]
+    args = flags(world, tmp_path / "out", *given)
+    code, _, errors = command(method.main, args)
+    assert problem in one_line(code, errors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_of_judging_are_read_before_anything_is_made(world, tmp_path):
+    example = {"id": "a", "prompt": "A", "response": "text", "verdict": "fair"}
+    path = write_rows(tmp_path / "examples.jsonl", [example])
+    args = flags(world, tmp_path / "out", "--rewarding.examples", str(path))
+    code, _, errors = command(self_rewarding.main, args)
+    assert "examples.jsonl: a: no score in its verdict" in one_line(code, errors)
+
+
+@pytest.mark.slow
+def test_ranking_and_judging_have_one_shots(world, tmp_path):
+    out = tmp_path / "shot"
+    assert len(go("sampling_ranking", world, out, "--one-shot")["scores"]) == 2
+    assert counts(out / "iter1/prompts.jsonl")["prompts"] > 40
+
+
 # -------------------------------------------------------------------------------- SPIN
 
 
@@ -165,7 +201,7 @@ def test_the_optimum_of_a_world_of_three_symbols(beta, optimum, loss):
     for d, p in zip(data, opponent, strict=True):
         powers.append(p * (d / p) ** (1 / beta))
     exact = [power / sum(powers) for power in powers]
-    assert exact == pytest.approx(optimum, rel=1e-3)
+    assert exact == pytest.approx(optimum, abs=1e-10)
 
     def population(logits: list[float]) -> float:
         values = torch.tensor(logits, dtype=torch.float64)
@@ -213,7 +249,8 @@ def test_learning_rate_beta_and_epochs_by_iteration():
 
 
 def test_spins_options_are_checked_before_anything_is_made(world, tmp_path):
-    assert "give numbers" in refusal(spin.policy_of, options(lrs="1e-6;2"), 1)
+    for text in ("1e-6;2", "nan", "0", "-1e-6"):
+        assert "give numbers above 0" in refusal(spin.policy_of, options(lrs=text), 1)
     assert "--policy.epochs: 6 cannot" in refusal(spin.policy_of, options(equal=True, window=4), 4)
     wrong = ["--policy.epochs", "3", "--spin.equal"]
     code, _, errors = command(spin.main, flags(world, tmp_path / "out", *wrong))
@@ -334,14 +371,13 @@ def test_pairs_of_ranked_responses_pass_the_filter(tmp_path):
     assert {row["iteration"] for row in rows} == {2}
     found = counts(out)
     assert (found["candidates"], found["cut_off"], found["small_gap"]) == (4, 1, 1)
+    assert (found["empty_responses"], found["lonely"]) == (1, 0)
 
 
 def test_what_cannot_be_ranked_gets_one_line(tmp_path):
     samples, o = write_scored(tmp_path, [("a", "", "stop"), ("a", "", "stop")])
     out = tmp_path / "pairs.jsonl"
     assert "samples.jsonl: every response is empty" in refusal(rank_pairs, samples, out, o)
-    unscored = replace(o, scorer="none")
-    assert "name a scorer" in refusal(rank_pairs, samples, out, unscored)
 
     # alone, no response has a counterpart
     single, o = write_scored(tmp_path, [("a", "1 x", "stop"), ("b", "2 x", "stop")])
@@ -463,9 +499,10 @@ def test_examples_of_judging_come_from_the_seeds(tmp_path):
         drafts.append({"id": "a", "prompt": "A", "sample": i, "response": text})
     run_options = RunOptions(dtype="float32")
     made = grade(seeds, write_rows(tmp_path / "d.jsonl", drafts), tmp_path / "e.jsonl", run_options)
-    # F1: 1, 2/3, 0, 1/2
+    # F1 of four words and three pairs: 1, 6/10, 0, 4/14
     verdicts = [row["verdict"] for row in read_rows(made)]
-    assert verdicts == ["Score: 5", "Score: 5", "Score: 4", "Score: 1", "Score: 3"]
+    assert verdicts == ["Score: 5", "Score: 5", "Score: 3", "Score: 1", "Score: 2"]
+    assert counts(made)["points_5"] == 2
 
 
 @pytest.mark.slow

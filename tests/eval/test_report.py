@@ -113,6 +113,8 @@ def write_iteration(folder: Path, t: int, pairs: list[dict], scored: bool) -> No
     seal(folder / "pairs.jsonl", {**filtered, "chosen_words": 5.0, "rejected_words": 3.0})
     train(folder / "improver", 4, loss=lambda i: 2 / i)
     train(folder / "policy", 5, loss=lambda i: 0.7 / i, rewards__margins=float)
+    # D holds the pairs of all iterations so far
+    seal(folder / "policy", {"pairs": t * n, "examples": 3, "steps": 5, "tokens": 300}, 3.0)
     if scored:
         write_rows(folder / "heldout_answers.jsonl", HELDOUT)
         result = {"score": 0.4 + t / 10, "se": 0.02, "words": 9.0}
