@@ -186,7 +186,7 @@ def main(
     prompts: Path,  # JSONL of {"prompt"}: instructions without constraints
     out: Path,  # folder to write
     answers: SampleOptions,
-    seeds: Count = 480,  # records of seeds.jsonl
+    seeds: Count = 960,  # records of seeds.jsonl
     new: Count = 3000,  # records of prompts.jsonl
     heldout: Count = 300,  # records of heldout.jsonl
 ) -> Path:
