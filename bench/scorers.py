@@ -4,8 +4,9 @@
     python -m bench.scorers --run runs/facts
 
 Two tasks: telling apart two rewrites of one draft (best of n), and telling a rewrite from M_0's own
-response to the prompt (the filter of pairs). Only texts with different exact scores count. The
-reward model is trained on the control's pairs from the seeds, so methods/controls.py must have run.
+response to the prompt (the filter of pairs). Only texts with different exact scores count, by the
+function `score` in the file of the run's evaluation. The reward model is trained on the control's
+pairs from the seeds, so methods/controls.py must have run.
 """
 
 import argparse
@@ -46,10 +47,11 @@ def responses(run: Run) -> tuple[list[dict], list[dict]]:
 
 def tasks(run: Run) -> dict[str, list[Pair]]:
     """Pairs to tell apart, by task; the exact score says which is better."""
-    evaluate = load_function(run.o.evaluate)
+    evaluation, _, _ = run.o.evaluate.partition(":")
+    exact = load_function(f"{evaluation}:score")
     rewrites, base = responses(run)
     rows = rewrites + base
-    scores = evaluate(rows, rows, rows, None, run.o.model, run.o.run)["scores"]
+    scores = exact(rows)
     scored = defaultdict(list)  # id -> (score, response): rewrites first, M_0's last
     for row, score in zip(rows, scores, strict=True):
         scored[row["id"]].append((score, row))

@@ -11,8 +11,8 @@ from bench import scorers
 from plumbing.records import write_json
 
 PLUGIN = """
-def evaluate(answers, heldout, base_answers, model, base, run):
-    return {"scores": [float(len(row["response"])) for row in answers]}
+def score(rows):
+    return [float(len(row["response"])) for row in rows]
 """
 
 
