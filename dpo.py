@@ -179,10 +179,10 @@ def reference_logps(
             write_block(folder, net, some, per_token)
         del net
         gc.collect()
-        gather(None)  # all blocks are written
+        gather(None)  # waits for all ranks: all blocks are written
         cached = on_rank0(read_cache, folder)
 
-    # every one is there, and finite
+    # every one is there, and finite; per token or as a sum, a missing one counts as NaN
     keys = {key(s) for group in groups for s in group}
     wrong = [k for k in keys if not torch.tensor(cached.get(k, math.nan)).isfinite().all()]
     if wrong:
@@ -245,7 +245,8 @@ def train_policy(
     rows = [row for path in pairs for row in read_jsonl(path, "prompt", "chosen", "rejected")]
     examples = make_examples(model, rows, loss, stage, o)
 
-    # reference log-probs of what the loss reads, in the micro-batches of training
+    # reference log-probs of what the loss reads, in the micro-batches of training: for a field such
+    # as ref_chosen those of the first reference, for ref2_chosen those of the second
     cache = cache or out.with_name(out.name + ".reference")
     groups = training_groups(examples, o)
     references = (("reference", "ref_", reference), ("reference2", "ref2_", o.second_reference))

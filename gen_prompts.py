@@ -189,7 +189,7 @@ class Novelty:
         """Those first shingles of which two near-duplicates share at least one.
 
         A set of n has at least near * n shingles in common with a near-duplicate, so all but one of
-        these may be left out. 1e-9 is for rounding.
+        these may be left out, if all sets have one order: that of the hashes. 1e-9 is for rounding.
         """
         n = len(shingles)
         shared = math.ceil(self.near * n - 1e-9)
@@ -204,6 +204,7 @@ class Novelty:
             return None
         shingles = self.shingles(text)
         mine = set(shingles)
+        # compare with the texts that share a shingle of its prefix
         for i in sorted({i for s in self.prefix(shingles) for i in self.index[s]}):
             label, other = self.sets[i]
             if len(mine & other) >= self.near * len(mine | other):

@@ -87,7 +87,7 @@ class Options:
         for field in fields(self):
             part = getattr(self, field.name)
             if hasattr(part, "run"):
-                # how a frozen dataclass sets a field of its own
+                # as the class is frozen, this is how it sets a field of its own
                 object.__setattr__(self, field.name, replace(part, run=self.run))
 
     def at_once(self) -> "Options":
@@ -187,7 +187,7 @@ def synpo(run: Run, t: int) -> None:
     y = y_0  # at t = 1, M_{t-1} is M_0
     if t > 1:
         y = sample(M_prev, x, it / "answers.jsonl", o.answers, purpose=f"answers {t}")
-    revision = o.improver.revision  # what R reads
+    revision = o.improver.revision  # what R reads, and M_0 where the scorer `settled` asks it
     y_hat = rewrite(R, y, M_0, it / "rewrites.jsonl", o.rewrites, revision, t)
 
     # D += (x, chosen y^, rejected y_0) where the filter agrees

@@ -95,6 +95,7 @@ def make_sequence(chat: Chat, row: dict, response: str, o: TrainOptions) -> Sequ
     ids = [*prompt, *chat.response_ids(response)][: o.max_length]
     if len(ids) <= len(prompt):
         return None
+    # at the earliest from token 1: nothing predicts token 0
     return ids, 1 if o.loss_on_prompt else len(prompt)
 
 
@@ -291,7 +292,7 @@ def train_step(
     for ranks in micro_batches(batch, o):
         mine = ranks[RANK]
         sequences = [sequence for example in mine for sequence in example.sequences]
-        # a rank without examples must still join the collectives: it runs one token with weight 0
+        # a rank without examples must still join the collectives: it scores one token, at weight 0
         outputs = forward(model, sequences or [([0, 0], 1)])
         if mine:
             loss, metrics = loss_fn(mine, by_example(mine, outputs))
