@@ -124,6 +124,8 @@ def test_a_recipe_agrees_with_the_demos_but_where_it_says_so(name):
         assert here.improver.revision == demo.improver.revision
     if name == "self_rewarding":
         assert here.seed_sft == demo.seed_sft
+        # room for a verdict of one token a letter, and its end token
+        assert here.verdicts.max_new_tokens > len(" Score: 5")
 
 
 @pytest.mark.parametrize(
