@@ -892,6 +892,29 @@ def test_a_stage_is_not_up_to_date_once_a_file_it_reads_has_changed(
     assert "up to date" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("loop.py", True),
+        ("plumbing/stage.py", True),
+        ("ops/cpu.c", True),
+        ("scorers/load.py", True),
+        ("methods/spin.py", True),
+        ("eval/report.py", False),
+        ("README.md", False),
+    ],
+)
+def test_the_digest_of_the_code_is_of_what_makes_results(file, counts, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "ROOT", tmp_path)
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    digests = []
+    for text in ("before", "after"):
+        path.write_text(text)
+        digests.append(stage.code_digest.__wrapped__())
+    assert (digests[0] != digests[1]) == counts
+
+
 def test_the_table_holds_every_stage_of_the_program():
     files = [*ROOT.glob("*.py"), *ROOT.glob("scorers/*.py"), *ROOT.glob("methods/*.py")]
     found = set()
