@@ -193,6 +193,27 @@ def reference_logps(
     return cached
 
 
+def add_reference_logps(
+    name: str,
+    frozen: Path,
+    batches: list[list[Example]],
+    cache: Path,
+    o: PolicyOptions,
+    per_token: bool = False,
+) -> None:
+    """Give the examples of batches their log-probs under a frozen model, as extra[name]: scored in
+    the micro-batches of training.
+    """
+    groups = []
+    for batch in batches:
+        for ranks in micro_batches(batch, o):
+            groups += [[s for example in micro for s in example.sequences] for micro in ranks]
+    logps = reference_logps(frozen, groups, cache, o, per_token)
+    for batch in batches:
+        for example in batch:
+            example.extra[name] = [logps[key(s)] for s in example.sequences]
+
+
 def read_cache(folder: Path) -> dict[str, float | list[float]]:
     return {
         row["id"]: row["logp"]
@@ -245,19 +266,17 @@ def train_policy(
     rows = [row for path in pairs for row in read_jsonl(path, "prompt", "chosen", "rejected")]
     examples = make_examples(model, rows, loss, stage, o)
 
-    # reference log-probs of what the loss reads, in the micro-batches of training: for a field such
-    # as ref_chosen those of the first reference, for ref2_chosen those of the second
+    # of what the loss reads: for a field such as ref_chosen under the first reference, for
+    # ref2_chosen under the second
     cache = cache or out.with_name(out.name + ".reference")
-    groups = training_groups(examples, o)
+    batches = make_batches(examples, o)
     references = (("reference", "ref_", reference), ("reference2", "ref2_", o.second_reference))
     for name, prefix, frozen in references:
         reads = [field for field in loss.reads if field.startswith(prefix)]
         if reads:
             check_vocabulary(frozen, model, o)
             per_token = any(field.endswith("token_logp") for field in reads)
-            logps = reference_logps(frozen, groups, cache, o, per_token)
-            for example in examples:
-                example.extra[name] = [logps[key(s)] for s in example.sequences]
+            add_reference_logps(name, frozen, batches, cache, o, per_token)
 
     # where training starts from the reference, the two must agree at step 0
     check = None
@@ -298,15 +317,6 @@ def read_self_samples(path: Path, pairs: list[dict]) -> dict[str, dict]:
         fix = "give one for each pair's prompt (sample.py --samples 1)"
         raise InputError(f"{path}: {problem}; {fix}")
     return by_id
-
-
-def training_groups(examples: list[Example], o: PolicyOptions) -> list[list[Sequence]]:
-    """The sequences of each forward pass of training, in its order."""
-    groups = []
-    for batch in make_batches(examples, o):
-        for ranks in micro_batches(batch, o):
-            groups += [[s for example in micro for s in example.sequences] for micro in ranks]
-    return groups
 
 
 def check_vocabulary(reference: Path, model: Path, o: PolicyOptions) -> None:

@@ -165,6 +165,10 @@ def keyword_lists(corpus: Path, keywords: int, lists: int, seed: int, t: int) ->
 # ------------------------------------------------------------------------------- filtering prompts
 
 
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
 class Novelty:
     """Texts seen so far, each with a label, and which of them a new one repeats."""
 
@@ -175,13 +179,9 @@ class Novelty:
         self.index = defaultdict(list)  # shingle -> places in sets
 
     @staticmethod
-    def normalise(text: str) -> str:
-        return " ".join(re.findall(r"\w+", text.lower()))
-
-    @staticmethod
     def shingles(text: str) -> list[str]:
         """Hashes of the word trigrams of a text, sorted."""
-        words = ["", *re.findall(r"\w+", text.lower()), ""]
+        words = ["", *words_of(text), ""]
         trigrams = zip(words, words[1:], words[2:], strict=False)
         return sorted({digest(*trigram) for trigram in trigrams})
 
@@ -197,7 +197,7 @@ class Novelty:
 
     def repeats(self, text: str) -> tuple[str, bool] | None:
         """(label, whether word for word) of a text that this one repeats, or None."""
-        key = self.normalise(text)
+        key = " ".join(words_of(text))
         if key in self.exact:
             return self.exact[key], True
         if not self.near:
@@ -212,7 +212,7 @@ class Novelty:
         return None
 
     def add(self, text: str, label: str) -> None:
-        self.exact.setdefault(self.normalise(text), label)
+        self.exact.setdefault(" ".join(words_of(text)), label)
         if self.near:
             shingles = self.shingles(text)
             for shingle in self.prefix(shingles):

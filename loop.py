@@ -279,9 +279,9 @@ def check(run: Run, needs_corpus: bool) -> str:
     if not run.needs_generator:
         source_records(o.prompts, 1)
     revision = o.improver.revision
-    load_scorer(o.pairs.scorer, o.model, o.run, revision=revision)
-    load_scorer(o.improver.scorer, o.model, o.run, single=True, revision=revision)
-    load_scorer(o.rewrites.scorer, o.model, o.run, single=True, revision=revision)
+    for options in (o.pairs, o.improver, o.rewrites):
+        single = options is not o.pairs  # a judge that compares two texts can only filter pairs
+        load_scorer(options.scorer, o.model, o.run, single=single, revision=revision)
     for plugin in (o.prompts.keep, o.improver.feedback, o.more_pairs):
         if plugin:
             load_function(plugin)

@@ -271,6 +271,7 @@ def sample(
     """Answer every prompt of a file; writes records {id, prompt | messages, response,
     finish_reason, tokens}.
 
+    A record's field `prefix` is the beginning of its response, which the model goes on with.
     Several responses to a prompt are numbered in the field `sample`. Raises InputError before the
     weights are read if a prompt does not fit the model's positions.
     """
@@ -364,7 +365,7 @@ def make_request(
     left.
     """
     where = f"{source}: line {number}"
-    ids = chat.prompt_ids(row)
+    ids = [*chat.prompt_ids(row), *chat.encode(row.get("prefix", ""))]
     limit = row.get("max_new_tokens", o.max_new_tokens)
     if not isinstance(limit, int) or limit < 1:
         problem = f"field 'max_new_tokens' must be a positive integer, got {limit!r}"
@@ -379,14 +380,19 @@ def make_request(
 
 def make_answer(row: dict, request: Request, chat: Chat) -> dict:
     """The output record: the input's fields and the response. An end token is counted but is no
-    text.
+    text. A `prefix` of the input begins the response, which is then not stripped.
     """
+    # decoded with what precedes it: alone, a token may lose the space that it begins with
+    prefix = row.get("prefix", "")
+    before = chat.encode(prefix)
+    written_text = chat.text([*before, *request.output])[len(chat.text(before)) :]
+    response = prefix + written_text if "prefix" in row else written_text.strip()
     written = ("id", "response", "finish_reason", "tokens")
     kept = {name: value for name, value in row.items() if name not in written}
     return {
         "id": row["id"],
         **kept,
-        "response": chat.text(request.output).strip(),
+        "response": response,
         "finish_reason": request.finish_reason,
         "tokens": len(request.output),
     }

@@ -29,9 +29,9 @@ import resource
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -220,25 +220,16 @@ def fit(
     and leaves the last checkpoint as it was.
     """
     model = shard(start, o)
-    parameters = model.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=o.lr, weight_decay=o.weight_decay, fused=True)
+    optimizer = make_optimizer(model, o)
     batches = make_batches(examples, o)
     steps = len(batches)
     first = resume(stage.scratch, model, optimizer)
-    with tqdm(total=steps, initial=first, desc=stage.out.name, **BAR) as bar:
-        for step in range(first, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = o.lr * lr_schedule(step, steps, o.warmup_ratio)
-            metrics = train_step(model, optimizer, batches[step], loss_fn, o, forward)
-            line = {"step": step + 1, **metrics}
-            refuse_non_finite(line, batches[step], stage)
-            log(stage.scratch, line)
-            if step == 0 and check:
-                check(line)
-            bar.update()
-            bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-            if o.save_every and (step + 1) % o.save_every == 0 and step + 1 < steps:
-                save_checkpoint(stage.scratch, model, optimizer, step + 1)
+    one_step = partial(train_step, model, optimizer, loss_fn=loss_fn, o=o, forward=forward)
+    for done, line in train_steps(one_step, batches[first:], first, steps, stage, o):
+        if done == 1 and check:
+            check(line)
+        if o.save_every and done % o.save_every == 0 and done < steps:
+            save_checkpoint(stage.scratch, model, optimizer, done)
 
     # the result: weights, tokenizer and template of `start`, metrics
     on_rank0(keep_metrics, stage)
@@ -253,6 +244,35 @@ def fit(
         "tokens": sum(tokens),
         "fresh": sum(tokens[first:]),
     }
+
+
+def make_optimizer(model: torch.nn.Module, o: TrainOptions) -> torch.optim.Optimizer:
+    parameters = model.parameters()
+    return torch.optim.AdamW(parameters, lr=o.lr, weight_decay=o.weight_decay, fused=True)
+
+
+def train_steps(
+    one_step: Callable[[list[Example], float], dict],
+    batches: list[list[Example]],
+    first: int,
+    steps: int,
+    stage: Stage,
+    o: TrainOptions,
+) -> Iterator[tuple[int, dict]]:
+    """Take a step on each of batches, the steps after `first` of a schedule of `steps`. one_step:
+    (examples, learning rate) -> metrics.
+
+    Yields (steps done, metrics) after each, so that the caller may save, watch or change the model.
+    """
+    with tqdm(total=steps, initial=first, desc=stage.out.name, **BAR) as bar:
+        for step, batch in enumerate(batches, first):
+            metrics = one_step(batch, o.lr * lr_schedule(step, steps, o.warmup_ratio))
+            line = {"step": step + 1, **metrics}
+            refuse_non_finite(line, batch, stage)
+            log(stage.scratch, line)
+            yield step + 1, line
+            bar.update()
+            bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
 
 
 def make_batches(examples: list, o: TrainOptions) -> list[list]:
@@ -283,10 +303,18 @@ def lr_schedule(step: int, steps: int, warmup_ratio: float) -> float:
 
 
 def train_step(
-    model, optimizer, batch: list[Example], loss_fn: LossFn, o: TrainOptions, forward: Callable
+    model,
+    optimizer,
+    batch: list[Example],
+    lr: float,
+    loss_fn: LossFn,
+    o: TrainOptions,
+    forward: Callable = response_logps,
 ) -> dict:
     """One optimizer step on a global batch; returns its metrics, the same on every rank."""
     begin = time.perf_counter()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     total = sum(example.weight for example in batch)
     sums: Counter = Counter()
     for ranks in micro_batches(batch, o):
@@ -310,7 +338,7 @@ def train_step(
         merged.update(of_one_rank)
     metrics = {name: value / total for name, value in merged.items()}
     metrics["grad_norm"] = norm.full_tensor().item()  # waits for a GPU
-    metrics["lr"] = optimizer.param_groups[0]["lr"]
+    metrics["lr"] = lr
     return {**metrics, **speed(model.config, batch, time.perf_counter() - begin, o)}
 
 
@@ -416,11 +444,15 @@ def resume(folder: Path, model, optimizer) -> int:
     """Load the latest complete checkpoint; return its step (0 if none)."""
     step = on_rank0(rewind, folder)
     if step:
-        weights, moments = get_state_dict(model, optimizer)
-        saved = {"model": weights, "optimizer": moments}
-        dcp.load(saved, checkpoint_id=folder / "checkpoint" / str(step))
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        load_checkpoint(folder, model, optimizer, step)
     return step
+
+
+def load_checkpoint(folder: Path, model, optimizer, step: int) -> None:
+    weights, moments = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": moments}
+    dcp.load(saved, checkpoint_id=folder / "checkpoint" / str(step))
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
 def rewind(folder: Path) -> int:

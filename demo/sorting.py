@@ -55,8 +55,8 @@ PRETRAINING = TrainOptions(lr=2e-3, epochs=1, batch=64, max_length=128, save_eve
 
 # What the held-out numbers do and do not show; the report prints it.
 NOTE = """
-Shown: where revising is easier than answering, iterating helps. M_0's text gave it the skill to
-revise; the cycle amplifies and distils that skill, but the world was made for it.
+What SynPO shows here: where revising is easier than answering, iterating helps. M_0's text gave it
+the skill to revise; the cycle amplifies and distils that skill, but the world was made for it.
 Not shown: that distilling after each revision matters (R_1 applied several times, then distilled
 once, ends about as high), or that rejected answers do (NLL on the chosen ones alone does as well).
 In the world of facts (recipes/facts.toml) nothing is gained after the first iteration."""

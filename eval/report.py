@@ -55,6 +55,7 @@ KINDS = {
     "prompts": "prompts",
     "base_answers": "answers",
     "samples": "answers",
+    "segments": "answers",
     "verdicts": "answers",
     "answers": "answers",
     "seed_answers": "answers",
@@ -62,6 +63,7 @@ KINDS = {
     "rewrites": "rewrites",
     "pairs": "rewrites",
     "policy": "policy",
+    "average": "policy",
     "heldout_answers": "eval",
     "heldout_rewrites": "eval",
     "eval": "eval",
@@ -368,7 +370,9 @@ def pair_rows(folders: list[Path]) -> Iterator[tuple[list, list]]:
         keywords = field_by_id(folder / "prompts.jsonl", "keywords")
         drafts = field_by_id(folder / "rewrites.jsonl", "draft")
         answers = field_by_id(folder / "base_answers.jsonl", "response")
-        for row in read_jsonl(folder / "pairs.jsonl"):
+        # a method may have no pairs in an iteration
+        pairs = folder / "pairs.jsonl"
+        for row in read_jsonl(pairs) if pairs.is_file() else []:
             name = row["id"]
             chosen = row["chosen"]
             rejected = row["rejected"]

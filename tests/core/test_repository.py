@@ -25,7 +25,7 @@ STAGES = ("sample", "train", "gen_prompts", "improve", "pairs", "dpo", "loop")
 Tree = dict[str, str]
 
 # Ceilings, in Python tokens. Raise one only for a feature that needs it, and say so in the commit.
-CORE_TOKENS = 19_850  # top-level files without losses.py; never above 20,000
+CORE_TOKENS = 20_000  # top-level files without losses.py; never above 20,000
 PLUMBING_TOKENS = 7_000  # never above 7,000
 # All Python outside tests/ at commit 7187c6c, before the code was reflowed:
 #     git archive 7187c6c | tar -x -C DIR && python tests/core/test_repository.py DIR

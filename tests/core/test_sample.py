@@ -39,6 +39,7 @@ from sample import (
     Request,
     SampleOptions,
     inverse_cdf,
+    make_answer,
     sample,
     sample_token,
     seed_of,
@@ -639,6 +640,53 @@ def test_records_keep_their_fields_and_their_own_limits(tiny, tmp_path):
     assert set(a) == {*own, "response", "finish_reason", "tokens"}
     assert a["level"] == 7
     assert a["response"] != "old"
+
+
+def test_a_prefix_cut_from_a_greedy_answer_gives_back_that_answer(tiny, tmp_path):
+    chat = Chat(tiny)
+    rows = []
+    whole = {}
+    requests = [Request(chat.prompt_ids(row), 12) for row in prompts(12)]
+    o = SampleOptions(run=FP32, temperature=0.0, ignore_eos=True)
+    Engine(load(tiny, torch.float32), chat, o).run(requests)
+    for row, request in zip(prompts(12), requests, strict=True):
+        text = chat.text(request.output)
+        for cut in range(12):
+            before = request.output[:cut]
+            prefix = chat.text(before)
+            # where a cut goes through a character, or tokens join otherwise, the text is another
+            if text.startswith(prefix) and chat.encode(prefix) == before:
+                name = f"{row['id']} {cut}"
+                whole[name] = text
+                rows.append({**row, "id": name, "prefix": prefix, "max_new_tokens": 12 - cut})
+    assert sum(row["prefix"] != "" for row in rows) > 5
+    how = {"temperature": 0.0, "ignore_eos": True}
+    for row in answers(tiny, rows, tmp_path / "rest.jsonl", **how):
+        assert row["response"] == whole[row["id"]]
+
+    # spaces at its ends are kept where there is a prefix, if only an empty one
+    spaces = [{"prompt": "x", "prefix": "  A ", "max_new_tokens": 1}]
+    [kept] = answers(tiny, spaces, tmp_path / "spaces.jsonl", **how)
+    assert kept["response"].startswith("  A ")
+
+
+class WordTokens:
+    """A tokenizer whose decoder drops the space that a text begins with, as Llama 2's does."""
+
+    def encode(self, text):
+        return text.split()
+
+    def text(self, ids):
+        return " ".join(ids)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "response"), [({"prefix": "the red"}, "the red fox ran"), ({}, "fox ran")]
+)
+def test_a_continuation_keeps_the_space_before_it(prefix, response):
+    request = Request([1], 2, 0, output=["fox", "ran"], finish_reason="stop")
+    written = make_answer({"id": "a", "prompt": "x", **prefix}, request, WordTokens())
+    assert written["response"] == response
 
 
 @pytest.mark.slow

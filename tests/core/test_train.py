@@ -310,7 +310,7 @@ def test_bf16_computes_on_fp32_masters_that_move_at_lr_1e_6(tiny):
     for row in ROWS:
         ids, start = make_sequence(chat, row, row["response"], o)
         batch.append(Example(row["id"], [(ids, start)], weight=len(ids) - start))
-    train_step(model, optimizer, batch, sft_loss, o, response_logps)
+    train_step(model, optimizer, batch, o.lr, sft_loss, o)
 
     # bf16 between the layers, fp32 in all that is kept
     assert set(seen) == {torch.bfloat16}

@@ -808,7 +808,7 @@ def test_hostile_texts_are_shown_as_texts(chrome, evil, size):
     assert "x <b>" in page.text("#benchmarks")
     assert EVIL.split("/")[-1] in page.text("#facts")
     assert "(empty)" in page.text(".options")
-    assert page.text("h1") == "SynPO run “run <img src=x onerror=hacked=1>”"
+    assert page.text("h1") == "Run “run <img src=x onerror=hacked=1>”"
     assert page.search(EVIL.split(" ")[0]) == [(EVIL + " 1")[:300], EVIL, EVIL + " 2", EVIL]
     assert not page.troubles()
 
