@@ -25,7 +25,7 @@ import sample
 import train
 from checkpoint import Checkpoint
 from eval import heldout
-from methods import controls, ranking, self_rewarding
+from methods import almost, controls, online, ranking, rlsf, sapo, self_rewarding
 from plumbing import stage
 from plumbing.options import RunOptions
 from plumbing.records import digest, load_json, write_json, write_jsonl, write_text
@@ -598,8 +598,9 @@ def given(tmp_path_factory) -> Path:
     good = [{"prompt": prompt, "response": f"{prompt} It does."} for prompt in PROMPTS]
     bad = [{"prompt": prompt, "response": "No.", "finish_reason": "stop"} for prompt in PROMPTS]
     rows = [{"prompt": p, "chosen": f"{p} Yes, it does.", "rejected": "No."} for p in PROMPTS]
-    for name in ("seeds", "heldout", "answers"):
+    for name in ("seeds", "heldout"):
         write_rows(folder / f"{name}.jsonl", good)
+    write_rows(folder / "answers.jsonl", [{**row, "finish_reason": "stop"} for row in good])
     for name in ("prompts", "drafts", "base_answers", "earlier"):
         write_rows(folder / f"{name}.jsonl", bad)
     for name in ("pairs1", "pairs2"):
@@ -610,7 +611,10 @@ def given(tmp_path_factory) -> Path:
     write_rows(folder / "samples.jsonl", samples)
     several = [{**row, "id": row["prompt"], "sample": i} for row in good for i in range(2)]
     several = [{**row, "response": f"{row['response']} {row['sample']}"} for row in several]
-    write_rows(folder / "several.jsonl", several)
+    judged = {"finish_reason": "stop", "reward": 0.5}
+    write_rows(folder / "several.jsonl", [{**row, **judged} for row in several])
+    cut = {"prefix": "", "rest": " It does.", "finish_reason": "length"}
+    write_rows(folder / "segments.jsonl", [{**row, **cut, "gold": row["response"]} for row in good])
     write_rows(folder / "judged.jsonl", [{**row, "verdict": "Score: 2"} for row in good])
     asked = [digest(row["id"], row["sample"], "judged") for row in several]
     verdicts = [{"id": name, "prompt": "Q", "response": "Score: 3"} for name in asked]
@@ -618,6 +622,7 @@ def given(tmp_path_factory) -> Path:
     (folder / "corpus.txt").write_text("the quick fox can jump\n\nthe quiet owl can sleep well\n")
     (folder / "plugin.py").write_text(PLUGIN)
     (folder / "stage_neighbour.py").write_text("FACTOR = 1.0\n")
+    train_on_pairs(folder, folder / "before", first=True)
     return folder
 
 
@@ -726,6 +731,94 @@ def mean_scores(f, out):
     return ["several.jsonl", "verdicts.jsonl"]
 
 
+def cut_segments(f, out):
+    run = settings(f)[0]["run"]
+    o = sapo.SapoOptions(run=run, segment=2), dpo.PolicyOptions(**settings(f)[0])
+    sapo.cut_segments(f / "seeds.jsonl", f / "model", out.with_suffix(".jsonl"), *o, (0, 2))
+    return ["seeds.jsonl", "model"]
+
+
+def new_pairs(f, out):
+    run = settings(f)[0]["run"]
+    sapo.new_pairs(f / "segments.jsonl", out.with_suffix(".jsonl"), run)
+    return ["segments.jsonl"]
+
+
+def join_pairs(f, out):
+    files = [f / "pairs1.jsonl", f / "pairs2.jsonl"]
+    sapo.join_pairs(files, out.with_suffix(".jsonl"), settings(f)[0]["run"])
+    return ["pairs1.jsonl", "pairs2.jsonl"]
+
+
+def draw(f, out):
+    files = [f / "pairs1.jsonl", f / "pairs2.jsonl"]
+    o = sapo.SapoOptions(run=settings(f)[0]["run"])
+    sapo.draw(files, out.with_suffix(".jsonl"), o, batch=3, steps=(0, 2))
+    return ["pairs1.jsonl", "pairs2.jsonl"]
+
+
+def first_and_second(f, folder) -> list[online.Round]:
+    """Two rounds of a step each, the second in the folder."""
+    first = online.Round(f / "model", f / "before", None, 0, 1, 2)
+    return [first, online.Round(f / "model", folder, first, 1, 2, 2)]
+
+
+def train_on_pairs(f, out, first=False):
+    o = sapo.Options(policy=dpo.PolicyOptions(**{**settings(f)[0], "batch": 3}))
+    o = replace(o, run=settings(f)[0]["run"])
+    pairs = f / "pairs1.jsonl"
+    r = first_and_second(f, out)[0 if first else 1]
+    reference = f / ("model" if first else "second")
+    sapo.train_on_pairs(r, pairs, reference, o, out.with_name("cache"))
+    return ["model", "before/average", "second", "pairs1.jsonl"]
+
+
+def train_on_answers(f, out):
+    o = rlsf.RlsfOptions(**{**settings(f)[0], "batch": 6}, samples=2)
+    answers = f / "several.jsonl"
+    r = first_and_second(f, out)[1]
+    rlsf.train_on_answers(r, answers, f / "second", o, out.with_name("cache"))
+    return ["model", "before/average", "second", "several.jsonl"]
+
+
+def export_policy(f, out):
+    o = dpo.PolicyOptions(**settings(f)[0])
+    first, _ = first_and_second(f, out)
+    online.export_policy(first, [first], out, o)
+    return ["model", "before/average"]
+
+
+def prompts_of_steps(f, out):
+    o = rlsf.RlsfOptions(**settings(f)[0], samples=2)
+    rlsf.prompts_of_steps(f / "prompts.jsonl", out.with_suffix(".jsonl"), o, (0, 2))
+    return ["prompts.jsonl"]
+
+
+def score_answers(f, out):
+    o = rlsf.RlsfOptions(**settings(f)[0])
+    rlsf.score_answers(f / "several.jsonl", f / "reward", out.with_suffix(".jsonl"), o)
+    return ["several.jsonl", "reward"]
+
+
+def first_seeds(f, out):
+    run = settings(f)[0]["run"]
+    almost.first_seeds(f / "seeds.jsonl", 2, out.with_suffix(".jsonl"), run)
+    return ["seeds.jsonl"]
+
+
+def compare(f, out):
+    o = almost.AlmostOptions(run=settings(f)[0]["run"], plain=True)
+    files = [f / "answers.jsonl", f / "base_answers.jsonl"]
+    almost.compare(files, [0, 1], out.with_suffix(".jsonl"), o)
+    return ["answers.jsonl", "base_answers.jsonl"]
+
+
+def favourites(f, out):
+    o = almost.AlmostOptions(run=settings(f)[0]["run"])
+    almost.favourites(f / "several.jsonl", f / "reward", out.with_suffix(".jsonl"), o)
+    return ["several.jsonl", "reward"]
+
+
 def train_policy(f, out, names=("pairs1", "pairs2"), also=(), **how):
     o = dpo.PolicyOptions(**settings(f)[0], **how)
     files = [f / f"{name}.jsonl" for name in names]
@@ -828,6 +921,18 @@ STAGES = {
     "teach": teach,
     "ask": ask,
     "mean_scores": mean_scores,
+    "cut_segments": cut_segments,
+    "new_pairs": new_pairs,
+    "join_pairs": join_pairs,
+    "draw": draw,
+    "train_on_pairs": train_on_pairs,
+    "train_on_answers": train_on_answers,
+    "export_policy": export_policy,
+    "prompts_of_steps": prompts_of_steps,
+    "score_answers": score_answers,
+    "first_seeds": first_seeds,
+    "compare": compare,
+    "favourites": favourites,
     "score_heldout": score_heldout,
     "score_heldout, plug-in": with_plugin(score_heldout, "evaluate", "evaluate"),
 }
@@ -875,7 +980,11 @@ def test_a_stage_is_not_up_to_date_once_a_file_it_reads_has_changed(
     files = []
     for path in [f / name for name in reads] + [f / "template.jinja"]:
         files += sorted(path.iterdir()) if path.is_dir() else [path]
-    assert {file for file in opened if f in Path(file).parents} <= {*files}
+    # what a round leaves besides its average follows from what the average does
+    beside = ("training", "manifest.json", "metrics.jsonl")
+    files = [file for file in files if file.name not in beside]
+    here = {file for file in opened if f in file.parents and not {*beside} & {*file.parts}}
+    assert here <= {*files}
     assert f / "template.jinja" in opened
 
     capsys.readouterr()

@@ -1,0 +1,176 @@
+"""Reinforcement learning against a reward model: RLOO with a clipped ratio, no value network.
+
+In rounds (methods/online.py): the policy answers the prompts of a few optimizer steps, k times
+each; then it takes these steps, one batch of answers each. With
+    R = r(x, y) - kl (log pi_old(y|x) - log pi_ref(y|x))
+an answer's advantage is R less the mean R of its prompt's other answers (leave one out, arXiv
+2402.14740), divided by the standard deviation of the round's advantages. Its loss is
+    - sum over tokens of min(ratio A, clip(ratio, 1 - c, 1 + c) A),   ratio = pi / pi_old of a token
+as in PPO (arXiv 1707.06347, equation 7), and the mean over the answers of a batch counts.
+
+--rlsf.refresh 1 is on-policy; above, one sampling serves several steps. Answers are texts,
+tokenised again, so that a few ratios may belong to other tokens than were sampled. No end token is
+scored where the limit cut an answer off.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+
+import torch
+
+from dpo import PolicyOptions, add_reference_logps
+from methods.online import Round, export_policy, forget, make_rounds, presented, train_round
+from plumbing.chat import Chat
+from plumbing.options import Count
+from plumbing.ranks import on_rank0
+from plumbing.records import InputError, read_jsonl, write_jsonl
+from plumbing.stage import Stage
+from sample import SampleOptions, sample
+from scorers.load import load_scorer
+from train import Example, make_sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlsfOptions(PolicyOptions):
+    """Of PolicyOptions, loss, nll and epochs do not count."""
+
+    lr: float = 1e-6  # peak learning rate
+    batch: Count = 128  # answers per optimizer step, over all processes
+    steps: Count = 25  # optimizer steps per iteration
+    refresh: Count = 8  # steps between two samplings
+    samples: Count = 4  # answers per prompt
+    kl: float = 0.05  # weight of the divergence from the reference in the reward
+    clip: float = 0.2  # how far the ratio counts
+    max_new_tokens: Count = 512  # limit per answer
+
+
+def check_rlsf(o: RlsfOptions) -> None:
+    if o.samples < 2:
+        raise InputError(f"--rlsf.samples {o.samples}: others are the baseline; give at least 2")
+    if o.batch % o.samples:
+        raise InputError(f"--rlsf.batch {o.batch}: give a multiple of --rlsf.samples {o.samples}")
+
+
+def reinforce(
+    model: Path, x: Path, reward_model: Path, reference: Path, it: Path, o: RlsfOptions, cache: Path
+) -> Path:
+    """it/policy <- reinforcement learning of the model on the prompts x."""
+    rounds = make_rounds(model, [it], o.steps, o.refresh)
+    # the distribution that is sampled is the one that is scored
+    sampling = SampleOptions(run=o.run, temperature=1.0, top_p=1.0, max_new_tokens=o.max_new_tokens)
+    for i, r in enumerate(rounds):
+        asked = prompts_of_steps(x, r.folder / "prompts.jsonl", o, (r.first, r.last))
+        answers = r.folder / "samples.jsonl"
+        sample(r.sampled, asked, answers, sampling, o.samples, f"rollouts {r.first}")
+        scored = score_answers(answers, reward_model, r.folder / "scored.jsonl", o)
+        train_on_answers(r, scored, reference, o, cache)
+        for old in rounds[:i]:
+            on_rank0(forget, old)
+    export_policy(rounds[-1], rounds, it / "policy", o)
+    on_rank0(forget, rounds[-1])
+    return it / "policy"
+
+
+def prompts_of_steps(x: Path, out: Path, o: RlsfOptions, steps: tuple[int, int]) -> Path:
+    """Stage: the prompts of the steps."""
+    stage = Stage(out, o, prompts=x, between=steps)
+    if stage.done:
+        return out
+    first, last = (step * o.batch // o.samples for step in steps)
+    places = presented(read_jsonl(x, "prompt"), first, last, o.run.seed)
+    rows = [{**row, "id": f"{row['id']} {place}"} for place, row in places]
+    on_rank0(write_jsonl, out, rows)
+    return stage.finish(prompts=len(rows))
+
+
+def score_answers(answers: Path, reward_model: Path, out: Path, o: RlsfOptions) -> Path:
+    """Stage: answers with `reward`."""
+    stage = Stage(out, run=o.run, answers=answers, scorer=reward_model)
+    if stage.done:
+        return out
+    rows = read_jsonl(answers, "prompt")
+    scorer = load_scorer(str(reward_model), None, o.run, stage.scratch / "scores", True)
+    rewards = scorer(rows)
+    scored = [{**row, "reward": reward} for row, reward in zip(rows, rewards, strict=True)]
+    on_rank0(write_jsonl, out, scored)
+    return stage.finish(answers=len(rows), reward=round(mean(rewards), 4))
+
+
+def train_on_answers(r: Round, scored: Path, reference: Path, o: RlsfOptions, cache: Path) -> Path:
+    """Stage: a round's steps on scored answers."""
+    stage = Stage(
+        r.average,
+        o,
+        model=r.start,
+        average=r.sampled,
+        reference=reference,
+        answers=scored,
+        step=r.first,
+        total=r.total,
+    )
+    if stage.done:
+        return r.average
+    rows = read_jsonl(scored, "prompt")
+    chat = Chat(r.start, o.run.chat_template)
+    examples = [make_answer(chat, row, o) for row in rows]
+    batches = [examples[i : i + o.batch] for i in range(0, len(examples), o.batch)]
+    add_reference_logps("old", r.sampled, batches, cache, o, per_token=True)
+    add_reference_logps("reference", reference, batches, cache, o)
+
+    # rewards less what leaving the reference costs, and from these the advantages
+    for example in examples:
+        example.extra["kl"] = sum(example.extra["old"][0]) - example.extra["reference"][0]
+    totals = [e.extra["reward"] - o.kl * e.extra["kl"] for e in examples]
+    for example, advantage in zip(examples, advantages(totals, o.samples), strict=True):
+        example.extra["advantage"] = advantage
+    counts = train_round(r, batches, clipped_loss(o.clip), stage, o)
+    divergence = round(mean(e.extra["kl"] for e in examples), 4)
+    return stage.finish(answers=len(rows), kl=divergence, **counts)
+
+
+def make_answer(chat: Chat, row: dict, o: RlsfOptions) -> Example:
+    """An answer as it was sampled: with an end token only where it has ended."""
+    sequence = make_sequence(chat, row, row["response"], o)
+    if sequence is None:
+        raise InputError(f"{row['id']}: its prompt does not fit --rlsf.max-length {o.max_length}")
+    ids, start = sequence
+    if row["finish_reason"] == "length" and ids[-1] == chat.end and len(ids) - start > 1:
+        ids = ids[:-1]
+    return Example(row["id"], [(ids, start)], extra={"reward": row["reward"]})
+
+
+def advantages(rewards: list[float], k: int) -> list[float]:
+    """Rewards of k answers to each prompt in a row -> advantages with standard deviation 1; 0 where
+    all are equal.
+    """
+    raw = [one for i in range(0, len(rewards), k) for one in leave_one_out(rewards[i : i + k])]
+    deviation = pstdev(raw)
+    return [one / deviation if deviation else 0.0 for one in raw]
+
+
+def leave_one_out(rewards: list[float]) -> list[float]:
+    """Each reward less the mean of the others."""
+    total, others = sum(rewards), len(rewards) - 1
+    return [reward - (total - reward) / others for reward in rewards]
+
+
+def clipped_loss(clip: float):
+    """The loss_fn of train_round."""
+
+    def loss_fn(examples: list[Example], logps: list[list[torch.Tensor]]):
+        losses = []
+        sums = defaultdict(float)
+        for example, (new,) in zip(examples, logps, strict=True):
+            old = torch.tensor(example.extra["old"][0], device=new.device)  # (tokens,)
+            advantage = example.extra["advantage"]
+            ratio = (new - old).exp()
+            clipped = ratio.clamp(1 - clip, 1 + clip)
+            losses.append(-torch.minimum(ratio * advantage, clipped * advantage).sum())
+            sums["reward"] += example.extra["reward"]
+            sums["kl"] += example.extra["kl"]
+            sums["clipped"] += (ratio != clipped).float().mean().item()
+        return torch.stack(losses).sum(), dict(sums)
+
+    return loss_fn
