@@ -55,7 +55,7 @@ from train import TrainOptions, finetune
 @dataclass(frozen=True, kw_only=True)
 class AlmostOptions:
     run: RunOptions = RunOptions()
-    assistants: str = "sft:0"  # best first, commas between, ties by /: checkpoints, or sft:N
+    assistants: str = "sft:0"  # best first, commas between, ties by =: checkpoints, or sft:N
     favourites: Count = 4  # answers of the best assistant, of which the reward model picks one
     plain: bool = False  # answers may be short, end anyhow and begin with "well"
 
@@ -115,7 +115,7 @@ def read_assistants(o: AlmostOptions) -> list[tuple[int, str]]:
     """(rank, name), the best first; InputError unless they are of two ranks at least."""
     ranked = []
     for rank, tied in enumerate(o.assistants.split(",")):
-        for name in tied.split("/"):
+        for name in tied.split("="):
             ranked.append((rank, name.strip()))
     if ranked[-1][0] == 0:
         fix = "give at least two, the best first, such as sft:100,sft:0"
@@ -145,8 +145,6 @@ def first_seeds(seeds: Path, number: int, out: Path, run: RunOptions) -> Path:
     if stage.done:
         return out
     rows = read_jsonl(seeds, "prompt", "response")
-    if number > len(rows):
-        raise InputError(f"--almost.assistants sft:{number}: there are {len(rows)} seeds")
     on_rank0(write_jsonl, out, rows[:number])
     return stage.finish(records=number)
 
@@ -240,9 +238,13 @@ def favourites(samples: Path, reward_model: Path, out: Path, o: AlmostOptions) -
 
 def main(o: Options) -> dict:
     refuse(o, "rejected", "start", "data", "more_pairs", "one_shot")
-    read_assistants(o.almost)
+    ranked = read_assistants(o.almost)
     check_rlsf(o.rlsf)
     o = prepare(o)
+    seeds = len(read_jsonl(o.seeds)[: o.seeds_limit or None]) if o.seeds else 0
+    for _, name in ranked:
+        if name.startswith("sft:") and int(name.removeprefix("sft:")) > seeds:
+            raise InputError(f"--almost.assistants {name}: there are {seeds} seeds; give fewer")
     return boost(iteration, Run(o, o.out, o.out))
 
 
