@@ -149,7 +149,14 @@ def run_variant(job: Job, o: Namespace, lock) -> tuple[Job, dict[str, dict], str
     command = ["-m", "methods.controls", "--run", str(run)]
     if name != "controls":
         command = [str(ROOT / "loop.py"), *flags(name, seed, o)]
-    log = run.with_suffix(".log")
+    why = run_command(command, run.with_suffix(".log"), lock)
+    if why:
+        return job, {}, why
+    return job, rows_of(name, run, o.iters), ""
+
+
+def run_command(command: list[str], log: Path, lock) -> str:
+    """Run Python with a command line on one thread, its output in log; returns why it failed."""
     with open(log, "w") as file:
         code = subprocess.run(
             [sys.executable, *command],
@@ -158,10 +165,10 @@ def run_variant(job: Job, o: Namespace, lock) -> tuple[Job, dict[str, dict], str
             stdout=file,
             stderr=subprocess.STDOUT,
         ).returncode
-    if code:
-        text = log.read_text().strip() or f"exit code {code}"
-        return job, {}, f"{log}: {text.splitlines()[-1]}"
-    return job, rows_of(name, run, o.iters), ""
+    if not code:
+        return ""
+    text = log.read_text().strip() or f"exit code {code}"
+    return f"{log}: {text.splitlines()[-1]}"
 
 
 def rows_of(name: str, run: Path, T: int) -> dict[str, dict]:

@@ -38,6 +38,14 @@ def evaluate(run, t: int) -> None:
         benchmark.run(name, given, model, prompts, it / "eval" / name, o.run)
 
 
+def evaluate_one(run, model: Path) -> None:
+    """Held-out score of a model that is no M_t: MODEL_eval.json beside it."""
+    if run.o.heldout:
+        answers = model.with_name(f"{model.name}_answers.jsonl")
+        sample(model, run.heldout, answers, run.o.answers, purpose="heldout")
+        score(run, answers, model.with_name(f"{model.name}_eval.json"), model)
+
+
 def evaluate_improver(run, R: Path, t: int) -> None:
     """Held-out score of R_t's rewrites of M_{t-1}'s responses; skipped if R_t is discarded."""
     o, it = run.o, run.iter(t)

@@ -67,7 +67,7 @@ class Options(loop.Options):
     start: str = "previous"  # fixed: M_t starts from M_{t-1}
     data: str = "fresh"  # fixed: there are no pairs but the reward model's
     almost: AlmostOptions = AlmostOptions()
-    answers: SampleOptions = SampleOptions(temperature=1.0, top_p=0.9)  # sampling from assistants
+    sampling: SampleOptions = SampleOptions(temperature=1.0, top_p=0.9)  # from assistants
     reward: RewardOptions = RewardOptions(lr=2e-5, batch=128, weight_decay=0.1, max_length=1024)
     demonstrations: TrainOptions = TrainOptions(lr=2e-5, batch=64, max_length=512)  # SFT to M_1
     rlsf: RlsfOptions = RlsfOptions()  # reinforcement learning, from iteration 2 on
@@ -96,14 +96,14 @@ def learn_from_comparisons(run: Run, x: Path, reward_model: Path) -> None:
     answers = []
     for i, model in enumerate(assistants):
         out = it / f"assistant{i}.jsonl"
-        answers.append(sample(model, x, out, o.answers, purpose=f"assistant {i}"))
+        answers.append(sample(model, x, out, o.sampling, purpose=f"assistant {i}"))
     ranks = [rank for rank, _ in ranked]
     pairs = compare(answers, ranks, it / "pairs.jsonl", o.almost)
 
     # the reward model's favourites among n answers of the best assistant
     train_reward(M_0, pairs, reward_model, o.reward)
     n = o.almost.favourites
-    several = sample(assistants[0], x, it / "samples.jsonl", o.answers, n, "favourites")
+    several = sample(assistants[0], x, it / "samples.jsonl", o.sampling, n, "favourites")
     lessons = favourites(several, reward_model, it / "favourites.jsonl", o.almost)
     finetune(M_0, lessons, run.model(1), o.demonstrations)
 
@@ -163,10 +163,10 @@ def compare(files: list[Path], ranks: list[int], out: Path, o: AlmostOptions) ->
     for rows in zip(*answers, strict=True):
         good = [i for i, row in enumerate(rows) if not is_bad(row, o.plain)]
         counts["bad"] += len(rows) - len(good)
-        found = comparisons([(ranks[i], len(rows[i]["response"])) for i in good])
-        for better, worse in found:
-            better, worse = good[better], good[worse]
-            pairs.append(make_pair(rows[better], rows[worse], (better, worse)))
+        ranked = [(ranks[i], len(rows[i]["response"])) for i in good]
+        for better, worse in comparisons(ranked):
+            places = (good[better], good[worse])
+            pairs.append(make_pair(rows[places[0]], rows[places[1]], places))
     kept = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
     if not kept:
         problem = f"no pair of {len(answers[0])} prompts left; {counts['bad']} answers are bad"
@@ -179,9 +179,15 @@ def compare(files: list[Path], ranks: list[int], out: Path, o: AlmostOptions) ->
 def make_pair(better: dict, worse: dict, places: tuple[int, int]) -> dict:
     written = ("response", "finish_reason", "tokens")
     asked = {name: value for name, value in better.items() if name not in written}
-    texts = {"chosen": better["response"], "rejected": worse["response"]}
-    of = dict(zip(("assistant_chosen", "assistant_rejected"), places, strict=True))
-    return {**asked, "id": f"{better['id']} {places[0]} {places[1]}", **texts, **of}
+    first, second = places
+    return {
+        **asked,
+        "id": f"{better['id']} {first} {second}",
+        "chosen": better["response"],
+        "rejected": worse["response"],
+        "assistant_chosen": first,
+        "assistant_rejected": second,
+    }
 
 
 def comparisons(answers: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -213,7 +219,10 @@ def is_bad(row: dict, plain: bool = False) -> bool:
     turn = re.search(r"^(human|user|assistant):|<image>", text, re.IGNORECASE | re.MULTILINE)
     if not text or row["finish_reason"] == "length" or ignorant or turn:
         return True
-    return not plain and (len(text) < 50 or text[-1] not in ".!" or text.lower().startswith("well"))
+    if plain:
+        return False
+    short = len(text) < 50
+    return short or text[-1] not in ".!" or text.lower().startswith("well")
 
 
 def favourites(samples: Path, reward_model: Path, out: Path, o: AlmostOptions) -> Path:

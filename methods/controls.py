@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from dpo import train_policy
-from eval.in_run import evaluate, score
+from eval.in_run import evaluate, evaluate_one
 from eval.report import report
 from improve import gold_and_draft, read_drafts, rewrite, train_improver
 from loop import Options, Run, synpo
@@ -29,7 +29,6 @@ from plumbing.options import RunOptions, cli, parse_options
 from plumbing.ranks import on_rank0, print0
 from plumbing.records import InputError, read_jsonl, write_jsonl
 from plumbing.stage import Stage
-from sample import sample
 from train import finetune
 
 
@@ -49,14 +48,6 @@ def seed_pairs(cycle: Run, out: Path, total: int) -> None:
     policy = replace(o.policy, epochs=epochs)
     train_policy(M_0, [pairs], out, policy, reference=M_0, cache=cycle.cache)
     evaluate_one(cycle, out)
-
-
-def evaluate_one(cycle: Run, model: Path) -> None:
-    """Held-out score of a control that is no cycle: MODEL_eval.json beside it."""
-    if cycle.o.heldout:
-        answers = model.with_name(f"{model.name}_answers.jsonl")
-        sample(model, cycle.heldout, answers, cycle.o.answers, purpose="heldout")
-        score(cycle, answers, model.with_name(f"{model.name}_eval.json"), model)
 
 
 def gold_pairs(seeds: Path, drafts: Path, out: Path, run: RunOptions) -> Path:

@@ -102,6 +102,11 @@ def presented(rows: list[dict], first: int, last: int, seed: int) -> list[tuple[
     return found
 
 
+def in_batches(items: list, size: int) -> list[list]:
+    """One batch after the other, in their order."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def train_round(
     r: Round,
     batches: list[list[Example]],

@@ -21,7 +21,15 @@ from statistics import mean, pstdev
 import torch
 
 from dpo import PolicyOptions, add_reference_logps
-from methods.online import Round, export_policy, forget, make_rounds, presented, train_round
+from methods.online import (
+    Round,
+    export_policy,
+    forget,
+    in_batches,
+    make_rounds,
+    presented,
+    train_round,
+)
 from plumbing.chat import Chat
 from plumbing.options import Count
 from plumbing.ranks import on_rank0
@@ -115,13 +123,14 @@ def train_on_answers(r: Round, scored: Path, reference: Path, o: RlsfOptions, ca
     rows = read_jsonl(scored, "prompt")
     chat = Chat(r.start, o.run.chat_template)
     examples = [make_answer(chat, row, o) for row in rows]
-    batches = [examples[i : i + o.batch] for i in range(0, len(examples), o.batch)]
+    batches = in_batches(examples, o.batch)
     add_reference_logps("old", r.sampled, batches, cache, o, per_token=True)
     add_reference_logps("reference", reference, batches, cache, o)
 
     # rewards less what leaving the reference costs, and from these the advantages
     for example in examples:
-        example.extra["kl"] = sum(example.extra["old"][0]) - example.extra["reference"][0]
+        old, reference_logp = example.extra["old"][0], example.extra["reference"][0]
+        example.extra["kl"] = sum(old) - reference_logp
     totals = [e.extra["reward"] - o.kl * e.extra["kl"] for e in examples]
     for example, advantage in zip(examples, advantages(totals, o.samples), strict=True):
         example.extra["advantage"] = advantage
@@ -136,7 +145,8 @@ def make_answer(chat: Chat, row: dict, o: RlsfOptions) -> Example:
     if sequence is None:
         raise InputError(f"{row['id']}: its prompt does not fit --rlsf.max-length {o.max_length}")
     ids, start = sequence
-    if row["finish_reason"] == "length" and ids[-1] == chat.end and len(ids) - start > 1:
+    cut_off = row["finish_reason"] == "length"
+    if cut_off and ids[-1] == chat.end and len(ids) - start > 1:
         ids = ids[:-1]
     return Example(row["id"], [(ids, start)], extra={"reward": row["reward"]})
 
@@ -145,7 +155,9 @@ def advantages(rewards: list[float], k: int) -> list[float]:
     """Rewards of k answers to each prompt in a row -> advantages with standard deviation 1; 0 where
     all are equal.
     """
-    raw = [one for i in range(0, len(rewards), k) for one in leave_one_out(rewards[i : i + k])]
+    raw = []
+    for of_one_prompt in in_batches(rewards, k):
+        raw += leave_one_out(of_one_prompt)
     deviation = pstdev(raw)
     return [one / deviation if deviation else 0.0 for one in raw]
 

@@ -48,7 +48,15 @@ from dpo import PolicyOptions, add_reference_logps, check_start, make_examples, 
 from dpo import preference_loss
 from loop import Run, boost, prepare
 from methods.checks import refuse
-from methods.online import Round, export_policy, forget, make_rounds, presented, train_round
+from methods.online import (
+    Round,
+    export_policy,
+    forget,
+    in_batches,
+    make_rounds,
+    presented,
+    train_round,
+)
 from pairs import words
 from plumbing.chat import Chat
 from plumbing.options import Count, RunOptions, cli
@@ -56,6 +64,18 @@ from plumbing.ranks import on_rank0
 from plumbing.records import InputError, read_jsonl, rng, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, sample
+
+
+# fields of a request for a segment, and of what comes back, that a pair does not have
+REQUEST = {
+    "prefix",
+    "rest",
+    "gold",
+    "max_new_tokens",
+    "response",
+    "finish_reason",
+    "tokens",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +95,7 @@ class Options(loop.Options):
     rejected: str = "previous"  # fixed: gold with a segment of the EMA's
     start: str = "previous"  # fixed: training goes on
     sapo: SapoOptions = SapoOptions()
-    answers: SampleOptions = SampleOptions(top_p=0.95)  # sampling from the EMA
+    sampling: SampleOptions = SampleOptions(top_p=0.95)  # from the EMA; max_new_tokens: segment
 
 
 def iteration(run: Run, t: int) -> None:
@@ -89,7 +109,9 @@ def iteration(run: Run, t: int) -> None:
         # the EMA writes a segment of every gold response of the incoming batches
         steps = (r.first, r.last)
         cut = cut_segments(run.seeds, M_0, r.folder / "cut.jsonl", o.sapo, o.policy, steps)
-        written = sample(r.sampled, cut, r.folder / "segments.jsonl", o.answers, purpose="segments")
+        written = sample(
+            r.sampled, cut, r.folder / "segments.jsonl", o.sampling, purpose="segments"
+        )
         new_pairs(written, r.folder / "pairs.jsonl", o.run)
 
         # the buffer, replayed from the first step on
@@ -97,8 +119,10 @@ def iteration(run: Run, t: int) -> None:
         D = draw(pairs, r.folder / "drawn.jsonl", o.sapo, o.policy.batch, steps)
 
         # steps of the policy and its EMA; the reference is the EMA at the last multiple
-        train_on_pairs(r, D, last_reference(past, r.first, o.sapo.reference), o, run.cache)
-        still_read = last_reference(past, r.last, o.sapo.reference)
+        every_so_many = o.sapo.reference
+        reference = last_reference(past, r.first, every_so_many)
+        train_on_pairs(r, D, reference, o, run.cache)
+        still_read = last_reference(past, r.last, every_so_many)
         for old in past[:-1]:
             on_rank0(forget, old, old.average == still_read)
 
@@ -155,12 +179,16 @@ def cut_segments(
     first, last = (step * policy.batch for step in steps)
     cut = []
     for place, row in presented(usable, first, last, o.run.seed):
-        prompt, gold = len(chat.prompt_ids(row)), chat.response_ids(row["response"])
+        prompt = len(chat.prompt_ids(row))
+        gold = chat.response_ids(row["response"])
         length, latest = span(prompt, len(gold), o.segment, longest)
         begin = rng(o.run.seed, "segment", place).randint(0, latest)
         parts = split(chat, gold[: longest - prompt], begin, length)
-        cut.append({**without_response(row), "id": f"{row['id']} {place}", **parts})
-        cut[-1] |= {"max_new_tokens": length, "gold": row["response"]}
+        request = {name: value for name, value in row.items() if name != "response"}
+        request["id"] = f"{row['id']} {place}"
+        request["max_new_tokens"] = length
+        request["gold"] = row["response"]
+        cut.append({**request, **parts})
     on_rank0(write_jsonl, out, cut)
     return stage.finish(segments=len(cut), no_room=len(rows) - len(usable))
 
@@ -172,10 +200,6 @@ def fitting(rows: list[dict], chat: Chat, longest: int, source: Path) -> list[di
         problem = f"no prompt leaves room in --policy.max-length {longest}"
         raise InputError(f"{source}: {problem}; raise it")
     return usable
-
-
-def without_response(row: dict) -> dict:
-    return {name: value for name, value in row.items() if name != "response"}
 
 
 def span(prompt: int, answer: int, segment: int, longest: int) -> tuple[int, int]:
@@ -214,8 +238,7 @@ def new_pairs(segments: Path, out: Path, run: RunOptions) -> Path:
     for row in read_jsonl(segments, "prompt"):
         ended = row["finish_reason"] == "stop"
         rejected = row["response"] if ended else row["response"] + row["rest"]
-        written = ("prefix", "rest", "gold", "response", "finish_reason", "tokens")
-        asked = {k: v for k, v in row.items() if k not in (*written, "max_new_tokens")}
+        asked = {name: value for name, value in row.items() if name not in REQUEST}
         pairs.append({**asked, "chosen": row["gold"], "rejected": rejected})
         counts["same"] += rejected.split() == row["gold"].split()
         counts["empty"] += not rejected
@@ -248,8 +271,7 @@ def draw(files: list[Path], out: Path, o: SapoOptions, batch: int, steps: tuple[
     if stage.done:
         return out
     pairs = [row for path in files for row in read_jsonl(path, "prompt")]
-    arrivals = [pairs[i : i + batch] for i in range(0, len(pairs), batch)]
-    drawn = replay(arrivals, batch, o)
+    drawn = replay(in_batches(pairs, batch), batch, o)
     rows = []
     for step in range(*steps):
         for i, pair in enumerate(drawn[step]):
@@ -267,7 +289,8 @@ def replay(arrivals: list[list[dict]], batch: int, o: SapoOptions) -> list[list[
     for step, new in enumerate(arrivals):
         buffer.extend(new)
         likely = weights([times[pair["id"]] for pair in buffer])
-        found = rng(o.run.seed, "buffer", step).choices(list(buffer), likely, k=batch)
+        random = rng(o.run.seed, "buffer", step)
+        found = random.choices(list(buffer), likely, k=batch)
         times.update(pair["id"] for pair in found)
         drawn.append(found)
     return drawn
@@ -299,8 +322,7 @@ def train_on_pairs(r: Round, D: Path, reference: Path, o: Options, cache: Path) 
     loss = policy_loss(o.policy)
     rows = read_jsonl(D, "prompt", "chosen")
     examples = make_examples(r.start, rows, loss, stage, o.policy)
-    batch = o.policy.batch
-    batches = [examples[i : i + batch] for i in range(0, len(examples), batch)]
+    batches = in_batches(examples, o.policy.batch)
     assert len(batches) == r.last - r.first, "every pair of every step fits"
     check = None
     reads = [name for name in loss.reads if name.startswith("ref_")]

@@ -37,6 +37,7 @@ from pathlib import Path
 
 import loop
 from dpo import train_policy
+from eval.in_run import evaluate_one
 from loop import Run, boost, new_prompts, prepare
 from methods.checks import need_several, refuse
 from methods.ranking import RECORDED, rank_pairs
@@ -113,7 +114,9 @@ def first_model(run: Run) -> Path:
         examples = grade(run.seeds, drafts, folder / "examples.jsonl", o.run)
     template = o.rewarding.template
     lessons = teach(run.seeds, examples, folder / "lessons.jsonl", template, o.run)
-    return finetune(M_0, lessons, folder / "model", o.seed_sft)
+    S = finetune(M_0, lessons, folder / "model", o.seed_sft)
+    evaluate_one(run, S)
+    return S
 
 
 # -------------------------------------------------------------------------------- judging

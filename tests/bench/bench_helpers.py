@@ -1,8 +1,18 @@
-"""What tests of bench/ share: running one of its commands."""
+"""What tests of bench/ share: running one of its commands, and a recipe to run it on.
+
+pytest_plugins = ["bench_helpers"]
+
+PYTEST_DONT_REWRITE, as test files import it before pytest does.
+"""
 
 import sys
+from pathlib import Path
 
-from conftest import run
+import micro
+import pytest
+from conftest import run, tiny_checkpoint
+
+from plumbing.records import write_json
 
 
 def bench_command(name: str, args: list) -> list[str]:
@@ -14,3 +24,13 @@ def run_bench(name: str, args: list, timeout: float = 600) -> tuple[int, str, st
     """Run `python -m bench.NAME ARGS`: (return code, standard output, standard error)."""
     command = ["-m", f"bench.{name}", *args]
     return run(command, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory) -> Path:
+    """The options of a micro run, model and data included: what the demo's gets from `prepare`."""
+    folder = tmp_path_factory.mktemp("ablations")
+    world = micro.make(folder, tiny_checkpoint)
+    named = {name: value for name, value in world.items() if name != "config"}
+    write_json(folder / "recipe.json", {**micro.OPTIONS, **named})
+    return folder / "recipe.json"

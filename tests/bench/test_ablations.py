@@ -13,24 +13,15 @@ from pathlib import Path
 import micro
 import pytest
 from bench_helpers import bench_command, run_bench
-from conftest import ROOT, last_json, run, tiny_checkpoint
+from conftest import ROOT, last_json, run
 
 import loop
 from bench import ablations
 from plumbing.options import parse_values
 from plumbing.records import write_json
 
+pytest_plugins = ["bench_helpers"]
 SOME = "start previous,no noise,controls"
-
-
-@pytest.fixture(scope="session")
-def recipe(tmp_path_factory) -> Path:
-    """The options of a micro run, model and data included: what the demo's gets from `prepare`."""
-    folder = tmp_path_factory.mktemp("ablations")
-    world = micro.make(folder, tiny_checkpoint)
-    named = {name: value for name, value in world.items() if name != "config"}
-    write_json(folder / "recipe.json", {**micro.OPTIONS, **named})
-    return folder / "recipe.json"
 
 
 def flags(recipe: Path, out: Path, variants: str) -> list[str]:

@@ -129,3 +129,8 @@ def evaluate(answers, heldout, base_answers, model, base, run) -> dict[str, floa
         "words": sum(words) / len(words),
         "scores": scores,
     }
+
+
+def score(rows: list[dict]) -> list[float]:
+    """What stands for an exact score: words of the response."""
+    return [len(row["response"].split()) for row in rows]

@@ -22,7 +22,12 @@ pytest_plugins = ["cycle"]
 FP32 = RunOptions(dtype="float32")
 OWN = ["--almost.assistants=sft:8,sft:0", "--almost.plain", "--almost.favourites=2"]
 OWN += ["--rlsf.steps=3", "--rlsf.refresh=2", "--rlsf.batch=8", "--rlsf.samples=4"]
-OWN += ["--rlsf.lr=1e-4", "--rlsf.max-length=64", "--rlsf.max-new-tokens=16"]
+OWN += [
+    "--sampling.max-new-tokens=16",
+    "--rlsf.lr=1e-4",
+    "--rlsf.max-length=64",
+    "--rlsf.max-new-tokens=16",
+]
 OWN += ["--reward.batch=8", "--reward.lr=1e-3", "--reward.max-length=64"]
 OWN += ["--demonstrations.batch=16", "--demonstrations.epochs=1", "--demonstrations.lr=1e-4"]
 
@@ -94,7 +99,11 @@ def test_plain_answers_may_be_short_but_not_cut_off():
 
 
 def test_pairs_of_assistants(tmp_path):
-    texts = {"a": ["right one", "wrong"], "b": ["same", "same"], "c": ["", "late"]}
+    texts = {
+        "a": ["right one", "wrong"],
+        "b": ["same", "same"],
+        "c": ["", "late"],
+    }
     files = []
     for i in range(2):
         rows = []
@@ -116,7 +125,8 @@ def test_pairs_of_assistants(tmp_path):
         }
     ]
     found = counts(out)
-    assert (found["candidates"], found["identical"], found["bad"]) == (2, 1, 1)
+    assert found["candidates"] == 2
+    assert found["identical"] == found["bad"] == 1
 
     # none is left
     strict = replace(o, plain=False)
@@ -127,7 +137,11 @@ def test_pairs_of_assistants(tmp_path):
 def test_assistants_by_rank(tmp_path):
     (tmp_path / "big").mkdir()
     o = AlmostOptions(run=FP32, assistants=f"{tmp_path / 'big'} = sft:25, sft:0")
-    assert read_assistants(o) == [(0, str(tmp_path / "big")), (0, "sft:25"), (1, "sft:0")]
+    assert read_assistants(o) == [
+        (0, str(tmp_path / "big")),
+        (0, "sft:25"),
+        (1, "sft:0"),
+    ]
     for text, problem in [
         ("sft:10=sft:0", "give at least two"),
         ("sft:10,nowhere", "'nowhere' is neither"),
@@ -145,25 +159,32 @@ def test_the_reward_models_loss_by_hand():
 # -------------------------------------------------------------------------------- RLOO
 
 
+BY_HAND = [-8 / 3, -4 / 3, 0, 4]
+
+
 def test_leave_one_out_by_hand():
-    assert leave_one_out([1, 2, 3, 6]) == pytest.approx([-8 / 3, -4 / 3, 0, 4])
+    assert leave_one_out([1, 2, 3, 6]) == pytest.approx(BY_HAND)
     # divided by the standard deviation over the round, here of two prompts
     found = advantages([1, 2, 3, 6, 5, 5, 5, 5], 4)
-    deviation = (sum(one**2 for one in leave_one_out([1, 2, 3, 6])) / 8) ** 0.5
-    assert found == pytest.approx([x / deviation for x in [-8 / 3, -4 / 3, 0, 4, 0, 0, 0, 0]])
+    squares = sum(one**2 for one in BY_HAND)
+    deviation = (squares / 8) ** 0.5
+    of_first = [one / deviation for one in BY_HAND]
+    assert found == pytest.approx([*of_first, 0, 0, 0, 0])
 
 
 def test_equal_rewards_move_nothing():
     assert advantages([2.0] * 8, 4) == [0.0] * 8
     new = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss, _ = clipped_loss(0.2)([answer([-1.5, -2.0], 0.0)], [[new]])
+    example = answer([-1.5, -2.0], 0.0)
+    loss, _ = clipped_loss(0.2)([example], [[new]])
     loss.backward()
     assert new.grad.tolist() == [0, 0]
 
 
 def answer(old: list[float], advantage: float) -> Example:
     extra = {"old": [old], "advantage": advantage, "reward": 1.0, "kl": 0.5}
-    return Example("a", [([0] * (len(old) + 1), 1)], extra=extra)
+    ids = [0] * (len(old) + 1)
+    return Example("a", [(ids, 1)], extra=extra)
 
 
 def test_the_clipped_loss_by_hand():
@@ -276,6 +297,7 @@ def test_almosts_recipe_is_the_demos_but_where_it_says_so():
     demo = parse_options(almost.Options, ["--config", str(ROOT / "recipes/demo.toml")])
     assert (here.generator, here.prompts) == (demo.generator, demo.prompts)
     assert here.seed_sft == demo.seed_sft
-    assert here.answers == replace(demo.answers, temperature=1.0, top_p=0.9)
+    assert here.answers == demo.answers
+    assert here.sampling == replace(demo.answers, temperature=1.0, top_p=0.9)
     rlsf.check_rlsf(here.rlsf)
     assert len(read_assistants(here.almost)) == 3

@@ -58,7 +58,14 @@ def test_where_a_segment_may_begin(prompt, answer, length, latest):
 
 
 @pytest.mark.parametrize(
-    ("answer", "length", "latest"), [(10, 4, 3), (6, 4, 0), (7, 4, 0), (8, 4, 1), (3, 3, 0)]
+    ("answer", "length", "latest"),
+    [
+        (10, 4, 3),
+        (6, 4, 0),
+        (7, 4, 0),
+        (8, 4, 1),
+        (3, 3, 0),
+    ],
 )
 def test_where_a_short_segment_may_begin(answer, length, latest):
     assert span(3, answer, 4, 16) == (length, latest)
@@ -74,11 +81,19 @@ class Words:
 def rejected(tmp_path: Path, written: str, ended: bool, gold=(*range(11, 20), 0), begin=2):
     """The rejected text where the model has written this in place of a segment of 4."""
     parts = split(Words(), list(gold), begin, 4)
-    row = {"id": "a", "prompt": "x", **parts, "gold": Words().text(gold), "max_new_tokens": 4}
-    end = "stop" if ended else "length"
-    row |= {"response": parts["prefix"] + written, "finish_reason": end, "tokens": 4}
+    row = {
+        "id": "a",
+        "prompt": "x",
+        **parts,
+        "gold": Words().text(gold),
+        "max_new_tokens": 4,
+        "response": parts["prefix"] + written,
+        "finish_reason": "stop" if ended else "length",
+        "tokens": 4,
+    }
     out = tmp_path / f"pairs{len(list(tmp_path.iterdir()))}.jsonl"
-    [pair] = read_rows(new_pairs(write_rows(tmp_path / "written.jsonl", [row]), out, FP32))
+    file = write_rows(tmp_path / "written.jsonl", [row])
+    [pair] = read_rows(new_pairs(file, out, FP32))
     assert pair["chosen"] == row["gold"]
     assert set(pair) == {"id", "prompt", "chosen", "rejected"}
     return pair["rejected"].strip(), counts(out)
@@ -87,7 +102,7 @@ def rejected(tmp_path: Path, written: str, ended: bool, gold=(*range(11, 20), 0)
 def test_what_follows_a_segment_stays_unless_the_model_has_ended(tmp_path):
     text, found = rejected(tmp_path, "21 22 23 24 ", False)
     assert text == "11 12 21 22 23 24 17 18 19"
-    assert (found["ended"], found["same"], found["no_end"]) == (0, 0, 0)
+    assert found["ended"] == found["same"] == found["no_end"] == 0
     text, found = rejected(tmp_path, "21 ", True)
     assert text == "11 12 21"
     assert found["ended"] == 1
@@ -129,11 +144,15 @@ def test_how_likely_a_pair_is_drawn():
 
 
 def arrivals(steps: int, batch: int) -> list[list[dict]]:
-    return [[{"id": f"{s} {i}"} for i in range(batch)] for s in range(steps)]
+    found = []
+    for step in range(steps):
+        found.append([{"id": f"{step} {i}"} for i in range(batch)])
+    return found
 
 
 def test_first_in_first_out():
-    for step, drawn in enumerate(replay(arrivals(40, 2), 2, SapoOptions(run=FP32, buffer=4))):
+    o = SapoOptions(run=FP32, buffer=4)
+    for step, drawn in enumerate(replay(arrivals(40, 2), 2, o)):
         assert len(drawn) == 2
         for pair in drawn:
             came = int(pair["id"].split()[0])
@@ -148,8 +167,8 @@ def test_the_draw_of_a_step_follows_from_what_came_until_then():
     whole = replay(arrivals(25, 4), 4, o)
     for steps in (1, 8, 25):
         assert replay(arrivals(steps, 4), 4, o) == whole[:steps]
-    other = replay(arrivals(25, 4), 4, replace(o, run=replace(FP32, seed=1)))
-    assert other != whole
+    other = replace(o, run=replace(FP32, seed=1))
+    assert replay(arrivals(25, 4), 4, other) != whole
 
 
 def test_epochs_are_joined_and_each_has_its_own_order():
@@ -168,7 +187,8 @@ def test_epochs_are_joined_and_each_has_its_own_order():
 
 
 def test_the_average_of_weights_by_hand():
-    average, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    average = torch.nn.Linear(1, 1, bias=False)
+    model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(average.weight)
     found = []
     for theta in (0.0, 1.0, 2.0, 3.0):
@@ -183,7 +203,8 @@ def test_rounds_end_where_iteration_or_reference_end():
     rounds = make_rounds(Path("M_0"), folders, 100, 50, 108)
     ends = [r.last for r in rounds]
     assert ends == [50, 100, 108, 150, 200, 216, 250, 300, 324, 350, 400]
-    assert [r.folder.parent.name for r in rounds[:4]] == ["iter1", "iter1", "iter2", "iter2"]
+    folders = [r.folder.parent.name for r in rounds[:4]]
+    assert folders == ["iter1", "iter1", "iter2", "iter2"]
     assert rounds[0].sampled == Path("M_0")
     assert rounds[3].sampled == rounds[2].average
     # the reference changes at every multiple of 108, step 0 included
@@ -200,18 +221,23 @@ def test_rounds_end_where_iteration_or_reference_end():
 @pytest.mark.slow
 def test_one_training_goes_on_through_all_rounds(whole, world):
     rounds = sorted(whole.glob("iter*/round*"), key=lambda path: int(path.name[5:]))
-    assert [path.name for path in rounds] == [f"round{s}" for s in (0, 2, 4, 5, 7, 8, 9)]
+    names = [path.name for path in rounds]
+    assert names == [f"round{step}" for step in (0, 2, 4, 5, 7, 8, 9)]
     M_0 = content_hash(Path(world["model"]))
     averages = [read_manifest(path / "average")["content"] for path in rounds]
+    # the averages after 4 and after 8 steps
+    references = [M_0, M_0, *[averages[1]] * 3, *[averages[4]] * 2]
+    sampled = [M_0, *averages]
     for i, path in enumerate(rounds):
         read = inputs(path / "average")
         assert read["model"] == M_0
-        assert read["average"] == ([M_0, *averages][i])
-        assert inputs(path / "segments.jsonl")["model"] == ([M_0, *averages][i])
-        # the average after 4 and after 8 steps
-        assert read["reference"] == [M_0, M_0, *[averages[1]] * 3, *[averages[4]] * 2][i]
+        assert read["average"] == sampled[i]
+        assert inputs(path / "segments.jsonl")["model"] == sampled[i]
+        assert read["reference"] == references[i]
     # the learning rate is that of one schedule, and the metrics those of all steps
-    lines = [row for t in (1, 2) for row in read_rows(whole / f"iter{t}/policy/metrics.jsonl")]
+    lines = []
+    for t in (1, 2):
+        lines += read_rows(whole / f"iter{t}/policy/metrics.jsonl")
     assert [line["step"] for line in lines] == [*range(1, 11)]
     assert lines[0]["preference_loss"] == pytest.approx(0.693147, abs=1e-4)
     rates = [line["lr"] for line in lines]
@@ -219,8 +245,9 @@ def test_one_training_goes_on_through_all_rounds(whole, world):
     assert rates[0] > 0
     # what no later round reads is gone
     assert not list(whole.glob("iter*/round*/training"))
-    kept = [path.parent.parent.name for path in whole.glob("iter*/round*/average/*.safetensors")]
-    assert kept == ["round9"]  # the last average
+    # but the last average
+    [kept] = whole.glob("iter*/round*/average/*.safetensors")
+    assert kept.parent.parent.name == "round9"
 
 
 @pytest.mark.slow
@@ -290,7 +317,8 @@ def test_a_training_that_has_lost_its_state_says_so(whole, world, tmp_path):
 
 @pytest.mark.slow
 def test_more_iterations_later_are_refused(whole, world):
-    code, _, errors = command(sapo.main, flags(world, whole, *OWN, "--iters", "3"))
+    args = flags(world, whole, *OWN, "--iters", "3")
+    code, _, errors = command(sapo.main, args)
     assert "total = 10, now 15" in one_line(code, errors)
 
 
@@ -310,13 +338,15 @@ def test_losses_without_a_reference_train_too(world, tmp_path):
     ],
 )
 def test_what_sapo_cannot_do_gets_one_line(world, tmp_path, given, problem):
-    code, _, errors = command(sapo.main, flags(world, tmp_path / "out", *OWN, *given))
+    args = flags(world, tmp_path / "out", *OWN, *given)
+    code, _, errors = command(sapo.main, args)
     assert problem in one_line(code, errors)
 
 
 def test_a_loss_that_reads_other_models_is_refused(world, tmp_path):
     second = ["--policy.loss", "mrpo", "--policy.second-reference", world["model"]]
-    code, _, errors = command(sapo.main, flags(world, tmp_path / "out", *OWN, *second))
+    args = flags(world, tmp_path / "out", *OWN, *second)
+    code, _, errors = command(sapo.main, args)
     assert "--policy.loss mrpo: not for this method" in one_line(code, errors)
 
 
@@ -325,5 +355,5 @@ def test_sapos_recipe_is_the_demos_but_where_it_says_so():
     demo = parse_options(sapo.Options, ["--config", str(ROOT / "recipes/demo.toml")])
     o = {"lr": 1e-4, "epochs": 1, "save_every": 0}
     assert here.policy == replace(demo.policy, **o)
-    assert here.answers.temperature == demo.answers.temperature
+    assert here.answers == demo.answers
     assert here.sapo.steps % here.sapo.refresh == 0

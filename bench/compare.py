@@ -1,0 +1,379 @@
+"""SynPO, its rivals and its controls on one base model, seeds, prompts and budget.
+
+    python -m bench.compare --world sorting --out runs/compare_sorting --svg docs/compare.svg
+    python -m bench.compare --world facts --out runs/compare_facts
+
+Every row of ROWS is a run of its own on one thread; its output is OUT/seedS/ROW.log. All of one
+random seed start from one M_0, and those that need new prompts take SynPO's, hard-linked as in
+bench/ablations.py. Each world's flags give all methods about as many optimizer steps an iteration;
+where a method has fewer pairs, nothing is topped up.
+
+Columns: scores are means over random seeds with their standard deviations, differences are paired
+by random seed. `gold in` says what reads gold responses, besides G where there is one. Words are of
+M_T's responses and of the pairs' sides; `right` is the share of pairs whose chosen side has the
+higher exact score, among those that differ. Steps are those from M_T's start to M_T, and of all
+trainings of the run; tokens and seconds are of the whole run, what is shared included.
+
+Killed at any time, rerun the same command to resume.
+"""
+
+import argparse
+import fcntl
+import os
+import re
+import shlex
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from bench.ablations import cell, link, mean_and_deviation, numbers, run_command
+from bench.command import ROOT, finish, make_parser
+from bench.tables import add_json_flag, write_figures
+from eval.report import finished_stages
+from eval.stats import mean, standard_error
+from eval.table import table
+from plumbing.options import load_function
+from plumbing.records import load_json, read_jsonl
+from plumbing.stage import counts_of
+
+M_0 = ("iter0/*",)
+PROMPTS = (*M_0, "generator/*", "iter*/prompts*")
+
+
+@dataclass(frozen=True)
+class Row:
+    program: str  # a file or module with a command line
+    gold: str  # what reads gold responses, besides G
+    flags: str = ""
+    shared: tuple[str, ...] = PROMPTS  # files of SynPO's run
+
+
+ROWS = {
+    "SynPO": Row("loop.py", "R_t"),
+    "SynPO, cumulative": Row("loop.py", "R_t", "--data cumulative"),
+    "SynPO, one shot": Row("loop.py", "R_1", "--one-shot", M_0),
+    "SPIN": Row("methods.spin", "chosen", shared=M_0),
+    "SPIN without NLL": Row("methods.spin", "chosen", "--policy.nll 0", M_0),
+    "SAPO": Row("methods.sapo", "chosen", shared=M_0),
+    "SAPO without NLL": Row("methods.sapo", "chosen", "--policy.nll 0", M_0),
+    "ALMoST, M_1 by SFT": Row("methods.almost", "assistants"),
+    "Sampling-Ranking": Row("methods.sampling_ranking", "-"),
+    "Sampling-Ranking, one shot": Row("methods.sampling_ranking", "-", "--one-shot", M_0),
+    "Self-Rewarding": Row("methods.self_rewarding", "S, judge"),
+}
+# Models that are trained once: row -> the run that has it, and its evaluation there.
+ONCE = {
+    "SFT on the seeds": ("SynPO", "controls/seed_sft_eval.json"),
+    "Self-Rewarding's S": ("Self-Rewarding", "first/model_eval.json"),
+}
+
+# world -> SynPO's recipe
+RECIPES = {"sorting": "recipes/demo.toml", "facts": "recipes/facts.toml"}
+# world -> program -> flags after the recipe: what it does not say of the method, and as many steps
+# an iteration as SynPO takes
+FLAGS = {
+    "sorting": {
+        "methods.spin": "--policy.epochs 32 --policy.lr 3e-5",
+        "methods.sapo": "--sapo.steps 320 --policy.lr 3e-5",
+        "methods.almost": "--rlsf.steps 320",
+    },
+    "facts": {
+        "methods.spin": "--spin.samples 4 --spin.equal",
+        "methods.sapo": ("--sapo.steps 25 --sapo.segment 16 --sapo.buffer 256 --sapo.reference 25"),
+        "methods.almost": (
+            "--almost.assistants sft:100,sft:25,sft:0 --sampling.max-new-tokens 96 "
+            "--reward.lr 1e-4 --reward.batch 32 --reward.max-length 256 --demonstrations.lr 2e-4 "
+            "--demonstrations.batch 32 --demonstrations.epochs 2 --demonstrations.max-length 256 "
+            "--rlsf.lr 5e-5 --rlsf.batch 64 --rlsf.refresh 5 --rlsf.max-length 256 "
+            "--rlsf.max-new-tokens 96"
+        ),
+        "methods.self_rewarding": (
+            "--verdicts.max-new-tokens 24 --rewarding.template '{prompt} Answer: {response}'"
+        ),
+    },
+}
+Job = tuple[str, int]  # a row and a random seed
+Figures = dict[str, dict[int, dict]]  # row -> random seed -> figures of a run
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--world", choices=RECIPES, default="sorting", help="the demo's world, or that of facts")
+    add("--recipe", help="another recipe of SynPO's, for all rows")
+    add("--out", type=Path, default=Path("runs/compare"), help="directory of all runs")
+    add("--seeds", type=numbers, default="31,32,33", help="random seeds")
+    help_text = "names with commas between; SynPO always runs (default: all)"
+    add("--rows", type=names, default=list(ROWS), help=help_text)
+    add("--iters", type=int, default=3, help="number of iterations, T")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="runs at once")
+    add("--svg", type=Path, help="write the picture there")
+    add_json_flag(parser)
+    return parser.parse_args(argv)
+
+
+def names(text: str) -> list[str]:
+    """Names, with ; between as names have commas -> these and SynPO, in ROWS' order."""
+    wanted = {name.strip() for name in text.split(";")} | {"SynPO"}
+    for name in wanted - ROWS.keys():
+        raise argparse.ArgumentTypeError(f"no row {name!r}; there are {'; '.join(ROWS)}")
+    return [name for name in ROWS if name in wanted]
+
+
+# ---------------------------------------------------------------------------------- one run
+
+
+def run_of(name: str, seed: int, o: argparse.Namespace) -> Path:
+    return o.out / f"seed{seed}" / re.sub(r"\W+", "_", name)
+
+
+def recipe_of(row: Row, o: argparse.Namespace) -> str:
+    """A method's own recipe for the demo's world, else SynPO's."""
+    if o.recipe:
+        return o.recipe
+    own = f"recipes/methods/{row.program.removeprefix('methods.')}.toml"
+    if o.world == "sorting" and (ROOT / own).is_file():
+        return own
+    return RECIPES[o.world]
+
+
+def command(name: str, seed: int, o: argparse.Namespace) -> list[str]:
+    """The command line of a row: its recipe, what the world needs, then what the row changes."""
+    row, run = ROWS[name], run_of(name, seed, o)
+    program = [row.program]
+    if row.program.startswith("methods."):
+        program = ["-m", row.program]
+    given = ["--config", recipe_of(row, o), "--out", str(run)]
+    given += ["--seed", str(seed), "--iters", str(o.iters)]
+    if name != "SynPO":
+        # on the M_0 and data that SynPO's run has made
+        made = load_json(run_of("SynPO", seed, o) / "config.json")
+        given += ["--prepare", ""]
+        for key in ("model", "seeds", "corpus", "heldout"):
+            given += [f"--{key}", made[key]]
+    fitting = shlex.split(FLAGS[o.world].get(row.program, ""))
+    return [*program, *given, *fitting, *row.flags.split()]
+
+
+def run_row(job: Job, o: argparse.Namespace, lock) -> tuple[Job, str]:
+    """Run a row to its end, and SynPO's control with it; returns why it failed."""
+    name, seed = job
+    run = run_of(name, seed, o)
+    run.mkdir(parents=True, exist_ok=True)
+    link(run_of("SynPO", seed, o), run, ROWS[name].shared)
+    log = run.with_suffix(".log")
+    why = run_command(command(name, seed, o), log, lock)
+    if not why and name == "SynPO":
+        control = ["-m", "methods.controls", "--run", str(run), "--only", "seed_sft"]
+        why = run_command(control, log.with_suffix(".controls.log"), lock)
+    return job, why
+
+
+# ---------------------------------------------------------------------------------- its figures
+
+
+def figures_of(run: Path) -> dict:
+    """What the table shows of a finished run."""
+    o = load_json(run / "config.json")
+    T = o["iters"]  # 1 in one shot
+    evaluations = [load_json(run / f"iter{t}/eval.json") for t in range(T + 1)]
+    pairs = [counts_of(run / f"iter{t}/pairs.jsonl") for t in range(1, T + 1)]
+    steps = [counts_of(run / f"iter{t}/policy")["steps"] for t in range(1, T + 1)]
+    # one run's stages: what was linked counts as if it had been made
+    stages = finished_stages(run)
+    stages = [line for line in stages if not line["stage"].startswith("controls")]
+    trained = [line for line in stages if "steps" in line]
+    written = [line for line in stages if "answers" in line or "lists" in line]
+    chosen, rejected = (words_of(pairs, side) for side in ("chosen", "rejected"))
+    return {
+        "start": "M_{t-1}" if o["start"] == "previous" else "M_0",
+        "scores": [result["score"] for result in evaluations],
+        "words": evaluations[-1]["words"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "right": right(run, o, T),
+        "pairs": [f"{one['pairs']}/{one['candidates']}" if one else "-" for one in pairs],
+        "path": sum(steps) if o["start"] == "previous" else steps[-1],
+        # a training in rounds counts twice: each round, and the policy that they end in
+        "steps": sum(line["steps"] for line in trained if line.get("tokens")),
+        "generated": sum(line.get("tokens", 0) for line in written),
+        "trained": sum(line.get("tokens", 0) for line in trained),
+        "seconds": sum(line["seconds"] for line in stages),
+    }
+
+
+def words_of(pairs: list[dict], side: str) -> float | None:
+    """Mean words of a side over iterations that have pairs."""
+    found = [one[f"{side}_words"] for one in pairs if one]
+    return mean(found) if found else None
+
+
+def right(run: Path, o: dict, T: int) -> float | None:
+    """Share of pairs whose chosen side has the higher exact score, among those that differ."""
+    exact = load_function(f"{o['evaluate'].partition(':')[0]}:score")
+    found = []
+    for t in range(1, T + 1):
+        path = run / f"iter{t}/pairs.jsonl"
+        rows = read_jsonl(path, "prompt") if path.is_file() else []
+        chosen = exact([{**row, "response": row["chosen"]} for row in rows])
+        rejected = exact([{**row, "response": row["rejected"]} for row in rows])
+        sides = zip(chosen, rejected, strict=True)
+        found += [high > low for high, low in sides if high != low]
+    return mean(found) if found else None
+
+
+# ---------------------------------------------------------------------------------- tables
+
+
+def by_row(done: dict[Job, dict], o: argparse.Namespace) -> Figures:
+    """row -> random seed -> figures, in the order of ROWS."""
+    rows = defaultdict(dict)
+    for name in o.rows:
+        for seed in o.seeds:
+            if (name, seed) in done:
+                rows[name][seed] = done[name, seed]
+    return rows
+
+
+def score_rows(rows: Figures, T: int) -> list[dict]:
+    """Scores by iteration, and M_T against M_0, SFT on the seeds and SynPO."""
+    table_rows = []
+    for name, by_seed in rows.items():
+        last = at_place(by_seed, -1)
+        row = {"method": name.ljust(26)}
+        for t in range(T + 1):
+            scores = [r["scores"] for r in by_seed.values()]
+            # what is trained once stands at T
+            place = len(scores[0]) - 1 - T + t
+            shown = t == 0 or place > 0
+            at = [one[place if t else 0] for one in scores]
+            row[f"M_{t}"] = cell(mean_and_deviation(at)) if shown else ""
+        row["M_T - M_0"] = differences(last, at_place(by_seed, 0))
+        for other in ("SFT on the seeds", "SynPO"):
+            theirs = at_place(rows.get(other, {}), -1)
+            row[f"- {other}"] = "" if name == other else differences(last, theirs)
+        row["seeds"] = len(by_seed)
+        table_rows.append(row)
+    return table_rows
+
+
+def at_place(by_seed: dict[int, dict], place: int) -> dict[int, float]:
+    """Random seed -> score of one model of a row."""
+    return {seed: figures["scores"][place] for seed, figures in by_seed.items()}
+
+
+def differences(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    found = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return cell(mean_and_deviation(found), "+")
+
+
+def budget_rows(rows: Figures) -> list[dict]:
+    """What the methods read, made and cost; means over random seeds."""
+    table_rows = []
+    for name, by_seed in rows.items():
+        several = list(by_seed.values())
+        if "path" not in several[0]:
+            continue
+        row = {"method": name.ljust(26), "M_t starts from": several[0]["start"]}
+        row["gold in"] = ROWS[name].gold
+        for key in ("words", "chosen", "rejected", "right"):
+            values = [one[key] for one in several if one[key] is not None]
+            row[key] = f"{mean(values):.2f}" if values else "-"
+        row["pairs kept/seen"] = " ".join(several[0]["pairs"])
+        row["steps to M_T"] = round(mean([one["path"] for one in several]))
+        row["of all"] = round(mean([one["steps"] for one in several]))
+        for key in ("generated", "trained"):
+            row[f"tokens {key}"] = f"{mean([one[key] for one in several]) / 1e3:,.0f}k"
+        row["seconds"] = round(mean([one["seconds"] for one in several]))
+        table_rows.append(row)
+    return table_rows
+
+
+def draw(rows: Figures, T: int, out: Path) -> None:
+    """Scores by iteration with standard errors over random seeds; what is trained once, at T."""
+    plt.rcParams["svg.hashsalt"] = "compare"  # the same picture in the same bytes
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for i, (name, by_seed) in enumerate(rows.items()):
+        scores = [figures["scores"] for figures in by_seed.values()]
+        columns = list(zip(*scores, strict=True))
+        once = len(columns) - 1 < T
+        columns = columns[-1:] if once else columns
+        means = [mean(column) for column in columns]
+        errors = [standard_error(column) for column in columns]
+        # side by side, so that bars do not hide one another
+        shift = 0.02 * (i - len(rows) / 2)
+        places = [T + 1 - len(columns) + t + shift for t in range(len(columns))]
+        look = {
+            "label": f"{name}  {means[-1]:.3f}",
+            "color": plt.get_cmap("tab20")(i % 20),
+            "fmt": "s" if once else "o-",
+        }
+        axes.errorbar(places, means, errors, capsize=3, **look)
+    axes.set_xlabel("iteration t")
+    axes.set_ylabel("held-out score of M_t")
+    axes.set_xticks(range(T + 1))
+    axes.set_ylim(0, 1)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.savefig(out, metadata={"Date": None})
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def run_all(o: argparse.Namespace, lock) -> tuple[dict[Job, dict], dict[str, str]]:
+    """Run all rows, and print a line when one ends; returns their figures, and failures."""
+    done = {}
+    failed = {}
+    jobs = [(name, seed) for name in o.rows for seed in o.seeds]
+    with ThreadPool(o.workers) as pool:
+
+        def run_each(some: list[Job]) -> None:
+            for job, why in pool.imap_unordered(partial(run_row, o=o, lock=lock), some):
+                name, seed = job
+                if why:
+                    failed[f"{name}, seed {seed}"] = why
+                else:
+                    done[job] = figures_of(run_of(name, seed, o))
+                scores = ""
+                if job in done:
+                    scores = " ".join(f"{score:.3f}" for score in done[job]["scores"])
+                progress = f"{len(done) + len(failed):>2} of {len(jobs)}"
+                print(f"seed {seed}  {name:<26} {progress}   {why or scores}", flush=True)
+
+        # SynPO first: what it makes is linked into the others
+        run_each([job for job in jobs if job[0] == "SynPO"])
+        others = [(name, seed) for name, seed in jobs if name != "SynPO"]
+        run_each([(name, seed) for name, seed in others if ("SynPO", seed) in done])
+    return done, failed
+
+
+def add_models_trained_once(rows: Figures, o: argparse.Namespace) -> None:
+    for name, (of, evaluation) in ONCE.items():
+        for seed, figures in rows.get(of, {}).items():
+            score = load_json(run_of(of, seed, o) / evaluation)["score"]
+            rows[name][seed] = {"scores": [figures["scores"][0], score]}
+
+
+def main(o: argparse.Namespace) -> dict:
+    o.out.mkdir(parents=True, exist_ok=True)
+    with open(o.out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for runs that a killed command left running
+        done, failed = run_all(o, lock)
+    rows = by_row(done, o)
+    add_models_trained_once(rows, o)
+    scores, budget = score_rows(rows, o.iters), budget_rows(rows)
+    print(table(scores), table(budget), sep="\n\n")
+    write_figures(o.json, {"scores": scores, "budget": budget})
+    if o.svg:
+        draw(rows, o.iters, o.svg)
+    return {"rows": len(rows), "failed": failed}
+
+
+if __name__ == "__main__":
+    finish(main, parse(sys.argv[1:]))
