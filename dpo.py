@@ -145,7 +145,7 @@ def reference_logps(
     model: str | Path,
     groups: list[list[Sequence]],
     cache: Path,
-    o: PolicyOptions,
+    o: TrainOptions,
     per_token: bool = False,
     block: int = 16,
 ) -> dict[str, float | list[float]]:
@@ -198,7 +198,7 @@ def add_reference_logps(
     frozen: Path,
     batches: list[list[Example]],
     cache: Path,
-    o: PolicyOptions,
+    o: TrainOptions,
     per_token: bool = False,
 ) -> None:
     """Give the examples of batches their log-probs under a frozen model, as extra[name]: scored in

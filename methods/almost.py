@@ -6,11 +6,12 @@ is trained on these pairs; the best assistant answers each prompt n = 4 times, a
 on the reward model's favourites. Later iterations: reinforcement learning of M_{t-1} against the
 reward model, with M_1 as reference.
 
-The paper's values, to be given: lr 2e-5 for reward model (1 epoch, batch 128, weight decay 0.1,
-1,024 tokens) and SFT (3 epochs, batch 64, 512 tokens); answers at temperature 1.0 and top-p 0.9, of
-384 or 768 tokens. Its assistants are LLaMA of 7, 13 and 30 billion weights with 1, 3 or 5 examples
-in their prompt, the best the largest with most and most careful examples. [recall: n = 4; a second
-filter of comparisons by a reward model of a question forum, left out here]
+The defaults are the paper's values: reward model and SFT at lr 2e-5, batches of 128 and 64, answers
+at temperature 1.0 and top-p 0.9; but for the limits of answers, 384 or 768 tokens by assistant
+there. Its assistants are LLaMA of 7, 13 and 30 billion weights with 1, 3 or 5 examples in their
+prompt, the best the largest with the most careful examples. From memory, and not verified: n = 4,
+the order of the assistants, two turns of the favourites, and a second filter of comparisons by a
+reward model of a question forum, which is left out here.
 
 What differs
 1. The reinforcement learning is RLOO with a clipped ratio (methods/rlsf.py), not PPO: no setting of
@@ -18,12 +19,16 @@ What differs
 2. --almost.assistants are checkpoints, or sft:N: M_0 after SFT on the first N seeds. That reads
    gold responses; the paper's assistants read a handful of examples.
 3. SynPO's G writes the prompts; in the paper the model, from ten examples.
-4. Reward model and M_1 start from M_0. Lengths of empty and of bad answers do not count in the mean
-   (in the authors' program those of empty ones count as 0).
-5. Favourites are answers to the new prompts, one turn; the paper has two turns [recall].
+4. Reward model and M_1 start from M_0. Empty answers do not count in the mean length; in the
+   authors' program they count as 0.
+5. The reward model's warm-up is 0.1 of the steps, theirs 0.03; it leaves out what is longer than
+   --reward.max-length, theirs cuts on the left; it reads the last token of the template.
+6. Favourites are answers to the new prompts, one turn, neither empty nor cut off.
+7. Every iteration of reinforcement learning has a new optimizer and a new schedule.
 
-Bad answers (--almost.plain leaves the first three rules out): shorter than 50 characters; last
-character neither "." nor "!"; begins with "well"; says that it does not know; cut off or empty.
+Bad answers, which take no part in comparisons: shorter than 50 characters; last character neither
+"." nor "!"; begins with "well" (--almost.plain leaves these three out); says that it does not know;
+contains a turn of its own or <image>; and, by our rule, cut off or empty.
 
     python -m methods.almost                                the demo
     torchrun --nproc-per-node 8 -m -- methods.almost --config FILE --model DIR \\
@@ -37,15 +42,16 @@ from pathlib import Path
 from statistics import mean, pstdev
 
 import loop
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, Weights
 from loop import Run, boost, new_prompts, prepare
 from methods.checks import refuse
 from methods.rlsf import RlsfOptions, check_rlsf, reinforce
 from pairs import words
+from plumbing.chat import Chat
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
 from plumbing.records import InputError, read_jsonl, write_jsonl
-from plumbing.stage import Stage
+from plumbing.stage import Stage, discard
 from sample import SampleOptions, sample
 from scorers.classifier import RewardOptions, train_reward
 from scorers.load import load_scorer
@@ -82,8 +88,8 @@ def iteration(run: Run, t: int) -> None:
         learn_from_comparisons(run, x, reward_model)
     else:
         # M_t <- RL of M_{t-1} on x, reference M_1
-        o, reference = run.o.rlsf, run.model(1)
-        reinforce(run.model(t - 1), x, reward_model, reference, run.iter(t), o, run.cache)
+        M_1, M_prev = run.model(1), run.model(t - 1)
+        reinforce(M_prev, x, reward_model, M_1, run.iter(t), run.o.rlsf, run.cache)
 
 
 def learn_from_comparisons(run: Run, x: Path, reward_model: Path) -> None:
@@ -107,6 +113,10 @@ def learn_from_comparisons(run: Run, x: Path, reward_model: Path) -> None:
     lessons = favourites(several, reward_model, it / "favourites.jsonl", o.almost)
     finetune(M_0, lessons, run.model(1), o.demonstrations)
 
+    # the assistants that were trained for this are read no more
+    for folder in sorted((run.home / "assistants").glob("*/model")):
+        on_rank0(discard, folder)
+
 
 # -------------------------------------------------------------------------------- assistants
 
@@ -120,10 +130,13 @@ def read_assistants(o: AlmostOptions) -> list[tuple[int, str]]:
     if ranked[-1][0] == 0:
         fix = "give at least two, the best first, such as sft:100,sft:0"
         raise InputError(f"--almost.assistants {o.assistants}: {fix}")
-    for _, name in ranked:
-        if not re.fullmatch(r"sft:\d+", name) and not Path(name).is_dir():
+    given = [name for _, name in ranked]
+    for name in given:
+        if not re.fullmatch(r"sft:\d+", name) and not (name and Path(name).is_dir()):
             fix = "give a checkpoint directory, or sft:N"
             raise InputError(f"--almost.assistants: {name!r} is neither; {fix}")
+    if len(set(given)) < len(given):
+        raise InputError(f"--almost.assistants {o.assistants}: one is there twice; drop it")
     return ranked
 
 
@@ -167,10 +180,12 @@ def compare(files: list[Path], ranks: list[int], out: Path, o: AlmostOptions) ->
         for better, worse in comparisons(ranked):
             places = (good[better], good[worse])
             pairs.append(make_pair(rows[places[0]], rows[places[1]], places))
-    kept = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    kept = [pair for pair in pairs if pair["chosen"].split() != pair["rejected"].split()]
     if not kept:
         problem = f"no pair of {len(answers[0])} prompts left; {counts['bad']} answers are bad"
-        raise InputError(f"{out}: {problem}; let assistants differ more, or try --almost.plain")
+        raise InputError(
+            f"{out}: {problem}; try --almost.plain, or other assistants with another --out"
+        )
     on_rank0(write_jsonl, out, kept)
     counts = {"candidates": len(pairs), "identical": len(pairs) - len(kept), **counts}
     return stage.finish(**counts, valid=len(kept), pairs=len(kept), **words(kept))
@@ -194,8 +209,8 @@ def comparisons(answers: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """(chosen, rejected) places among the good answers to a prompt, each given as (rank, number of
     characters), the best assistant first.
 
-    An answer and a rank are chosen once. None is chosen that is shorter than the other and than the
-    mean length less half its standard deviation.
+    At most one answer of each rank is chosen, and in one pair. An answer is not chosen if it is
+    shorter than the other one and also than the mean length less half the standard deviation.
     """
     if not answers:
         return []
@@ -230,19 +245,22 @@ def favourites(samples: Path, reward_model: Path, out: Path, o: AlmostOptions) -
     stage = Stage(out, run=o.run, samples=samples, scorer=reward_model)
     if stage.done:
         return out
-    rows = [row for row in read_jsonl(samples, "prompt") if row["response"]]
-    complete = [row for row in rows if row["finish_reason"] == "stop"]
+    rows = read_jsonl(samples, "prompt")
+    cut_off = [row for row in rows if row["finish_reason"] == "length"]
+    complete = [row for row in rows if row["response"] and row not in cut_off]
     scorer = load_scorer(str(reward_model), None, o.run, stage.scratch / "scores", True)
     by_prompt = defaultdict(list)
     for row, reward in zip(complete, scorer(complete), strict=True):
         lesson = {name: value for name, value in row.items() if name != "sample"}
         by_prompt[row["id"]].append({**lesson, "reward": reward})
     if not by_prompt:
-        raise InputError(f"{samples}: every answer is empty or cut off; raise their token limit")
+        problem = f"{len(cut_off)} of {len(rows)} answers are cut off, the others empty"
+        fix = "raise --sampling.max-new-tokens, with another --out"
+        raise InputError(f"{samples}: {problem}; {fix}")
     best = [max(several, key=lambda row: row["reward"]) for several in by_prompt.values()]
     on_rank0(write_jsonl, out, best)
-    left_out = len(rows) - len(complete)
-    return stage.finish(records=len(best), cut_off=left_out)
+    counts = {"cut_off": len(cut_off), "complete": len(complete)}
+    return stage.finish(records=len(best), **counts)
 
 
 def main(o: Options) -> dict:
@@ -250,10 +268,14 @@ def main(o: Options) -> dict:
     ranked = read_assistants(o.almost)
     check_rlsf(o.rlsf)
     o = prepare(o)
-    seeds = len(read_jsonl(o.seeds)[: o.seeds_limit or None]) if o.seeds else 0
+    seeds = read_jsonl(o.seeds)[: o.seeds_limit or None] if o.seeds else []
     for _, name in ranked:
-        if name.startswith("sft:") and int(name.removeprefix("sft:")) > seeds:
-            raise InputError(f"--almost.assistants {name}: there are {seeds} seeds; give fewer")
+        if not name.startswith("sft:"):
+            Weights(name)
+            Chat(name, o.run.chat_template)
+        elif seeds and int(name.removeprefix("sft:")) > len(seeds):
+            problem = f"there are {len(seeds)} seeds"
+            raise InputError(f"--almost.assistants {name}: {problem}; give fewer")
     return boost(iteration, Run(o, o.out, o.out))
 
 

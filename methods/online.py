@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from checkpoint import local_rows, save
-from dpo import PolicyOptions
 from plumbing.chat import Chat
 from plumbing.ranks import RANK, on_rank0
 from plumbing.records import InputError, rng, write_text
@@ -73,13 +72,13 @@ class Round:
 
 
 def make_rounds(
-    start: Path, folders: list[Path], steps: int, length: int, also: int = 1 << 30
+    start: Path, folders: list[Path], steps: int, length: int, boundary: int = 1 << 30
 ) -> list[Round]:
     """Rounds of at most `length` steps, `steps` in each of the folders. A round also ends at every
-    multiple of `also`.
+    multiple of `boundary`.
     """
     total = steps * len(folders)
-    ends = [s for s in range(total + 1) if s % steps % length == 0 or s % also == 0]
+    ends = [s for s in range(total + 1) if s % steps % length == 0 or s % boundary == 0]
     rounds = []
     before = None
     for first, last in pairwise(ends):
@@ -90,7 +89,9 @@ def make_rounds(
 
 
 def presented(rows: list[dict], first: int, last: int, seed: int) -> list[tuple[int, dict]]:
-    """(place, record) of the places first to last - 1 in epochs joined, each in its own order."""
+    """(place, record) of the places first to last - 1 in epochs that follow one another, each in an
+    order of its own: of 5 rows, place 7 is the third of the second epoch.
+    """
     orders = {}
     found = []
     for place in range(first, last):
@@ -100,6 +101,15 @@ def presented(rows: list[dict], first: int, last: int, seed: int) -> list[tuple[
             rng(seed, "epoch", epoch).shuffle(orders[epoch])
         found.append((place, orders[epoch][i]))
     return found
+
+
+def fitting(rows: list[dict], chat: Chat, longest: int, source: Path) -> list[dict]:
+    """The records whose prompts leave room for a token of a response. longest: tokens of both."""
+    usable = [row for row in rows if len(chat.prompt_ids(row)) < longest]
+    if not usable:
+        problem = f"no prompt leaves room for a response in max-length {longest}"
+        raise InputError(f"{source}: {problem}; raise it")
+    return usable
 
 
 def in_batches(items: list, size: int) -> list[list]:
@@ -147,7 +157,7 @@ def load_training(r: Round | None, start: Path, o: TrainOptions):
     if r:
         saved = r.training / "checkpoint" / str(r.last)
         if not on_rank0((saved / "done").is_file):
-            fix = "delete the iter* folders of this run to begin again"
+            fix = f"delete {r.folder.parent} and all later iterations to train again"
             raise InputError(f"{saved}: what training goes on from is gone; {fix}")
         load_checkpoint(r.training, model, optimizer, r.last)
     return model, optimizer
@@ -167,7 +177,7 @@ def forget(r: Round, keep_average: bool = False) -> None:
         discard(r.average)
 
 
-def export_policy(last: Round, rounds: list[Round], out: Path, o: PolicyOptions) -> Path:
+def export_policy(last: Round, rounds: list[Round], out: Path, o: TrainOptions) -> Path:
     """Stage: the policy after the last of the rounds as a checkpoint in --dtype, and the metrics of
     all of them.
     """

@@ -1,16 +1,20 @@
-"""Reinforcement learning against a reward model: RLOO with a clipped ratio, no value network.
+"""Reinforcement learning from synthetic feedback (RLSF): RLOO with a clipped ratio.
 
-In rounds (methods/online.py): the policy answers the prompts of a few optimizer steps, k times
-each; then it takes these steps, one batch of answers each. With
+There is no value network. In rounds (methods/online.py; what it calls the average is the policy
+itself here), the policy answers the prompts of a few optimizer steps, k times each; then it takes
+these steps, one batch of answers each. With
     R = r(x, y) - kl (log pi_old(y|x) - log pi_ref(y|x))
 an answer's advantage is R less the mean R of its prompt's other answers (leave one out, arXiv
 2402.14740), divided by the standard deviation of the round's advantages. Its loss is
     - sum over tokens of min(ratio A, clip(ratio, 1 - c, 1 + c) A),   ratio = pi / pi_old of a token
 as in PPO (arXiv 1707.06347, equation 7), and the mean over the answers of a batch counts.
+--rlsf.refresh 1 is on-policy; above, one sampling serves several steps.
 
---rlsf.refresh 1 is on-policy; above, one sampling serves several steps. Answers are texts,
-tokenised again, so that a few ratios may belong to other tokens than were sampled. No end token is
-scored where the limit cut an answer off.
+What is scored is not quite what was sampled. Answers are texts, stripped and tokenised again, and
+cut at --rlsf.max-length. One that has ended is followed by the template's end token; one that was
+cut off is not, unless it has no text at all. The reward model reads a cut-off answer as if it had
+ended. Equal answers of a batch are scored once for pi_old, so that in bf16 the first ratio is 1 but
+for rounding.
 """
 
 from collections import defaultdict
@@ -20,12 +24,13 @@ from statistics import mean, pstdev
 
 import torch
 
-from dpo import PolicyOptions, add_reference_logps
+from dpo import add_reference_logps
 from methods.online import (
     Round,
     export_policy,
     forget,
     in_batches,
+    fitting,
     make_rounds,
     presented,
     train_round,
@@ -37,12 +42,12 @@ from plumbing.records import InputError, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, sample
 from scorers.load import load_scorer
-from train import Example, make_sequence
+from train import Example, TrainOptions, make_sequence
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlsfOptions(PolicyOptions):
-    """Of PolicyOptions, loss, nll and epochs do not count."""
+class RlsfOptions(TrainOptions):
+    """epochs and save_every do not count: rounds are saved."""
 
     lr: float = 1e-6  # peak learning rate
     batch: Count = 128  # answers per optimizer step, over all processes
@@ -50,13 +55,17 @@ class RlsfOptions(PolicyOptions):
     refresh: Count = 8  # steps between two samplings
     samples: Count = 4  # answers per prompt
     kl: float = 0.05  # weight of the divergence from the reference in the reward
-    clip: float = 0.2  # how far the ratio counts
+    clip: float = 0.2  # ratios are clipped to 1 - clip .. 1 + clip
     max_new_tokens: Count = 512  # limit per answer
 
 
 def check_rlsf(o: RlsfOptions) -> None:
     if o.samples < 2:
         raise InputError(f"--rlsf.samples {o.samples}: others are the baseline; give at least 2")
+    if o.kl < 0 or not 0 < o.clip < 1:
+        raise InputError(f"--rlsf.kl {o.kl} --rlsf.clip {o.clip}: give kl >= 0 and 0 < clip < 1")
+    if o.loss_on_prompt:
+        raise InputError("--rlsf.loss-on-prompt: the policy wrote answers only; leave it out")
     if o.batch % o.samples:
         raise InputError(f"--rlsf.batch {o.batch}: give a multiple of --rlsf.samples {o.samples}")
 
@@ -67,9 +76,11 @@ def reinforce(
     """it/policy <- reinforcement learning of the model on the prompts x."""
     rounds = make_rounds(model, [it], o.steps, o.refresh)
     # the distribution that is sampled is the one that is scored
-    sampling = SampleOptions(run=o.run, temperature=1.0, top_p=1.0, max_new_tokens=o.max_new_tokens)
+    sampling = SampleOptions(
+        run=o.run, temperature=1.0, top_p=1.0, max_new_tokens=o.max_new_tokens, chunk=64
+    )
     for i, r in enumerate(rounds):
-        asked = prompts_of_steps(x, r.folder / "prompts.jsonl", o, (r.first, r.last))
+        asked = prompts_of_steps(x, model, r.folder / "prompts.jsonl", o, (r.first, r.last))
         answers = r.folder / "samples.jsonl"
         sample(r.sampled, asked, answers, sampling, o.samples, f"rollouts {r.first}")
         scored = score_answers(answers, reward_model, r.folder / "scored.jsonl", o)
@@ -81,16 +92,25 @@ def reinforce(
     return it / "policy"
 
 
-def prompts_of_steps(x: Path, out: Path, o: RlsfOptions, steps: tuple[int, int]) -> Path:
-    """Stage: the prompts of the steps."""
-    stage = Stage(out, o, prompts=x, between=steps)
+def prompts_of_steps(
+    x: Path, model: Path, out: Path, o: RlsfOptions, steps: tuple[int, int]
+) -> Path:
+    """Stage: the prompts of the steps, of those that leave room for an answer.
+
+    model: whose tokenizer.
+    """
+    size = {"batch": o.batch, "samples": o.samples, "longest": o.max_length}
+    stage = Stage(out, run=o.run, prompts=x, model=model, between=steps, **size)
     if stage.done:
         return out
+    rows = read_jsonl(x, "prompt")
+    usable = fitting(rows, Chat(model, o.run.chat_template), o.max_length, x)
     first, last = (step * o.batch // o.samples for step in steps)
-    places = presented(read_jsonl(x, "prompt"), first, last, o.run.seed)
-    rows = [{**row, "id": f"{row['id']} {place}"} for place, row in places]
-    on_rank0(write_jsonl, out, rows)
-    return stage.finish(prompts=len(rows))
+    asked = []
+    for place, row in presented(usable, first, last, o.run.seed):
+        asked.append({**row, "id": f"{row['id']} {place}"})
+    on_rank0(write_jsonl, out, asked)
+    return stage.finish(prompts=len(asked), no_room=len(rows) - len(usable))
 
 
 def score_answers(answers: Path, reward_model: Path, out: Path, o: RlsfOptions) -> Path:
@@ -103,7 +123,8 @@ def score_answers(answers: Path, reward_model: Path, out: Path, o: RlsfOptions) 
     rewards = scorer(rows)
     scored = [{**row, "reward": reward} for row, reward in zip(rows, rewards, strict=True)]
     on_rank0(write_jsonl, out, scored)
-    return stage.finish(answers=len(rows), reward=round(mean(rewards), 4))
+    empty = sum(not row["response"] for row in rows)
+    return stage.finish(answers=len(rows), empty=empty, reward=round(mean(rewards), 4))
 
 
 def train_on_answers(r: Round, scored: Path, reference: Path, o: RlsfOptions, cache: Path) -> Path:
@@ -141,10 +162,7 @@ def train_on_answers(r: Round, scored: Path, reference: Path, o: RlsfOptions, ca
 
 def make_answer(chat: Chat, row: dict, o: RlsfOptions) -> Example:
     """An answer as it was sampled: with an end token only where it has ended."""
-    sequence = make_sequence(chat, row, row["response"], o)
-    if sequence is None:
-        raise InputError(f"{row['id']}: its prompt does not fit --rlsf.max-length {o.max_length}")
-    ids, start = sequence
+    ids, start = make_sequence(chat, row, row["response"], o)
     cut_off = row["finish_reason"] == "length"
     if cut_off and ids[-1] == chat.end and len(ids) - start > 1:
         ids = ids[:-1]
@@ -163,9 +181,9 @@ def advantages(rewards: list[float], k: int) -> list[float]:
 
 
 def leave_one_out(rewards: list[float]) -> list[float]:
-    """Each reward less the mean of the others."""
-    total, others = sum(rewards), len(rewards) - 1
-    return [reward - (total - reward) / others for reward in rewards]
+    """Each reward less the mean of the others, exactly 0 where all are equal."""
+    others = len(rewards) - 1
+    return [sum(reward - other for other in rewards) / others for reward in rewards]
 
 
 def clipped_loss(clip: float):

@@ -51,6 +51,7 @@ from methods.checks import refuse
 from methods.online import (
     Round,
     export_policy,
+    fitting,
     forget,
     in_batches,
     make_rounds,
@@ -137,8 +138,8 @@ def iteration(run: Run, t: int) -> None:
 def all_rounds(run: Run) -> list[Round]:
     o = run.o
     folders = [run.iter(t) for t in range(1, o.iters + 1)]
-    also = o.sapo.reference
-    return make_rounds(run.model(0), folders, o.sapo.steps, o.sapo.refresh, also)
+    boundary = o.sapo.reference
+    return make_rounds(run.model(0), folders, o.sapo.steps, o.sapo.refresh, boundary)
 
 
 def last_reference(rounds: list[Round], step: int, every: int) -> Path:
@@ -191,15 +192,6 @@ def cut_segments(
         cut.append({**request, **parts})
     on_rank0(write_jsonl, out, cut)
     return stage.finish(segments=len(cut), no_room=len(rows) - len(usable))
-
-
-def fitting(rows: list[dict], chat: Chat, longest: int, source: Path) -> list[dict]:
-    """The seeds whose prompts leave room for a token of the response."""
-    usable = [row for row in rows if len(chat.prompt_ids(row)) < longest]
-    if not usable:
-        problem = f"no prompt leaves room in --policy.max-length {longest}"
-        raise InputError(f"{source}: {problem}; raise it")
-    return usable
 
 
 def span(prompt: int, answer: int, segment: int, longest: int) -> tuple[int, int]:

@@ -146,6 +146,8 @@ def test_assistants_by_rank(tmp_path):
         ("sft:10=sft:0", "give at least two"),
         ("sft:10,nowhere", "'nowhere' is neither"),
         ("sft:,sft:0", "'sft:' is neither"),
+        ("sft:5,", "'' is neither"),
+        ("sft:0,sft:0", "one is there twice"),
     ]:
         assert problem in refusal(read_assistants, replace(o, assistants=text))
 
@@ -174,6 +176,8 @@ def test_leave_one_out_by_hand():
 
 def test_equal_rewards_move_nothing():
     assert advantages([2.0] * 8, 4) == [0.0] * 8
+    # exactly, also where a sum of them is rounded
+    assert advantages([0.1] * 4 + [0.5] * 4, 4) == [0.0] * 8
     new = torch.tensor([-1.0, -2.0], requires_grad=True)
     example = answer([-1.5, -2.0], 0.0)
     loss, _ = clipped_loss(0.2)([example], [[new]])
@@ -206,7 +210,13 @@ def test_the_clipped_loss_by_hand():
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
-    [({"samples": 1}, "--rlsf.samples 1"), ({"batch": 6}, "--rlsf.batch 6: give a multiple")],
+    [
+        ({"samples": 1}, "--rlsf.samples 1"),
+        ({"batch": 6}, "--rlsf.batch 6: give a multiple"),
+        ({"clip": 1.0}, "give kl >= 0 and 0 < clip < 1"),
+        ({"kl": -1.0}, "give kl >= 0"),
+        ({"loss_on_prompt": True}, "the policy wrote answers only"),
+    ],
 )
 def test_what_rloo_cannot_do(changes, problem):
     assert problem in refusal(rlsf.check_rlsf, RlsfOptions(run=FP32, **changes))

@@ -790,8 +790,9 @@ def export_policy(f, out):
 
 def prompts_of_steps(f, out):
     o = rlsf.RlsfOptions(**settings(f)[0], samples=2)
-    rlsf.prompts_of_steps(f / "prompts.jsonl", out.with_suffix(".jsonl"), o, (0, 2))
-    return ["prompts.jsonl"]
+    prompts, asked = f / "prompts.jsonl", out.with_suffix(".jsonl")
+    rlsf.prompts_of_steps(prompts, f / "model", asked, o, (0, 2))
+    return ["prompts.jsonl", "model"]
 
 
 def score_answers(f, out):
