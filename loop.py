@@ -280,8 +280,9 @@ def check(run: Run, needs_corpus: bool) -> str:
         source_records(o.prompts, 1)
     revision = o.improver.revision
     for options in (o.pairs, o.improver, o.rewrites):
-        single = options is not o.pairs  # a judge that compares two texts can only filter pairs
-        load_scorer(options.scorer, o.model, o.run, single=single, revision=revision)
+        # a judge that compares two texts can only filter pairs
+        single = options is not o.pairs
+        load_scorer(options.scorer, o.model, o.run, None, single, revision)
     for plugin in (o.prompts.keep, o.improver.feedback, o.more_pairs):
         if plugin:
             load_function(plugin)
@@ -339,7 +340,7 @@ def changed(o: Options) -> list[list]:
     """[name, value, default, help] of every option that differs from its default."""
     values = flatten(as_dict(o))
     rows = []
-    flags = flags_of(RunOptions, []) + flags_of(Options, [f"--policy.loss={o.policy.loss}"])
+    flags = flags_of(RunOptions, []) + flags_of(type(o), [f"--policy.loss={o.policy.loss}"])
     for flag in flags:
         default = str(flag.default) if isinstance(flag.default, Path) else flag.default
         if values[flag.name] != default:

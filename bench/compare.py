@@ -4,15 +4,19 @@
     python -m bench.compare --world facts --out runs/compare_facts
 
 Every row of ROWS is a run of its own on one thread; its output is OUT/seedS/ROW.log. All of one
-random seed start from one M_0, and those that need new prompts take SynPO's, hard-linked as in
-bench/ablations.py. Each world's flags give all methods about as many optimizer steps an iteration;
-where a method has fewer pairs, nothing is topped up.
+random seed start from one M_0, and iterations that need new prompts take SynPO's, hard-linked as in
+bench/ablations.py; one shots write their own.
 
-Columns: scores are means over random seeds with their standard deviations, differences are paired
-by random seed. `gold in` says what reads gold responses, besides G where there is one. Words are of
-M_T's responses and of the pairs' sides; `right` is the share of pairs whose chosen side has the
-higher exact score, among those that differ. Steps are those from M_T's start to M_T, and of all
-trainings of the run; tokens and seconds are of the whole run, what is shared included.
+Budget: an iteration of every method takes about as many optimizer steps as SynPO's, S. So M_t lies
+about t S steps from its start, but for SynPO on fresh pairs, whose M_t lies S steps from M_0. Where
+a method has fewer pairs, it takes fewer steps. Learning rates and filters of pairs are each
+method's own, as its recipe or FLAGS say.
+
+Scores are means over random seeds with their standard deviations, differences are paired by random
+seed; the picture has standard errors. In the second table, M_T, chosen and rejected are words of a
+response; `chosen better` is the share of pairs kept whose chosen side has the higher exact score,
+among those that differ. Tokens, steps and seconds leave M_0 and all evaluations out; what is shared
+counts for every row. Seconds are of a machine that is busy with --workers runs.
 
 Killed at any time, rerun the same command to resume.
 """
@@ -34,15 +38,15 @@ import matplotlib.pyplot as plt
 from bench.ablations import cell, link, mean_and_deviation, numbers, run_command
 from bench.command import ROOT, finish, make_parser
 from bench.tables import add_json_flag, write_figures
-from eval.report import finished_stages
+from eval.report import KINDS, finished_stages
 from eval.stats import mean, standard_error
 from eval.table import table
 from plumbing.options import load_function
 from plumbing.records import load_json, read_jsonl
 from plumbing.stage import counts_of
 
-M_0 = ("iter0/*",)
-PROMPTS = (*M_0, "generator/*", "iter*/prompts*")
+OF_M_0 = ("iter0/*",)
+OF_G = (*OF_M_0, "generator/*", "iter*/prompts*")
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,21 @@ class Row:
     program: str  # a file or module with a command line
     gold: str  # what reads gold responses, besides G
     flags: str = ""
-    shared: tuple[str, ...] = PROMPTS  # files of SynPO's run
+    shared: tuple[str, ...] = OF_G  # files of SynPO's run
 
 
 ROWS = {
     "SynPO": Row("loop.py", "R_t"),
     "SynPO, cumulative": Row("loop.py", "R_t", "--data cumulative"),
-    "SynPO, one shot": Row("loop.py", "R_1", "--one-shot", M_0),
-    "SPIN": Row("methods.spin", "chosen", shared=M_0),
-    "SPIN without NLL": Row("methods.spin", "chosen", "--policy.nll 0", M_0),
-    "SAPO": Row("methods.sapo", "chosen", shared=M_0),
-    "SAPO without NLL": Row("methods.sapo", "chosen", "--policy.nll 0", M_0),
+    "SynPO, fresh": Row("loop.py", "R_t", "--data fresh"),
+    "SynPO, one shot": Row("loop.py", "R_1", "--one-shot", OF_M_0),
+    "SPIN": Row("methods.spin", "chosen", shared=OF_M_0),
+    "SPIN without NLL": Row("methods.spin", "chosen", "--policy.nll 0", OF_M_0),
+    "SAPO": Row("methods.sapo", "chosen", shared=OF_M_0),
+    "SAPO without NLL": Row("methods.sapo", "chosen", "--policy.nll 0", OF_M_0),
     "ALMoST, M_1 by SFT": Row("methods.almost", "assistants"),
     "Sampling-Ranking": Row("methods.sampling_ranking", "-"),
-    "Sampling-Ranking, one shot": Row("methods.sampling_ranking", "-", "--one-shot", M_0),
+    "Sampling-Ranking, one shot": Row("methods.sampling_ranking", "-", "--one-shot", OF_M_0),
     "Self-Rewarding": Row("methods.self_rewarding", "S, judge"),
 }
 # Models that are trained once: row -> the run that has it, and its evaluation there.
@@ -72,6 +77,16 @@ ONCE = {
     "Self-Rewarding's S": ("Self-Rewarding", "first/model_eval.json"),
 }
 
+# world -> the row that is SynPO's recipe once more
+SAME = {"sorting": "SynPO, fresh", "facts": "SynPO, cumulative"}
+# program -> what the method fixes, which SynPO's recipe may say otherwise
+FIXED = {
+    "methods.spin": "--rejected previous --start previous",
+    "methods.sapo": "--rejected previous --start previous",
+    "methods.almost": "--rejected previous --start previous --data fresh",
+    "methods.sampling_ranking": "--rejected previous",
+    "methods.self_rewarding": "--rejected previous --start previous --data fresh",
+}
 # world -> SynPO's recipe
 RECIPES = {"sorting": "recipes/demo.toml", "facts": "recipes/facts.toml"}
 # world -> program -> flags after the recipe: what it does not say of the method, and as many steps
@@ -79,7 +94,7 @@ RECIPES = {"sorting": "recipes/demo.toml", "facts": "recipes/facts.toml"}
 FLAGS = {
     "sorting": {
         "methods.spin": "--policy.epochs 32 --policy.lr 3e-5",
-        "methods.sapo": "--sapo.steps 320 --policy.lr 3e-5",
+        "methods.sapo": "--sapo.steps 320 --sapo.reference 320 --policy.lr 3e-5",
         "methods.almost": "--rlsf.steps 320",
     },
     "facts": {
@@ -105,16 +120,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--world", choices=RECIPES, default="sorting", help="the demo's world, or that of facts")
-    add("--recipe", help="another recipe of SynPO's, for all rows")
     add("--out", type=Path, default=Path("runs/compare"), help="directory of all runs")
     add("--seeds", type=numbers, default="31,32,33", help="random seeds")
-    help_text = "names with commas between; SynPO always runs (default: all)"
+    help_text = "names with semicolons between; SynPO always runs (default: all)"
     add("--rows", type=names, default=list(ROWS), help=help_text)
     add("--iters", type=int, default=3, help="number of iterations, T")
     add("--workers", type=int, default=os.cpu_count() or 1, help="runs at once")
     add("--svg", type=Path, help="write the picture there")
     add_json_flag(parser)
-    return parser.parse_args(argv)
+    o = parser.parse_args(argv)
+    o.rows = [name for name in o.rows if name != SAME[o.world]]
+    return o
 
 
 def names(text: str) -> list[str]:
@@ -134,8 +150,6 @@ def run_of(name: str, seed: int, o: argparse.Namespace) -> Path:
 
 def recipe_of(row: Row, o: argparse.Namespace) -> str:
     """A method's own recipe for the demo's world, else SynPO's."""
-    if o.recipe:
-        return o.recipe
     own = f"recipes/methods/{row.program.removeprefix('methods.')}.toml"
     if o.world == "sorting" and (ROOT / own).is_file():
         return own
@@ -156,8 +170,9 @@ def command(name: str, seed: int, o: argparse.Namespace) -> list[str]:
         given += ["--prepare", ""]
         for key in ("model", "seeds", "corpus", "heldout"):
             given += [f"--{key}", made[key]]
+    fixed = FIXED.get(row.program, "").split()
     fitting = shlex.split(FLAGS[o.world].get(row.program, ""))
-    return [*program, *given, *fitting, *row.flags.split()]
+    return [*program, *given, *fixed, *fitting, *row.flags.split()]
 
 
 def run_row(job: Job, o: argparse.Namespace, lock) -> tuple[Job, str]:
@@ -184,27 +199,37 @@ def figures_of(run: Path) -> dict:
     evaluations = [load_json(run / f"iter{t}/eval.json") for t in range(T + 1)]
     pairs = [counts_of(run / f"iter{t}/pairs.jsonl") for t in range(1, T + 1)]
     steps = [counts_of(run / f"iter{t}/policy")["steps"] for t in range(1, T + 1)]
-    # one run's stages: what was linked counts as if it had been made
-    stages = finished_stages(run)
-    stages = [line for line in stages if not line["stage"].startswith("controls")]
+    stages = counted(run, o)
     trained = [line for line in stages if "steps" in line]
-    written = [line for line in stages if "answers" in line or "lists" in line]
-    chosen, rejected = (words_of(pairs, side) for side in ("chosen", "rejected"))
+    written = [line for line in stages if "steps" not in line]
+    first = counts_of(run / "first/model").get("steps", 0)  # Self-Rewarding's S
     return {
         "start": "M_{t-1}" if o["start"] == "previous" else "M_0",
         "scores": [result["score"] for result in evaluations],
         "words": evaluations[-1]["words"],
-        "chosen": chosen,
-        "rejected": rejected,
-        "right": right(run, o, T),
+        "chosen": words_of(pairs, "chosen"),
+        "rejected": words_of(pairs, "rejected"),
+        "better": better(run, o, T),
         "pairs": [f"{one['pairs']}/{one['candidates']}" if one else "-" for one in pairs],
-        "path": sum(steps) if o["start"] == "previous" else steps[-1],
-        # a training in rounds counts twice: each round, and the policy that they end in
+        "steps_to_last": first + (sum(steps) if o["start"] == "previous" else steps[-1]),
+        # a training in rounds ends in a policy, whose steps are those of its rounds
         "steps": sum(line["steps"] for line in trained if line.get("tokens")),
         "generated": sum(line.get("tokens", 0) for line in written),
         "trained": sum(line.get("tokens", 0) for line in trained),
         "seconds": sum(line["seconds"] for line in stages),
     }
+
+
+def counted(run: Path, o: dict) -> list[dict]:
+    """The stages of a run that its method needs: without M_0, evaluations and controls."""
+    found = []
+    for line in finished_stages(run):
+        name = line["stage"]
+        evaluates = KINDS.get(name.rpartition("/")[2]) == "eval" or name.startswith("first/model_")
+        is_M_0 = (run / name).resolve() == Path(o["model"]).resolve()
+        if not (evaluates or is_M_0 or name.startswith("controls")):
+            found.append(line)
+    return found
 
 
 def words_of(pairs: list[dict], side: str) -> float | None:
@@ -213,7 +238,7 @@ def words_of(pairs: list[dict], side: str) -> float | None:
     return mean(found) if found else None
 
 
-def right(run: Path, o: dict, T: int) -> float | None:
+def better(run: Path, o: dict, T: int) -> float | None:
     """Share of pairs whose chosen side has the higher exact score, among those that differ."""
     exact = load_function(f"{o['evaluate'].partition(':')[0]}:score")
     found = []
@@ -244,7 +269,7 @@ def score_rows(rows: Figures, T: int) -> list[dict]:
     """Scores by iteration, and M_T against M_0, SFT on the seeds and SynPO."""
     table_rows = []
     for name, by_seed in rows.items():
-        last = at_place(by_seed, -1)
+        last = scores_at(by_seed, -1)
         row = {"method": name.ljust(26)}
         for t in range(T + 1):
             scores = [r["scores"] for r in by_seed.values()]
@@ -253,18 +278,18 @@ def score_rows(rows: Figures, T: int) -> list[dict]:
             shown = t == 0 or place > 0
             at = [one[place if t else 0] for one in scores]
             row[f"M_{t}"] = cell(mean_and_deviation(at)) if shown else ""
-        row["M_T - M_0"] = differences(last, at_place(by_seed, 0))
+        row["M_T - M_0"] = differences(last, scores_at(by_seed, 0))
         for other in ("SFT on the seeds", "SynPO"):
-            theirs = at_place(rows.get(other, {}), -1)
-            row[f"- {other}"] = "" if name == other else differences(last, theirs)
-        row["seeds"] = len(by_seed)
+            theirs = scores_at(rows.get(other, {}), -1)
+            row[f"M_T - {other}"] = "" if name == other else differences(last, theirs)
+        row["seeds"] = " ".join(map(str, by_seed))
         table_rows.append(row)
     return table_rows
 
 
-def at_place(by_seed: dict[int, dict], place: int) -> dict[int, float]:
+def scores_at(by_seed: dict[int, dict], index: int) -> dict[int, float]:
     """Random seed -> score of one model of a row."""
-    return {seed: figures["scores"][place] for seed, figures in by_seed.items()}
+    return {seed: figures["scores"][index] for seed, figures in by_seed.items()}
 
 
 def differences(ours: dict[int, float], theirs: dict[int, float]) -> str:
@@ -276,17 +301,18 @@ def budget_rows(rows: Figures) -> list[dict]:
     """What the methods read, made and cost; means over random seeds."""
     table_rows = []
     for name, by_seed in rows.items():
-        several = list(by_seed.values())
-        if "path" not in several[0]:
+        if name in ONCE:
             continue
+        several = list(by_seed.values())
         row = {"method": name.ljust(26), "M_t starts from": several[0]["start"]}
-        row["gold in"] = ROWS[name].gold
-        for key in ("words", "chosen", "rejected", "right"):
+        row["gold read by"] = ROWS[name].gold
+        texts = {"M_T": "words", "chosen": "chosen", "rejected": "rejected"}
+        for column, key in {**texts, "chosen better": "better"}.items():
             values = [one[key] for one in several if one[key] is not None]
-            row[key] = f"{mean(values):.2f}" if values else "-"
-        row["pairs kept/seen"] = " ".join(several[0]["pairs"])
-        row["steps to M_T"] = round(mean([one["path"] for one in several]))
-        row["of all"] = round(mean([one["steps"] for one in several]))
+            row[column] = f"{mean(values):.2f}" if values else "-"
+        row[f"pairs kept/seen, seed {min(by_seed)}"] = " ".join(by_seed[min(by_seed)]["pairs"])
+        row["steps to M_T"] = round(mean([one["steps_to_last"] for one in several]))
+        row["all steps"] = round(mean([one["steps"] for one in several]))
         for key in ("generated", "trained"):
             row[f"tokens {key}"] = f"{mean([one[key] for one in several]) / 1e3:,.0f}k"
         row["seconds"] = round(mean([one["seconds"] for one in several]))
@@ -315,7 +341,7 @@ def draw(rows: Figures, T: int, out: Path) -> None:
         }
         axes.errorbar(places, means, errors, capsize=3, **look)
     axes.set_xlabel("iteration t")
-    axes.set_ylabel("held-out score of M_t")
+    axes.set_ylabel("held-out score of M_t, standard error over random seeds")
     axes.set_xticks(range(T + 1))
     axes.set_ylim(0, 1)
     axes.grid(axis="y", alpha=0.3)
@@ -350,6 +376,9 @@ def run_all(o: argparse.Namespace, lock) -> tuple[dict[Job, dict], dict[str, str
         run_each([job for job in jobs if job[0] == "SynPO"])
         others = [(name, seed) for name, seed in jobs if name != "SynPO"]
         run_each([(name, seed) for name, seed in others if ("SynPO", seed) in done])
+        for name, seed in others:
+            if ("SynPO", seed) not in done:
+                failed[f"{name}, seed {seed}"] = "needs SynPO's run"
     return done, failed
 
 
@@ -366,10 +395,13 @@ def main(o: argparse.Namespace) -> dict:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for runs that a killed command left running
         done, failed = run_all(o, lock)
     rows = by_row(done, o)
+    if not rows:
+        return {"rows": 0, "failed": failed}
     add_models_trained_once(rows, o)
     scores, budget = score_rows(rows, o.iters), budget_rows(rows)
     print(table(scores), table(budget), sep="\n\n")
-    write_figures(o.json, {"scores": scores, "budget": budget})
+    lost = [{"row": name, "why": why} for name, why in failed.items()]
+    write_figures(o.json, {"scores": scores, "budget": budget, "failed": lost})
     if o.svg:
         draw(rows, o.iters, o.svg)
     return {"rows": len(rows), "failed": failed}

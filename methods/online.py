@@ -1,13 +1,13 @@
 """Training that makes its data as it goes: rounds of optimizer steps, with sampling in between.
 
 Sampler and trainer never live together. A round samples from a checkpoint, then loads the sharded
-training (weights and moments), takes its steps, and leaves both for the round after it. The
-checkpoint holds the exponential moving average of the weights (EMA) in fp32, so it is also the
-EMA's memory; with decay 0 the average is the policy itself.
+training (weights and moments), takes its steps, and leaves a new checkpoint and the training for
+the round after it. The checkpoint holds the exponential moving average of the weights (EMA) in
+fp32, so it is also the EMA's memory; with decay 0 the average is the policy itself.
 
 The average is written first, the training next, the manifest last: a kill repeats the round from
 what the round before it has left. Averaging works on each process's own shards, without
-communication, and takes 4 bytes a parameter over all processes.
+communication, and takes 4 bytes a parameter in all.
 """
 
 import gc

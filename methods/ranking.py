@@ -3,7 +3,7 @@
 The first of the best and the last of the worst are taken, so that equal scores give two texts and
 the strict threshold drops them. An empty response takes no part. One that the token limit cut off
 may be rejected; the filter drops the pair where it would be chosen, as in pairs.py. The stage's
-counts say how many responses were empty, and how many prompts had fewer than two others.
+counts say how many responses were empty, and how many prompts had fewer than two that were not.
 """
 
 from pathlib import Path

@@ -3,11 +3,14 @@
 Iteration t: prompts as in SynPO; n = 5 responses of M_{t-1} to each; the scorer's best is chosen,
 its worst rejected; preference optimisation.
 
-What the paper does not state, and is as in SynPO here, each with its option: M_t starts from M_0
-(--start), on the pairs of all iterations (--data), with reference M_0; the temperature
-(--answers.temperature); a pair needs a gap above --pairs.threshold, so equal scores make none. What
-differs: the loss is DPO unless --policy.loss says simpo, as the paper does. Gold responses train G
-only.
+What the paper does not state is as in SynPO's paper here, each with its option. M_t starts from M_0
+(--start), on the pairs of all iterations (--data), with reference M_0. The temperature is SynPO's
+(--answers.temperature). A pair needs a gap above --pairs.threshold, so equal scores make none.
+
+What differs: the loss is DPO unless --policy.loss says simpo, as the paper does; the scorer is
+likelihood, or --pairs.scorer, in place of PairRM or ArmoRM; SynPO's filter of repetitive and
+cut-off responses applies; pairs that are dropped are not made up for, so there may be fewer than
+SynPO's. Gold responses train G only.
 
     python -m methods.sampling_ranking                      the demo
     torchrun --nproc-per-node 8 -m -- methods.sampling_ranking --config FILE --model DIR \\

@@ -9,27 +9,28 @@ the reference becomes the EMA. M_t is the policy after t times --sapo.steps step
 The segment is the `segment` tokens from a random one on. If the EMA ends its text there, what
 follows in gold is dropped. The loss covers the whole response, what both sides share included.
 
-The paper's values, to be given: batch 64, lr 5e-7, DPO with beta 0.1, 4 iterations; or from a base
-model --policy.loss orpo --policy.lambda 0.05 --policy.lr 5e-6. A step of theirs draws 64 pairs from
-8 buffers of 2,000 pairs.
+The paper's values are the defaults (lr 5e-7, DPO with beta 0.1, 4 iterations), but for
+--policy.batch 64; or, from a base model, --policy.loss orpo --policy.weight 0.05 --policy.lr 5e-6.
+--policy.epochs and --policy.save-every do not count: --sapo.steps does, and every round is saved.
 
 What differs
 1. Sampling in rounds of --sapo.refresh steps: order, buffer, EMA, reference and learning rate are
-   exact with any of its values, but segments come from an EMA up to refresh - 1 steps old. With
-   refresh 1 nothing but the following differs.
-2. Pairs are texts, tokenised again as in all of this program; a cut inside a character moves down.
-   An end token follows every rejected text, also one that was cut off with nothing behind it
-   (counted as no_end).
-3. One buffer of all processes, which is replayed from the pairs' files; the authors' has one for
-   each process, counts by object identity and is in no checkpoint. A batch always has
-   --policy.batch pairs; theirs has fewer at first.
+   exact with any of its values, but segments come from an EMA up to refresh - 1 steps old. A round
+   reads and writes weights and moments once, 12 bytes a parameter, and the EMA, 4 bytes.
+2. Pairs are texts, tokenised again as in all of this program. Where the segment would begin or end
+   inside a character, it begins or ends before that character. An end token follows every rejected
+   text, also one that was cut off with nothing of gold behind it (counted as no_end).
+3. One buffer of 16,000 pairs; the authors have one of 2,000 for each of 8 processes, which draw
+   alike, count by object identity, and lose the buffer when a run is resumed.
 4. The segment is drawn from what --policy.max-length leaves of the response. The authors' program
    rewrites the tail whatever it drew where prompt and response exceed that, by a wrong sign. Their
    separate limit of prompts does not exist here.
-5. AdamW and a cosine schedule, not RMSProp and a linear one; no top-k; a new pair for each incoming
-   example (their sample_every is 1).
-6. losses.py's ORPO: its NLL leaves prompt and padding out.
-7. With --policy.nll above 0 SAPO is partly SFT on gold.
+5. AdamW and a cosine schedule; the authors take RMSProp and a linear one for DPO, 8-bit AdamW and
+   an inverse square root for ORPO. No top-k.
+6. losses.py's ORPO: its NLL leaves prompt and padding out. Theirs counts the header of the response
+   as response, and gold ends with two end tokens.
+7. The paper's DPO form starts from an SFT model; here from M_0 as it is.
+8. With --policy.nll above 0 SAPO is partly SFT on gold.
 
 Nothing checks that the new segment is worse than gold's, and the seam before what is kept of gold
 may itself tell the sides apart.
@@ -44,6 +45,7 @@ from functools import partial
 from pathlib import Path
 
 import loop
+from checkpoint import load_config
 from dpo import PolicyOptions, add_reference_logps, check_start, make_examples, policy_loss
 from dpo import preference_loss
 from loop import Run, boost, prepare
@@ -60,17 +62,18 @@ from methods.online import (
 )
 from pairs import words
 from plumbing.chat import Chat
-from plumbing.options import Count, RunOptions, cli
+from plumbing.options import Count, RunOptions, cli, plugin_files
 from plumbing.ranks import on_rank0
 from plumbing.records import InputError, read_jsonl, rng, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, sample
 
 
-# fields of a request for a segment, and of what comes back, that a pair does not have
+# what a record of segments.jsonl has and a pair has not
 REQUEST = {
     "prefix",
     "rest",
+    "last",
     "gold",
     "max_new_tokens",
     "response",
@@ -82,7 +85,7 @@ REQUEST = {
 @dataclass(frozen=True, kw_only=True)
 class SapoOptions:
     run: RunOptions = RunOptions()
-    steps: Count = 108  # optimizer steps per iteration; the paper's epoch
+    steps: Count = 108  # optimizer steps per iteration; about the paper's epoch
     segment: Count = 256  # tokens that are written anew
     decay: float = 0.5  # of the EMA: its own share in the new average
     reference: Count = 108  # steps after which the reference becomes the EMA
@@ -96,16 +99,18 @@ class Options(loop.Options):
     rejected: str = "previous"  # fixed: gold with a segment of the EMA's
     start: str = "previous"  # fixed: training goes on
     sapo: SapoOptions = SapoOptions()
-    sampling: SampleOptions = SampleOptions(top_p=0.95)  # from the EMA; max_new_tokens: segment
+    sampling: SampleOptions = SampleOptions(
+        top_p=0.95, chunk=32
+    )  # from the EMA, --sapo.segment tokens
 
 
 def iteration(run: Run, t: int) -> None:
     """One iteration: --sapo.steps more steps of the one training, M_{t-1} -> M_t."""
     o, M_0 = run.o, run.model(0)
-    every = all_rounds(run)
-    here = [r for r in every if r.folder.parent == run.iter(t)]
+    rounds = all_rounds(run)
+    here = [r for r in rounds if r.folder.parent == run.iter(t)]
     for r in here:
-        past = every[: every.index(r) + 1]  # this round included
+        past = rounds[: rounds.index(r) + 1]  # this round included
 
         # the EMA writes a segment of every gold response of the incoming batches
         steps = (r.first, r.last)
@@ -119,20 +124,19 @@ def iteration(run: Run, t: int) -> None:
         pairs = [one.folder / "pairs.jsonl" for one in past]
         D = draw(pairs, r.folder / "drawn.jsonl", o.sapo, o.policy.batch, steps)
 
-        # steps of the policy and its EMA; the reference is the EMA at the last multiple
-        every_so_many = o.sapo.reference
-        reference = last_reference(past, r.first, every_so_many)
+        # steps of the policy and of its EMA
+        reference = last_reference(past, r.first, o.sapo.reference)
         train_on_pairs(r, D, reference, o, run.cache)
-        still_read = last_reference(past, r.last, every_so_many)
-        for old in past[:-1]:
+        still_read = last_reference(past, r.last, o.sapo.reference)
+        for old in past[:-2]:
             on_rank0(forget, old, old.average == still_read)
 
     join_pairs([r.folder / "pairs.jsonl" for r in here], run.iter(t) / "pairs.jsonl", o.run)
     export_policy(here[-1], here, run.model(t), o.policy)
     if t == o.iters:
         # the last EMA stays, beside M_T
-        for old in every:
-            on_rank0(forget, old, old is every[-1])
+        for old in rounds:
+            on_rank0(forget, old, old is rounds[-1])
 
 
 def all_rounds(run: Run) -> list[Round]:
@@ -142,10 +146,11 @@ def all_rounds(run: Run) -> list[Round]:
     return make_rounds(run.model(0), folders, o.sapo.steps, o.sapo.refresh, boundary)
 
 
-def last_reference(rounds: list[Round], step: int, every: int) -> Path:
-    """The reference in force at a step: the EMA after the last multiple of `every` steps."""
-    averages = {0: rounds[0].start, **{r.last: r.average for r in rounds}}
-    return averages[step - step % every]
+def last_reference(rounds: list[Round], step: int, interval: int) -> Path:
+    """The reference in force at a step: the EMA after the last multiple of `interval` steps."""
+    averages = {0: rounds[0].start}
+    averages |= {r.last: r.average for r in rounds}
+    return averages[step - step % interval]
 
 
 # -------------------------------------------------------------------------------- segments
@@ -160,7 +165,9 @@ def cut_segments(
     steps: tuple[int, int],
 ) -> Path:
     """Stage: for each gold response presented in the steps {prompt, prefix, max_new_tokens, rest,
-    gold}: what precedes the segment, its tokens, what follows it. model: whose tokenizer.
+    gold}: what precedes the segment, its tokens, what follows it.
+
+    model: whose tokenizer and positions. steps: first and last.
     """
     stage = Stage(
         out,
@@ -168,12 +175,12 @@ def cut_segments(
         seeds=seeds,
         model=model,
         batch=policy.batch,
-        longest=policy.max_length,
+        longest=longest_of(policy, model),
         between=steps,
     )
     if stage.done:
         return out
-    longest = policy.max_length
+    longest = longest_of(policy, model)
     chat = Chat(model, o.run.chat_template)
     rows = read_jsonl(seeds, "prompt", "response")
     usable = fitting(rows, chat, longest, seeds)
@@ -184,7 +191,7 @@ def cut_segments(
         gold = chat.response_ids(row["response"])
         length, latest = span(prompt, len(gold), o.segment, longest)
         begin = rng(o.run.seed, "segment", place).randint(0, latest)
-        parts = split(chat, gold[: longest - prompt], begin, length)
+        parts = split(chat, gold, begin, length)
         request = {name: value for name, value in row.items() if name != "response"}
         request["id"] = f"{row['id']} {place}"
         request["max_new_tokens"] = length
@@ -198,19 +205,24 @@ def span(prompt: int, answer: int, segment: int, longest: int) -> tuple[int, int
     """(tokens of the segment, the latest at which it may begin), from the tokens of prompt and gold
     response, its end token included.
 
-    The authors leave 3 tokens behind: their template ends gold with an end token, a line break and
-    another end token.
+    3 tokens are left behind it, as in the authors' program, whose template ends gold with an end
+    token, a line break and another end token.
     """
     length = min(segment, answer, longest - prompt)
     return length, max(0, min(answer - 3 - length, longest - prompt - length))
 
 
+def longest_of(policy: PolicyOptions, model: Path) -> int:
+    """Tokens of prompt and response that are trained on and can be sampled."""
+    return min(policy.max_length, load_config(model).max_positions)
+
+
 def split(chat: Chat, gold: list[int], begin: int, length: int) -> dict[str, str]:
-    """Texts of the tokens before the segment and after it."""
+    """Texts of the tokens before the segment and after it, and whether it holds gold's end."""
     whole = chat.text(gold)
     prefix = beginning(chat, gold[:begin], whole)
     until = beginning(chat, gold[: begin + length], whole)
-    return {"prefix": prefix, "rest": whole[len(until) :]}
+    return {"prefix": prefix, "rest": whole[len(until) :], "last": begin + length >= len(gold)}
 
 
 def beginning(chat: Chat, ids: list[int], whole: str) -> str:
@@ -229,13 +241,16 @@ def new_pairs(segments: Path, out: Path, run: RunOptions) -> Path:
     counts = Counter(same=0, empty=0, ended=0, no_end=0)
     for row in read_jsonl(segments, "prompt"):
         ended = row["finish_reason"] == "stop"
-        rejected = row["response"] if ended else row["response"] + row["rest"]
+        rejected = row["response"]
+        if not ended:
+            # the limit may have cut a character in two
+            rejected = rejected.rstrip("\ufffd") + row["rest"]
         asked = {name: value for name, value in row.items() if name not in REQUEST}
         pairs.append({**asked, "chosen": row["gold"], "rejected": rejected})
         counts["same"] += rejected.split() == row["gold"].split()
         counts["empty"] += not rejected
         counts["ended"] += ended
-        counts["no_end"] += not ended and not row["rest"]
+        counts["no_end"] += not ended and row["last"]
     on_rank0(write_jsonl, out, pairs)
     return stage.finish(pairs=len(pairs), **counts)
 
@@ -248,7 +263,7 @@ def join_pairs(files: list[Path], out: Path, run: RunOptions) -> Path:
     rows = [row for path in files for row in read_jsonl(path, "prompt")]
     on_rank0(write_jsonl, out, rows)
     same = sum(row["chosen"].split() == row["rejected"].split() for row in rows)
-    counts = {"candidates": len(rows), "identical": same, "valid": len(rows) - same}
+    counts = {"candidates": len(rows), "same": same, "valid": len(rows)}
     return stage.finish(**counts, pairs=len(rows), **words(rows))
 
 
@@ -305,6 +320,7 @@ def train_on_pairs(r: Round, D: Path, reference: Path, o: Options, cache: Path) 
         average=r.sampled,
         reference=reference,
         pairs=D,
+        loss_file=plugin_files(o.policy.loss),
         decay=o.sapo.decay,
         step=r.first,
         total=r.total,
@@ -332,12 +348,13 @@ def main(o: Options) -> dict:
     if not 0 <= o.sapo.decay < 1:
         raise InputError(f"--sapo.decay {o.sapo.decay}: give a number from 0 to below 1")
     reads = policy_loss(o.policy).reads
-    if any(name.startswith(("ref2_", "sample")) for name in reads):
+    if any(name.startswith(("ref2_", "sample", "preference")) for name in reads):
         raise InputError(f"--policy.loss {o.policy.loss}: not for this method; take another")
     o = prepare(o)
     if o.seeds and o.model:
-        rows = read_jsonl(o.seeds, "prompt", "response")
-        fitting(rows, Chat(o.model, o.run.chat_template), o.policy.max_length, o.seeds)
+        rows = read_jsonl(o.seeds, "prompt", "response")[: o.seeds_limit or None]
+        longest = longest_of(o.policy, o.model)
+        fitting(rows, Chat(o.model, o.run.chat_template), longest, o.seeds)
     return boost(iteration, Run(o, o.out, o.out), needs_corpus=False)
 
 

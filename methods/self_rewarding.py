@@ -17,8 +17,9 @@ What differs
    response deserves 5, a response of M_0 1 + round(4 F) where F is the F1 of its words and pairs of
    words with gold's. In the paper people ranked responses.
 3. Pairs pass SynPO's filter of repetitive and cut-off responses.
-4. No outside judge stops the training early.
+4. No outside judge stops the training early, schedules fall to 0, and there is no dropout.
 5. The template is in our own words (--rewarding.template).
+6. The table of SynPO's paper has another version: SimPO, with judge's examples by GPT-4.
 
 One public program parses the judged response together with the verdict, so that a response can
 grade itself, and counts an unreadable verdict as the worst score. Here the judge's own words alone
@@ -178,9 +179,10 @@ def ask(responses: Path, out: Path, template: str, run: RunOptions) -> Path:
     stage = Stage(out, run=run, responses=responses, template=template)
     if stage.done:
         return out
-    rows = [judged(row, template) for row in read_jsonl(responses, "prompt") if row["response"]]
+    every = read_jsonl(responses, "prompt")
+    rows = [judged(row, template) for row in every if row["response"]]
     on_rank0(write_jsonl, out, rows)
-    return stage.finish(responses=len(rows))
+    return stage.finish(responses=len(rows), empty=len(every) - len(rows))
 
 
 def mean_scores(responses: Path, verdicts: Path, out: Path, run: RunOptions) -> Path:

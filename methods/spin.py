@@ -2,10 +2,10 @@
 
 Iteration t: M_{t-1} answers the seeds' prompts; gold is chosen, its answer rejected; M_t is trained
 from M_{t-1}, with M_{t-1} as reference, by the logistic loss of equation 4.7, which is DPO's:
--log sigmoid(beta [log pi/p (gold) - log pi/p (own)]) with sums over response tokens. The pairs of
-this and of the last iteration are used (--spin.window); their reference log-probs are new each
-time. SPIN cannot surpass the gold data: where the model's distribution is the data's, it stays
-(theorem 5.4).
+-log sigmoid(beta [log pi/p (gold) - log pi/p (own)]) with sums over response tokens, where p is
+M_{t-1}. The pairs of this and of the last iteration are used (--spin.window); their reference
+log-probs are new each time. SPIN cannot surpass the gold data: where the model's distribution is
+the data's, it stays (theorem 5.4).
 
 The paper's values, to be given: --spin.lrs 5e-7,5e-7,1e-7 --spin.betas .1,.1,.1,5
 --policy.batch 64; epochs are 2, 3 or 6 by source, the length 1,024 or 2,048.
@@ -21,9 +21,11 @@ What differs
 5. --spin.samples answers to each prompt, 1 in the paper; --spin.equal divides the epochs by the
    number of iterations whose pairs are used, so that every iteration takes as many steps.
 6. With --policy.nll above 0 SPIN is partly SFT on gold.
+7. Answers equal to gold, and empty ones, make no pair; the paper keeps them, though their gradient
+   is 0. Where every answer is gold the run ends. No other rule of [pairs] applies.
 
-Users of that program report that only the first iteration gains (its issue 36), and that the
-log-probs of both sides fall (13): the run's diagnostics show both.
+Users of the authors' program report that only the first iteration gains (its issue 36), and that
+the log-probs of both sides fall (13): the run's diagnostics show both.
 
     python -m methods.spin                                  the demo
     torchrun --nproc-per-node 8 -m -- methods.spin --config FILE --model DIR --seeds seeds.jsonl
@@ -72,7 +74,11 @@ def iteration(run: Run, t: int) -> None:
     y = sample(M_prev, run.seeds, it / "samples.jsonl", o.answers, n, purpose=f"answers {t}")
 
     # (x, chosen gold, rejected y): all but equal and empty ones
-    make_pairs(run.seeds, y, it / "pairs.jsonl", all_pairs(o.pairs), t=t)
+    try:
+        make_pairs(run.seeds, y, it / "pairs.jsonl", all_pairs(o.pairs), t=t)
+    except InputError as error:
+        fix = f"--iters {t - 1} is as far as it goes, or take a lower --policy.lr"
+        raise InputError(f"{error}; every answer is gold or empty, SPIN's end: {fix}") from None
     D = run.every("pairs.jsonl", t)[-o.spin.window :]
 
     # M_t <- DPO of M_{t-1} on D, reference M_{t-1}

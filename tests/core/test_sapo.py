@@ -72,7 +72,7 @@ def test_where_a_short_segment_may_begin(answer, length, latest):
 
 
 class Words:
-    """A tokenizer of numbers, as in the golden example: 0 ends a text."""
+    """A tokenizer of numbers, as in the golden example: 0 ends a text, and has none of its own."""
 
     def text(self, ids):
         return "".join(f"{i} " for i in ids if i)
@@ -107,6 +107,9 @@ def test_what_follows_a_segment_stays_unless_the_model_has_ended(tmp_path):
     assert text == "11 12 21"
     assert found["ended"] == 1
     assert rejected(tmp_path, "", True)[0] == "11 12"
+    # half a character, where the limit cut
+    text, _ = rejected(tmp_path, "21 \ufffd", False)
+    assert text == "11 12 21 17 18 19"
     text, found = rejected(tmp_path, "13 14 15 16 ", False)
     assert text == "11 12 13 14 15 16 17 18 19"
     assert found["same"] == 1
@@ -130,6 +133,7 @@ def test_a_cut_inside_a_character_moves_down(tmp_path):
         assert gold.startswith(parts["prefix"])
         assert gold.endswith(parts["rest"])
         assert "\ufffd" not in parts["prefix"] + parts["rest"]
+        assert parts["last"] == (begin >= len(ids) - 2)
         middle = len(gold) - len(parts["prefix"]) - len(parts["rest"])
         assert 0 <= middle <= 3
 

@@ -613,7 +613,7 @@ def given(tmp_path_factory) -> Path:
     several = [{**row, "response": f"{row['response']} {row['sample']}"} for row in several]
     judged = {"finish_reason": "stop", "reward": 0.5}
     write_rows(folder / "several.jsonl", [{**row, **judged} for row in several])
-    cut = {"prefix": "", "rest": " It does.", "finish_reason": "length"}
+    cut = {"prefix": "", "rest": " It does.", "last": False, "finish_reason": "length"}
     write_rows(folder / "segments.jsonl", [{**row, **cut, "gold": row["response"]} for row in good])
     write_rows(folder / "judged.jsonl", [{**row, "verdict": "Score: 2"} for row in good])
     asked = [digest(row["id"], row["sample"], "judged") for row in several]
