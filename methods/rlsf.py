@@ -99,8 +99,16 @@ def prompts_of_steps(
 
     model: whose tokenizer.
     """
-    size = {"batch": o.batch, "samples": o.samples, "longest": o.max_length}
-    stage = Stage(out, run=o.run, prompts=x, model=model, between=steps, **size)
+    stage = Stage(
+        out,
+        run=o.run,
+        prompts=x,
+        model=model,
+        batch=o.batch,
+        samples=o.samples,
+        longest=o.max_length,
+        between=steps,
+    )
     if stage.done:
         return out
     rows = read_jsonl(x, "prompt")
