@@ -6,7 +6,7 @@ from pathlib import Path
 import micro
 import pytest
 import torch
-from conftest import ROOT, read_rows, refusal, write_rows
+from conftest import ROOT, read_rows, refusal, run, write_rows
 from cycle import command, counts, flags, inputs, one_line, stamps
 
 from methods import almost, online, rlsf
@@ -266,6 +266,20 @@ def test_reinforcement_goes_on_from_the_last_model(whole):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0]["clipped"] == lines[2]["clipped"] == 0
     assert not list(whole.glob("iter*/round*/training"))
+
+
+@pytest.mark.slow
+def test_two_processes_ask_the_same_of_the_same_model(whole, world, tmp_path):
+    out = tmp_path / "two"
+    code, _, errors = run(["-m", "methods.almost", *flags(world, out, *OWN)], nproc=2)
+    assert code == 0, errors
+    # M_0's answers; what trained models write may differ after rounding
+    file = "iter1/assistant1.jsonl"
+    assert (out / file).read_bytes() == (whole / file).read_bytes()
+    for t in (1, 2):
+        ours = [row["prompt"] for row in read_rows(out / f"iter{t}/prompts.jsonl")]
+        assert len(ours) == counts(out / f"iter{t}/prompts.jsonl")["prompts"]
+    assert len(read_rows(out / "iter2/policy/metrics.jsonl")) == 3
 
 
 @pytest.mark.slow

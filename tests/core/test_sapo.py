@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_rows, tiny_checkpoint, write_rows
+from conftest import ROOT, read_rows, run, tiny_checkpoint, write_rows
 from cycle import command, counts, flags, inputs, one_line, stamps
+
+from safetensors.torch import load_file
 
 from methods import online, sapo
 from methods.online import make_rounds, move, presented
@@ -293,6 +295,21 @@ def test_a_round_is_repeated_after_a_kill(whole, world, tmp_path, monkeypatch, k
         assert ours == read_manifest(whole / f"iter{t}/policy")["content"]
         steps = [row["step"] for row in read_rows(out / f"iter{t}/policy/metrics.jsonl")]
         assert steps == [*range(5 * t - 4, 5 * t + 1)]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_pairs_of_the_same_model(whole, world, tmp_path):
+    args = flags(world, tmp_path / "two", *OWN, "--iters", "1")
+    code, _, errors = run(["-m", "methods.sapo", *args], nproc=2)
+    assert code == 0, errors
+    for name in ("cut", "segments", "pairs", "drawn"):
+        file = f"iter1/round0/{name}.jsonl"
+        assert (tmp_path / "two" / file).read_bytes() == (whole / file).read_bytes()
+    # and train on: the averages are the same but for rounding
+    ours = load_file(tmp_path / "two/iter1/policy/model.safetensors")
+    theirs = load_file(whole / "iter1/policy/model.safetensors")
+    for name, weight in theirs.items():
+        assert torch.allclose(ours[name], weight, atol=2e-3), name
 
 
 @pytest.mark.slow
