@@ -33,8 +33,6 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from bench.ablations import cell, link, mean_and_deviation, numbers, run_command
 from bench.command import ROOT, finish, make_parser
 from bench.tables import add_json_flag, write_figures
@@ -322,6 +320,8 @@ def budget_rows(rows: Figures) -> list[dict]:
 
 def draw(rows: Figures, T: int, out: Path) -> None:
     """Scores by iteration with standard errors over random seeds; what is trained once, at T."""
+    import matplotlib.pyplot as plt  # only pictures need it (requirements-eval.txt)
+
     plt.rcParams["svg.hashsalt"] = "compare"  # the same picture in the same bytes
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for i, (name, by_seed) in enumerate(rows.items()):

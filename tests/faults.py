@@ -607,15 +607,15 @@ FAULTS = [
     Fault(
         "reference-never-changes",
         "methods/sapo.py",
-        old="return averages[step - step % every]",
+        old="return averages[step - step % interval]",
         new="return averages[0]",
         tests=("core/test_sapo.py::test_rounds_end_where_iteration_or_reference_end",),
     ),
     Fault(
         "rest-after-an-end",
         "methods/sapo.py",
-        old='rejected = row["response"] if ended else',
-        new='rejected = row["response"] if not ended else',
+        old="        if not ended:\n            # the limit",
+        new="        if ended:\n            # the limit",
         tests=("core/test_sapo.py::test_what_follows_a_segment_stays_unless_the_model_has_ended",),
     ),
     Fault(

@@ -80,6 +80,7 @@ def test_what_methods_cost_by_hand():
 
 
 def test_the_picture_is_the_same_twice(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-eval.txt")
     for name in ("a", "b"):
         compare.draw(ROWS, 2, tmp_path / f"{name}.svg")
     text = (tmp_path / "a.svg").read_text()
@@ -129,6 +130,7 @@ def test_rows_are_names_with_semicolons():
 
 @pytest.mark.slow
 def test_rows_from_end_to_end(recipe, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-eval.txt")
     monkeypatch.setitem(compare.RECIPES, "facts", str(recipe))
     monkeypatch.setitem(compare.FLAGS, "facts", {"methods.spin": "--spin.samples 2"})
     out, kept = tmp_path / "out", tmp_path / "kept.json"

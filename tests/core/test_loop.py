@@ -337,12 +337,12 @@ def test_a_stopped_stage_resumes_where_it_was(copy, world, finished, monkeypatch
     real = train.train_step
     done = []
 
-    def step(*args):
+    def step(*args, **how):
         if len(done) == 5:
             done.append("stop")
             raise KeyboardInterrupt
         done.append("step")
-        return real(*args)
+        return real(*args, **how)
 
     monkeypatch.setattr(train, "train_step", step)
     with pytest.raises(KeyboardInterrupt):
