@@ -15,7 +15,7 @@ written again. M_0's best of n needs no run: it is `best` in iter0/eval_samples.
     torchrun --nproc-per-node 8 -m -- methods.controls --run runs/llama3-8b
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from loop import Options, Run, synpo
 from pairs import make_pairs
 from plumbing.options import RunOptions, cli, parse_options
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, read_jsonl, write_jsonl
+from plumbing.records import InputError, load_json, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from train import finetune
 
@@ -105,7 +105,13 @@ def main(
     run: Path,  # the directory of a finished run
     only: str = "",  # some controls, with commas between; empty: all
 ) -> dict:
-    o = parse_options(Options, ["--config", str(run / "config.json")])
+    config = run / "config.json"
+    known = {field.name for field in (*fields(Options), *fields(RunOptions))}
+    foreign = [name for name in load_json(config) if name.partition(".")[0] not in known]
+    if foreign:
+        problem = f"option {foreign[0]} is of another method; controls are for runs of loop.py"
+        raise InputError(f"{config}: {problem}")
+    o = parse_options(Options, ["--config", str(config)])
     cycle = Run(o, run, run)
     out = run / "controls"
     total = sum(len(read_jsonl(path)) for path in cycle.every("pairs.jsonl", o.iters))

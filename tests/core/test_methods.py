@@ -12,7 +12,7 @@ from conftest import ROOT, last_json, read_rows, refusal, run, write_rows
 from cycle import command, counts, flags, inputs, one_line, stamps
 
 from losses import LOSSES, PairLogps
-from methods import sampling_ranking, self_rewarding, spin
+from methods import controls, sampling_ranking, self_rewarding, spin
 from methods.ranking import RECORDED, best_and_worst, rank_pairs
 from methods.self_rewarding import TEMPLATE, ask, grade, judged, mean_scores, read_score
 from pairs import PairOptions, make_pairs
@@ -75,6 +75,13 @@ def test_a_method_goes_on_where_it_was_killed(method_run, world, tmp_path):
     for path in ("iter1/policy", "iter2/policy"):
         ours = content_hash(copy / path)
         assert ours == content_hash(out / path)
+
+
+@pytest.mark.slow
+def test_controls_are_for_runs_of_loop(method_run):
+    _, out, _ = method_run
+    code, _, errors = command(controls.main, ["--run", str(out)])
+    assert "is of another method; controls are for runs of loop.py" in one_line(code, errors)
 
 
 @pytest.mark.slow
