@@ -88,7 +88,7 @@ FIXED = {
 # world -> SynPO's recipe
 RECIPES = {"sorting": "recipes/demo.toml", "facts": "recipes/facts.toml"}
 # world -> program -> flags after the recipe: what it does not say of the method, and as many steps
-# an iteration as SynPO takes
+# an iteration as SynPO takes. Learning rates here are guesses; no search has been made.
 FLAGS = {
     "sorting": {
         "methods.spin": "--policy.epochs 32 --policy.lr 3e-5",
@@ -97,7 +97,7 @@ FLAGS = {
     },
     "facts": {
         "methods.spin": "--spin.samples 4 --spin.equal",
-        "methods.sapo": ("--sapo.steps 25 --sapo.segment 16 --sapo.buffer 256 --sapo.reference 25"),
+        "methods.sapo": "--sapo.steps 25 --sapo.segment 16 --sapo.buffer 256 --sapo.reference 25",
         "methods.almost": (
             "--almost.assistants sft:100,sft:25,sft:0 --sampling.max-new-tokens 96 "
             "--reward.lr 1e-4 --reward.batch 32 --reward.max-length 256 --demonstrations.lr 2e-4 "

@@ -247,7 +247,7 @@ def favourites(samples: Path, reward_model: Path, out: Path, o: AlmostOptions) -
         return out
     rows = read_jsonl(samples, "prompt")
     cut_off = [row for row in rows if row["finish_reason"] == "length"]
-    complete = [row for row in rows if row["response"] and row not in cut_off]
+    complete = [row for row in rows if row["response"] and row["finish_reason"] == "stop"]
     scorer = load_scorer(str(reward_model), None, o.run, stage.scratch / "scores", True)
     by_prompt = defaultdict(list)
     for row, reward in zip(complete, scorer(complete), strict=True):

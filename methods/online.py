@@ -171,7 +171,7 @@ def move(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None
 
 
 def forget(r: Round, keep_average: bool = False) -> None:
-    """Delete what no later round reads."""
+    """Delete a round's training, and the weights of its average unless they are still read."""
     shutil.rmtree(r.training, ignore_errors=True)
     if not keep_average and any(r.average.glob("*.safetensors")):
         discard(r.average)

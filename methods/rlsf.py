@@ -28,9 +28,9 @@ from dpo import add_reference_logps
 from methods.online import (
     Round,
     export_policy,
+    fitting,
     forget,
     in_batches,
-    fitting,
     make_rounds,
     presented,
     train_round,
@@ -157,10 +157,7 @@ def train_on_answers(r: Round, scored: Path, reference: Path, o: RlsfOptions, ca
     add_reference_logps("reference", reference, batches, cache, o)
 
     # rewards less what leaving the reference costs, and from these the advantages
-    for example in examples:
-        old, reference_logp = example.extra["old"][0], example.extra["reference"][0]
-        example.extra["kl"] = sum(old) - reference_logp
-    totals = [e.extra["reward"] - o.kl * e.extra["kl"] for e in examples]
+    totals = [total_reward(example, o.kl) for example in examples]
     for example, advantage in zip(examples, advantages(totals, o.samples), strict=True):
         example.extra["advantage"] = advantage
     counts = train_round(r, batches, clipped_loss(o.clip), stage, o)
@@ -175,6 +172,13 @@ def make_answer(chat: Chat, row: dict, o: RlsfOptions) -> Example:
     if cut_off and ids[-1] == chat.end and len(ids) - start > 1:
         ids = ids[:-1]
     return Example(row["id"], [(ids, start)], extra={"reward": row["reward"]})
+
+
+def total_reward(example: Example, weight: float) -> float:
+    """R of an answer; keeps its divergence from the reference as extra["kl"]."""
+    old, reference = example.extra["old"][0], example.extra["reference"][0]
+    example.extra["kl"] = sum(old) - reference
+    return example.extra["reward"] - weight * example.extra["kl"]
 
 
 def advantages(rewards: list[float], k: int) -> list[float]:

@@ -11,7 +11,8 @@ follows in gold is dropped. The loss covers the whole response, what both sides 
 
 The paper's values are the defaults (lr 5e-7, DPO with beta 0.1, 4 iterations), but for
 --policy.batch 64; or, from a base model, --policy.loss orpo --policy.weight 0.05 --policy.lr 5e-6.
---policy.epochs and --policy.save-every do not count: --sapo.steps does, and every round is saved.
+--policy.epochs, --policy.save-every and --sampling.max-new-tokens do not count: --sapo.steps and
+--sapo.segment do, and every round is saved.
 
 What differs
 1. Sampling in rounds of --sapo.refresh steps: order, buffer, EMA, reference and learning rate are
@@ -46,8 +47,14 @@ from pathlib import Path
 
 import loop
 from checkpoint import load_config
-from dpo import PolicyOptions, add_reference_logps, check_start, make_examples, policy_loss
-from dpo import preference_loss
+from dpo import (
+    PolicyOptions,
+    add_reference_logps,
+    check_start,
+    make_examples,
+    policy_loss,
+    preference_loss,
+)
 from loop import Run, boost, prepare
 from methods.checks import refuse
 from methods.online import (
@@ -67,7 +74,6 @@ from plumbing.ranks import on_rank0
 from plumbing.records import InputError, read_jsonl, rng, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, sample
-
 
 # what a record of segments.jsonl has and a pair has not
 REQUEST = {
@@ -99,9 +105,7 @@ class Options(loop.Options):
     rejected: str = "previous"  # fixed: gold with a segment of the EMA's
     start: str = "previous"  # fixed: training goes on
     sapo: SapoOptions = SapoOptions()
-    sampling: SampleOptions = SampleOptions(
-        top_p=0.95, chunk=32
-    )  # from the EMA, --sapo.segment tokens
+    sampling: SampleOptions = SampleOptions(top_p=0.95, chunk=32)  # from the EMA
 
 
 def iteration(run: Run, t: int) -> None:
@@ -217,8 +221,8 @@ def longest_of(policy: PolicyOptions, model: Path) -> int:
     return min(policy.max_length, load_config(model).max_positions)
 
 
-def split(chat: Chat, gold: list[int], begin: int, length: int) -> dict[str, str]:
-    """Texts of the tokens before the segment and after it, and whether it holds gold's end."""
+def split(chat: Chat, gold: list[int], begin: int, length: int) -> dict:
+    """{prefix, rest, last}: texts before and after the segment, and whether it holds gold's end."""
     whole = chat.text(gold)
     prefix = beginning(chat, gold[:begin], whole)
     until = beginning(chat, gold[: begin + length], whole)
@@ -331,7 +335,7 @@ def train_on_pairs(r: Round, D: Path, reference: Path, o: Options, cache: Path) 
     rows = read_jsonl(D, "prompt", "chosen")
     examples = make_examples(r.start, rows, loss, stage, o.policy)
     batches = in_batches(examples, o.policy.batch)
-    assert len(batches) == r.last - r.first, "every pair of every step fits"
+    assert len(examples) == len(rows), "cut_segments has left out what does not fit"
     check = None
     reads = [name for name in loss.reads if name.startswith("ref_")]
     if reads:

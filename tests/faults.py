@@ -647,6 +647,27 @@ FAULTS = [
         tests=("core/test_almost.py::test_the_clipped_loss_by_hand",),
     ),
     Fault(
+        "leaving-the-reference-pays",
+        "methods/rlsf.py",
+        old='example.extra["reward"] - weight',
+        new='example.extra["reward"] + weight',
+        tests=("core/test_almost.py::test_leaving_the_reference_costs",),
+    ),
+    Fault(
+        "end-after-a-cut",
+        "methods/rlsf.py",
+        old='cut_off = row["finish_reason"] == "length"',
+        new="cut_off = False",
+        tests=("core/test_almost.py::test_an_answer_that_was_cut_off_has_no_end_token",),
+    ),
+    Fault(
+        "trainings-pile-up",
+        "methods/sapo.py",
+        old="for old in past[:-2]:",
+        new="for old in past[:0]:",
+        tests=("core/test_sapo.py::test_a_round_is_repeated_after_a_kill",),
+    ),
+    Fault(
         "prefix-forgotten",
         "sample.py",
         old="before = chat.encode(prefix)",

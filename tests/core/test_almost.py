@@ -6,12 +6,13 @@ from pathlib import Path
 import micro
 import pytest
 import torch
-from conftest import ROOT, read_rows, refusal, run, write_rows
+from conftest import ROOT, read_rows, refusal, run, tiny_checkpoint, write_rows
 from cycle import command, counts, flags, inputs, one_line, stamps
 
 from methods import almost, online, rlsf
 from methods.almost import AlmostOptions, comparisons, is_bad, read_assistants
 from methods.rlsf import RlsfOptions, advantages, clipped_loss, leave_one_out
+from plumbing.chat import Chat
 from plumbing.options import RunOptions, parse_options
 from plumbing.records import InputError
 from plumbing.stage import content_hash, read_manifest
@@ -172,6 +173,43 @@ def test_leave_one_out_by_hand():
     deviation = (squares / 8) ** 0.5
     of_first = [one / deviation for one in BY_HAND]
     assert found == pytest.approx([*of_first, 0, 0, 0, 0])
+
+
+def test_leaving_the_reference_costs():
+    """r - kl (log pi_old - log pi_ref): 1 - .5 (-3 + 5), as the policy likes the answer better."""
+    example = answer([-1.0, -2.0], 0.0)
+    example.extra["reference"] = [-5.0]
+    assert rlsf.total_reward(example, 0.5) == pytest.approx(0.0)
+    assert example.extra["kl"] == pytest.approx(2.0)
+
+
+def test_an_answer_that_was_cut_off_has_no_end_token(tmp_path):
+    chat = Chat(tiny_checkpoint(tmp_path / "model", hidden_size=16))
+    o = RlsfOptions(run=FP32, max_length=64)
+    lengths = {}
+    for end in ("stop", "length"):
+        row = {
+            "id": "a",
+            "prompt": "Why?",
+            "response": "It is so",
+            "finish_reason": end,
+            "reward": 1,
+        }
+        [(ids, start)] = rlsf.make_answer(chat, row, o).sequences
+        assert ids[:start] == chat.prompt_ids(row)
+        lengths[end] = ids[start:]
+    assert lengths["stop"] == [*chat.encode("It is so"), chat.end]
+    assert lengths["length"] == chat.encode("It is so")
+
+
+def test_prompts_without_room_are_left_out(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", hidden_size=16)
+    rows = [{"id": "short", "prompt": "Why?"}, {"id": "long", "prompt": "so " * 40}]
+    x = write_rows(tmp_path / "x.jsonl", rows)
+    o = RlsfOptions(run=FP32, max_length=32, batch=4, samples=2)
+    out = rlsf.prompts_of_steps(x, model, tmp_path / "asked.jsonl", o, (1, 3))
+    assert [row["id"] for row in read_rows(out)] == ["short 2", "short 3", "short 4", "short 5"]
+    assert counts(out)["no_room"] == 1
 
 
 def test_equal_rewards_move_nothing():

@@ -287,6 +287,9 @@ def test_a_round_is_repeated_after_a_kill(whole, world, tmp_path, monkeypatch, k
     with pytest.raises(KeyboardInterrupt):
         sapo_run(world, out)
     monkeypatch.undo()
+    # the trainings of the last two rounds, and no other
+    left = sorted(path.parent.name for path in out.glob("iter*/round*/training"))
+    assert left == {1: [], 4: ["round2", "round4"]}[kill]
     sapo_run(world, out)
     for path in whole.glob("iter*/round*/*.jsonl"):
         assert (out / path.relative_to(whole)).read_bytes() == path.read_bytes()
