@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, Shard
 
 from model import Config, Model
-from plumbing.records import InputError, load_json, write_json, write_text
+from plumbing.files import InputError, load_json, write_json, write_text
 
 ARCHITECTURES = (
     "LlamaForCausalLM",

@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 
 from checkpoint import Checkpoint, load
+from formats.chat import Chat
+from formats.records import read_jsonl
 from losses import Loss, differences, loss_defaults, pair_logps, preference_of, resolve_loss
-from plumbing.chat import Chat
+from plumbing.files import InputError, digest, write_jsonl
 from plumbing.options import Count, cli, plugin_files
 from plumbing.ranks import DEVICE, RANK, WORLD, gather, on_rank0, print0
-from plumbing.records import InputError, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage, fingerprint
 from train import (
     Example,
@@ -84,13 +85,15 @@ def make_example(
     chat: Chat, row: dict, sample: dict | None, loss: Loss, o: PolicyOptions
 ) -> Example | None:
     """A pair as chosen, rejected and, where the loss reads one, a self-sample; None if one of them
-    does not fit.
+    does not fit, or if max_length leaves no difference between the two.
     """
     texts = [row["chosen"], row["rejected"]]
     if sample:
         texts.append(sample["response"])
     sequences = [make_sequence(chat, row, text, o) for text in texts]
     if None in sequences:
+        return None
+    if sequences[0] == sequences[1] and row["chosen"] != row["rejected"]:
         return None
     example = Example(row["id"], sequences)
     if "preference" in loss.reads:
@@ -264,7 +267,7 @@ def train_policy(
     reference = reference or model
     loss = policy_loss(o)
     rows = [row for path in pairs for row in read_jsonl(path, "prompt", "chosen", "rejected")]
-    examples = make_examples(model, rows, loss, stage, o)
+    examples, truncated = make_examples(model, rows, loss, stage, o)
 
     # of what the loss reads: for a field such as ref_chosen under the first reference, for
     # ref2_chosen under the second
@@ -284,14 +287,17 @@ def train_policy(
     if same_model and "reference" in examples[0].extra:
         check = partial(check_start, out=out, cache=cache, o=o)
     counts = fit(model, examples, preference_loss(loss, o), stage, o, check)
-    return stage.finish(pairs=len(rows), too_long=len(rows) - len(examples), **counts)
+    left_out = len(rows) - len(examples)
+    return stage.finish(pairs=len(rows), too_long=left_out, truncated=truncated, **counts)
 
 
 def make_examples(
     model: Path, rows: list[dict], loss: Loss, stage: Stage, o: PolicyOptions
-) -> list[Example]:
-    """Examples of the pairs that fit; InputError if one lacks its self-sample, or none fits."""
-    chat = Chat(model, o.run.chat_template)
+) -> tuple[list[Example], int]:
+    """Examples of the pairs that fit, and how many of them lost an end; InputError if a pair lacks
+    its self-sample, or none fits.
+    """
+    chat = Chat(model, o.run)
     samples = {}
     if "sample" in loss.reads:
         samples = read_self_samples(o.self_samples, rows)
@@ -302,7 +308,8 @@ def make_examples(
             examples.append(example)
     if not examples:
         raise InputError(f"{stage.out}: no pair fits --max-length {o.max_length}; raise it")
-    return examples
+    ends = [[ids[-1] for ids, _ in example.sequences] for example in examples]
+    return examples, sum(set(of_pair) != {chat.end} for of_pair in ends)
 
 
 def read_self_samples(path: Path, pairs: list[dict]) -> dict[str, dict]:
@@ -321,8 +328,8 @@ def read_self_samples(path: Path, pairs: list[dict]) -> dict[str, dict]:
 
 def check_vocabulary(reference: Path, model: Path, o: PolicyOptions) -> None:
     """Raise InputError unless two checkpoints share their tokens."""
-    theirs = Chat(reference, o.run.chat_template)
-    ours = Chat(model, o.run.chat_template)
+    theirs = Chat(reference, o.run)
+    ours = Chat(model, o.run)
     if theirs.tokenizer.get_vocab() != ours.tokenizer.get_vocab():
         problem = f"its tokenizer differs from that of {model}, so log-probs are of other tokens"
         raise InputError(f"{reference}: {problem}")

@@ -14,32 +14,24 @@ What differs from the paper
    a Jaccard similarity of word trigrams of --near-duplicate or more; 0 keeps all but exact repeats.
 
 seeds.jsonl {prompt, response} -> DIR/generator: a checkpoint
-corpus.txt (paragraphs with a blank line between) -> DIR/prompts.jsonl {id, prompt, keywords}
+corpus.txt (paragraphs; or JSON lines {text}) -> DIR/prompts.jsonl {id, prompt, keywords}
 
     python gen_prompts.py --model DIR --seeds seeds.jsonl --corpus corpus.txt --out DIR
     torchrun --nproc-per-node 8 gen_prompts.py --model DIR --seeds seeds.jsonl \
         --corpus corpus.txt --out DIR --prompts.lists 64000
 """
 
-import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
+from formats.records import last_message, read_jsonl, read_paragraphs
+from plumbing.files import STOP_WORDS, InputError, digest, rng, write_jsonl
+from plumbing.novelty import Novelty
 from plumbing.options import cli, load_function, plugin_files
 from plumbing.ranks import on_rank0
-from plumbing.records import (
-    STOP_WORDS,
-    InputError,
-    digest,
-    last_message,
-    read_jsonl,
-    read_text,
-    rng,
-    write_jsonl,
-)
 from plumbing.stage import Stage
 from sample import SampleOptions, generate
 from train import TrainOptions, sft
@@ -145,14 +137,9 @@ def fill(template: str, words: list[str]) -> str:
     return template.replace("{keywords}", ", ".join(words))
 
 
-def read_corpus(path: str | Path) -> list[str]:
-    """Paragraphs of a text file, with blank lines between."""
-    return [p for p in re.split(r"\n\s*\n", read_text(path)) if p.strip()]
-
-
 def keyword_lists(corpus: Path, keywords: int, lists: int, seed: int, t: int) -> list[list[str]]:
     """Fresh keyword lists for iteration t, each of one paragraph drawn at random."""
-    paragraphs = read_corpus(corpus)
+    paragraphs = read_paragraphs(corpus)
     finder = Keywords(paragraphs)
     usable = [words for words in map(finder.of, paragraphs) if len(words) >= keywords]
     if not usable:
@@ -163,61 +150,6 @@ def keyword_lists(corpus: Path, keywords: int, lists: int, seed: int, t: int) ->
 
 
 # ------------------------------------------------------------------------------- filtering prompts
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-class Novelty:
-    """Texts seen so far, each with a label, and which of them a new one repeats."""
-
-    def __init__(self, near_duplicate: float):
-        self.near = near_duplicate
-        self.exact: dict[str, str] = {}  # normalised text -> label
-        self.sets: list[tuple[str, set[str]]] = []  # (label, shingles)
-        self.index = defaultdict(list)  # shingle -> places in sets
-
-    @staticmethod
-    def shingles(text: str) -> list[str]:
-        """Hashes of the word trigrams of a text, sorted."""
-        words = ["", *words_of(text), ""]
-        trigrams = zip(words, words[1:], words[2:], strict=False)
-        return sorted({digest(*trigram) for trigram in trigrams})
-
-    def prefix(self, shingles: list[str]) -> list[str]:
-        """Those first shingles of which two near-duplicates share at least one.
-
-        A set of n has at least near * n shingles in common with a near-duplicate, so all but one of
-        these may be left out, if all sets have one order: that of the hashes. 1e-9 is for rounding.
-        """
-        n = len(shingles)
-        shared = math.ceil(self.near * n - 1e-9)
-        return shingles[: n - (shared - 1)]
-
-    def repeats(self, text: str) -> tuple[str, bool] | None:
-        """(label, whether word for word) of a text that this one repeats, or None."""
-        key = " ".join(words_of(text))
-        if key in self.exact:
-            return self.exact[key], True
-        if not self.near:
-            return None
-        shingles = self.shingles(text)
-        mine = set(shingles)
-        # compare with the texts that share a shingle of its prefix
-        for i in sorted({i for s in self.prefix(shingles) for i in self.index[s]}):
-            label, other = self.sets[i]
-            if len(mine & other) >= self.near * len(mine | other):
-                return label, False
-        return None
-
-    def add(self, text: str, label: str) -> None:
-        self.exact.setdefault(" ".join(words_of(text)), label)
-        if self.near:
-            shingles = self.shingles(text)
-            for shingle in self.prefix(shingles):
-                self.index[shingle].append(len(self.sets))
-            self.sets.append((label, set(shingles)))
 
 
 def parse_question(text: str) -> str | None:
@@ -336,7 +268,7 @@ def sample_prompts(
         rows.append({"id": digest(i, words), "prompt": fill(reads["template"], words)})
     raw = out.with_suffix(".raw.jsonl")  # G's outputs as they came; no later stage reads them
     purpose = f"prompts {t}"
-    counts = generate(generator, rows, raw, o, stage.scratch, purpose, "keyword lists")
+    counts = generate(generator, rows, raw, o, stage.scratch, purpose)
 
     # keep what is usable and new
     records = []
@@ -349,7 +281,12 @@ def sample_prompts(
     on_rank0(write_jsonl, out, kept)
     sampled = {name: counts[name] for name in ("tokens", "fresh")}
     return stage.finish(
-        lists=len(lists), **dropped, prompts=len(kept), **keyword_use(kept), **sampled
+        paragraphs=len(read_paragraphs(corpus)),
+        lists=len(lists),
+        **dropped,
+        prompts=len(kept),
+        **keyword_use(kept),
+        **sampled,
     )
 
 

@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
+from formats.chat import Chat
+from formats.records import read_jsonl, where_of
+from plumbing.files import InputError, digest, write_jsonl
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, generate, repeat, sample
 from scorers.base import Revision, Scorer, quantiles
@@ -169,11 +171,11 @@ def rewrite(
     if stage.done:
         return out
     rows = read_jsonl(drafts)
-    asked = zip(rows, revision.prompts(rows), strict=True)
-    requests = [{"id": row["id"], "prompt": prompt} for row, prompt in asked]
+    every = len(rows)
+    rows, requests = fitting(rows, revision.prompts(rows), Chat(improver, o.run))
     candidates = candidates_of(out)
     requests = repeat(requests, o.best_of)
-    counts = generate(improver, requests, candidates, o, stage.scratch, f"rewrites {t}", "drafts")
+    counts = generate(improver, requests, candidates, o, stage.scratch, f"rewrites {t}")
 
     # pick the best of each draft's candidates
     scores = stage.scratch / "scores"
@@ -183,13 +185,29 @@ def rewrite(
     unchanged = sum(row["response"].split() == row["draft"].split() for row in best)
     cut_off = sum(row["finish_reason"] == "length" for row in best)
     return stage.finish(
-        drafts=len(rows),
+        drafts=every,
+        too_long=every - len(rows),
         rewrites=len(best),
         unchanged=unchanged,
         cut_off=cut_off,
         tokens=counts["tokens"],
         fresh=counts["fresh"],
     )
+
+
+def fitting(drafts: list[dict], prompts: list[str], chat: Chat) -> tuple[list[dict], list[dict]]:
+    """The drafts whose prompts leave room for a rewrite, and the requests for them."""
+    rows = []
+    requests = []
+    for row, prompt in zip(drafts, prompts, strict=True):
+        request = {"id": row["id"], "prompt": prompt}
+        if len(chat.prompt_ids(request)) < chat.max_positions:
+            rows.append(row)
+            requests.append(request)
+    if not rows:
+        positions = f"the {chat.max_positions} positions of {chat.directory}"
+        raise InputError(f"{where_of(drafts[0])}: no draft fits {positions}; sample shorter ones")
+    return rows, requests
 
 
 def candidates_of(rewrites: Path) -> Path:

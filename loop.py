@@ -23,11 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from checkpoint import Checkpoint, Weights, load_config
+from checkpoint import Checkpoint, Weights
 from dpo import PolicyOptions, policy_loss, train_policy
 from eval import benchmark
 from eval.in_run import evaluate, evaluate_improver
 from eval.report import report
+from formats.chat import Chat
+from formats.records import read_jsonl
 from gen_prompts import (
     GeneratorOptions,
     PromptOptions,
@@ -40,10 +42,17 @@ from gen_prompts import (
 )
 from improve import ImproverOptions, RewriteOptions, rewrite, train_improver
 from pairs import PairOptions, make_pairs
-from plumbing.chat import Chat
-from plumbing.options import Count, RunOptions, as_dict, cli, flags_of, load_function
+from plumbing.files import InputError, load_json, write_json, write_jsonl
+from plumbing.options import (
+    Count,
+    RunOptions,
+    as_dict,
+    changed,
+    cli,
+    load_function,
+    option_differences,
+)
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, flatten, load_json, read_jsonl, write_json, write_jsonl
 from plumbing.stage import Refusal, discard
 from sample import SampleOptions, make_request, sample
 from scorers.load import load_scorer
@@ -305,10 +314,9 @@ def keep_options(run: Run) -> None:
 def copy_records(path: Path, limit: int, copy: Path, o: Options) -> None:
     """Check every record of a user's file; copy the first `limit` of them to the run directory."""
     rows = read_jsonl(path, "prompt", "response")
-    chat = Chat(o.model, o.run.chat_template)
-    positions = load_config(o.model).max_positions
-    for number, row in enumerate(rows, 1):
-        make_request(row, number, chat, positions, o.answers, path)
+    chat = Chat(o.model, o.run)
+    for row in rows:
+        make_request(row, chat, o.answers)
     rows = rows[: limit or None]
     if copy.is_file() and read_jsonl(copy) == rows:
         return
@@ -334,25 +342,6 @@ def check_disk(run: Run) -> None:
     if wanted > free:
         space = f"{wanted / 1e9:.0f} GB of checkpoints, {free / 1e9:.0f} GB free"
         raise InputError(f"{run.out}: about {space}; give another --out")
-
-
-def changed(o: Options) -> list[list]:
-    """[name, value, default, help] of every option that differs from its default."""
-    values = flatten(as_dict(o))
-    rows = []
-    flags = flags_of(RunOptions, []) + flags_of(type(o), [f"--policy.loss={o.policy.loss}"])
-    for flag in flags:
-        default = str(flag.default) if isinstance(flag.default, Path) else flag.default
-        if values[flag.name] != default:
-            rows.append([flag.name, values[flag.name], default, flag.help])
-    return rows
-
-
-def option_differences(before: dict, now: dict, config: Path) -> str:
-    """How options differ from an earlier call's, to end a refusal with; empty if they do not."""
-    old, new = flatten(before), flatten(now)
-    changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
-    return f" (options that differ from {config}: {', '.join(changes)})" if changes else ""
 
 
 # ------------------------------------------------------------------------------------- the command

@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from plumbing.files import STOP_WORDS, InputError
 from plumbing.options import load_function
-from plumbing.records import STOP_WORDS, InputError
 
 ls = F.logsigmoid
 

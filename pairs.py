@@ -24,17 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
+from formats.records import conversation_text, read_jsonl, where_of
+from plumbing.files import InputError, JsonlPath, digest, rng, write_jsonl
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0
-from plumbing.records import (
-    InputError,
-    JsonlPath,
-    conversation_text,
-    digest,
-    read_jsonl,
-    rng,
-    write_jsonl,
-)
 from plumbing.stage import Stage
 from scorers.base import NO_REVISION, Revision, Scorer, is_pairwise, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
@@ -140,8 +133,13 @@ def join(chosen: list[dict], rejected: list[dict]) -> list[tuple[dict, dict]]:
     pairs = []
     for good in chosen:
         for bad in by_prompt[good["id"]]:
+            if conversation_text(good) != conversation_text(bad):
+                problem = f"another prompt than that of {where_of(bad)}, which has its id"
+                raise InputError(f"{where_of(good)}: {problem} {good['id']!r}; give matching files")
             if "sample" not in good or pair_id(good) == pair_id(bad):
                 pairs.append((good, bad))
+    if not pairs:
+        raise InputError(f"{where_of(chosen[0])}: no id of this file is in {where_of(rejected[0])}")
     return pairs
 
 

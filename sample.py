@@ -20,6 +20,7 @@ prompts.jsonl {prompt | messages} -> out.jsonl {id, prompt, response, finish_rea
 
 import gc
 from collections import deque
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,16 +28,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import Checkpoint, load, load_config
+from checkpoint import Checkpoint, load
+from formats.chat import Chat
+from formats.records import read_jsonl, where_of
 from model import Model
 from ops import cpu
 from ops.attention import Cache, Decode, Prefill
 from ops.cuda_graph import Graph
 from ops.pack import pack
-from plumbing.chat import Chat
+from plumbing.files import InputError, JsonlPath, digest, write_jsonl
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import DEVICE, RANK, gather, on_rank0, work_queue
-from plumbing.records import InputError, JsonlPath, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 
 
@@ -254,7 +256,7 @@ class Engine:
     def has_stop(self, r: Request) -> bool:
         """Whether the stop text is complete; its last tokens, one a byte at most, can tell."""
         stop = self.o.stop
-        return stop != "" and stop in self.chat.text(r.output[-len(stop.encode()) :])
+        return stop != "" and stop in self.chat.raw_text(r.output[-len(stop.encode()) :])
 
 
 # ---------------------------------------------------------------------------------- files to files
@@ -279,7 +281,7 @@ def sample(
     if stage.done:
         return out
     rows = read_jsonl(prompts, "prompt")
-    counts = generate(model, repeat(rows, samples), out, o, stage.scratch, purpose, prompts)
+    counts = generate(model, repeat(rows, samples), out, o, stage.scratch, purpose)
     return stage.finish(records=len(rows), **counts)
 
 
@@ -287,7 +289,12 @@ def repeat(rows: list[dict], samples: int) -> list[dict]:
     """Every record once for each of its samples, numbered if there are several."""
     if samples == 1:
         return rows
-    return [{**row, "sample": i} for row in rows for i in range(samples)]
+    repeated = []
+    for row in rows:
+        for i in range(samples):
+            repeated.append(copy(row))  # its place in the file, too
+            repeated[-1]["sample"] = i
+    return repeated
 
 
 def generate(
@@ -297,20 +304,15 @@ def generate(
     o: SampleOptions,
     scratch: Path,
     purpose: str = "",
-    source: str | Path = "prompts",
 ) -> dict:
     """Write a response to each of rows into the file out; returns counts for Stage.finish().
 
-    Chunks lie in the folder scratch; those an earlier call left there are kept. source names rows
-    in errors. Every rank calls it.
+    Chunks lie in the folder scratch; those that an earlier call left are kept. Every rank calls it.
     """
-    chat = Chat(model, o.run.chat_template)
-    positions = load_config(model).max_positions
+    chat = Chat(model, o.run)
     requests = []
-    number = 0  # of the record; its samples stand side by side
-    for i, row in enumerate(rows):
-        number += i == 0 or row["id"] != rows[i - 1]["id"]
-        request = make_request(row, number, chat, positions, o, source)
+    for row in rows:
+        request = make_request(row, chat, o)
         request.seed = seed_of(o.run.seed, purpose, row["id"], row.get("sample", 0))
         requests.append(request)
 
@@ -358,24 +360,19 @@ def seed_of(*parts) -> int:
     return int.from_bytes(bytes.fromhex(digest(*parts)), "big", signed=True)
 
 
-def make_request(
-    row: dict, number: int, chat: Chat, positions: int, o: SampleOptions, source: str | Path
-) -> Request:
-    """Check and tokenise record `number` of source; its limit shrinks to the positions that are
-    left.
-    """
-    where = f"{source}: line {number}"
-    ids = [*chat.prompt_ids(row), *chat.encode(row.get("prefix", ""))]
+def make_request(row: dict, chat: Chat, o: SampleOptions) -> Request:
+    """Check and tokenise a record; its limit shrinks to the positions that are left."""
+    where = where_of(row)
+    ids = [*chat.prompt_ids(row), *chat.text_ids(row.get("prefix", ""))]
     limit = row.get("max_new_tokens", o.max_new_tokens)
     if not isinstance(limit, int) or limit < 1:
         problem = f"field 'max_new_tokens' must be a positive integer, got {limit!r}"
         raise InputError(f"{where}: {problem}")
-    if not 0 < len(ids) < positions:
+    if not 0 < len(ids) < chat.max_positions:
         problem = f"field 'prompt' has {len(ids)} tokens with its template"
-        raise InputError(
-            f"{where}: {problem}, the model has {positions} positions; shorten or remove it"
-        )
-    return Request(ids, min(limit, positions - len(ids)))
+        positions = f"the model has {chat.max_positions} positions"
+        raise InputError(f"{where}: {problem}, {positions}; shorten or remove it")
+    return Request(ids, min(limit, chat.max_positions - len(ids)))
 
 
 def make_answer(row: dict, request: Request, chat: Chat) -> dict:
@@ -384,7 +381,7 @@ def make_answer(row: dict, request: Request, chat: Chat) -> dict:
     """
     # decoded with what precedes it: alone, a token may lose the space that it begins with
     prefix = row.get("prefix", "")
-    before = chat.encode(prefix)
+    before = chat.text_ids(prefix)
     written_text = chat.text([*before, *request.output])[len(chat.text(before)) :]
     response = prefix + written_text if "prefix" in row else written_text.strip()
     written = ("id", "response", "finish_reason", "tokens")

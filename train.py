@@ -43,12 +43,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_config, load_weights, save
+from formats.chat import Chat
+from formats.records import read_jsonl
 from model import Config, Model
 from ops.attention import Packed
-from plumbing.chat import Chat
+from plumbing.files import InputError, rng, write_text
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import DEVICE, LOCAL_WORLD, RANK, WORLD, gather, on_rank0
-from plumbing.records import InputError, read_jsonl, rng, write_text
 from plumbing.stage import Stage
 
 
@@ -92,7 +93,7 @@ def make_sequence(chat: Chat, row: dict, response: str, o: TrainOptions) -> Sequ
     response.
     """
     prompt = chat.prompt_ids(row)
-    ids = [*prompt, *chat.response_ids(response)][: o.max_length]
+    ids = [*prompt, *chat.response_ids(response)][: chat.longest(o.max_length)]
     if len(ids) <= len(prompt):
         return None
     # at the earliest from token 1: nothing predicts token 0
@@ -233,7 +234,7 @@ def fit(
 
     # the result: weights, tokenizer and template of `start`, metrics
     on_rank0(keep_metrics, stage)
-    template = Chat(start, o.run.chat_template).template
+    template = Chat(start, o.run).template
     save(model, stage.out, start, o.run.torch_dtype, template, writer=RANK == 0)
     del model, optimizer
     gc.collect()
@@ -479,17 +480,20 @@ def sft(model: str | Path, rows: list[dict], stage: Stage, o: TrainOptions) -> d
     """Fine-tune a checkpoint on rows {prompt | messages, response}; writes the directory stage.out,
     returns counts.
     """
-    chat = Chat(model, o.run.chat_template)
+    chat = Chat(model, o.run)
     examples = []
+    truncated = 0
     for row in rows:
         sequence = make_sequence(chat, row, row["response"], o)
         if sequence is not None:
             ids, start = sequence
+            truncated += ids[-1] != chat.end
             examples.append(Example(row["id"], [sequence], weight=len(ids) - start))
     if not examples:
         raise InputError(f"{stage.out}: no example fits --max-length {o.max_length}; raise it")
     counts = fit(model, examples, sft_loss, stage, o)
-    return {"records": len(rows), "too_long": len(rows) - len(examples), **counts}
+    left_out = {"too_long": len(rows) - len(examples), "truncated": truncated}
+    return {"records": len(rows), **left_out, **counts}
 
 
 def finetune(

@@ -26,7 +26,7 @@ from statistics import mean, stdev
 from bench.command import ROOT, finish, make_parser
 from bench.tables import add_json_flag, write_figures
 from eval.table import table
-from plumbing.records import load_json, write_json
+from plumbing.files import load_json, write_json
 from plumbing.stage import counts_of
 
 # Files of the base's run: those that follow from M_0 and the seeds alone, from the generator too,

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from bench.tables import add_json_flag, write_figures
 from eval.table import table
+from plumbing.files import InputError
 from plumbing.options import flags_of
-from plumbing.records import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "bench/peers.py"

@@ -16,10 +16,10 @@ from bench.command import finish, make_parser
 from bench.tables import add_json_flag, write_figures
 from eval.answers import read_lines
 from eval.ifeval import METRICS, compare
-from eval.report import evaluations, iteration_rows, score_rows, times, finished_stages
+from eval.report import evaluations, finished_stages, iteration_rows, score_rows, times
 from eval.stats import mean, paired
 from eval.table import table
-from plumbing.records import load_json
+from plumbing.files import load_json
 
 # IFEval's types -> the kind in demo/constraint_kinds.py that is near to it
 NEAR = {

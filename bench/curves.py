@@ -24,7 +24,7 @@ from eval.diagnostics import difference
 from eval.report import evaluations
 from eval.stats import mean, standard_error
 from eval.table import table
-from plumbing.records import load_json
+from plumbing.files import load_json
 
 # line of the picture -> its models at t = 1 .. T, as the report names them
 LINES = {

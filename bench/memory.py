@@ -45,9 +45,9 @@ from dpo import train_policy
 from eval.table import table
 from model import Model
 from ops import attention, cpu
+from plumbing.files import InputError
 from plumbing.options import RunOptions, parse_options
-from plumbing.ranks import gather, distributed
-from plumbing.records import InputError
+from plumbing.ranks import distributed, gather
 
 # The part of the work to which new memory belongs, by the innermost of these functions that asks
 # for it; "activations" where none does. PyTorch's own names only decide labels: the total stands.

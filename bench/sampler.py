@@ -35,11 +35,11 @@ from bench.command import (
 )
 from bench.peers import most_resident, read_requests, resident, timed
 from checkpoint import load
+from formats.chat import Chat
 from model import Linear
 from ops import cpu
 from ops.attention import Cache
 from ops.pack import PackedLinear, pack
-from plumbing.chat import Chat
 from sample import Engine, Request, SampleOptions
 
 OURS = [sys.executable, "-m", "bench.sampler"]

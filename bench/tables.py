@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 from eval.table import show_cell
+from plumbing.files import InputError, load_json, write_json, write_text
 from plumbing.options import ROOT
-from plumbing.records import InputError, load_json, write_json, write_text
 from plumbing.stage import commit, machine
 
 TABLE = re.compile(r"(<!-- table: ([\w-]+)(?:/([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -27,11 +27,11 @@ import train
 from bench.command import answer, finish, measure, parser_of, progress, run_part, run_peer, watch
 from bench.peers import most_resident, read_pairs, read_rows, resident, timed
 from checkpoint import Checkpoint, Weights, load_config, parse_config, save
+from formats.chat import Chat
 from model import Model
-from plumbing.chat import Chat
+from plumbing.files import write_jsonl
 from plumbing.options import RunOptions
 from plumbing.ranks import distributed
-from plumbing.records import write_jsonl
 from plumbing.stage import counts_of
 
 OURS = [sys.executable, "-m", "bench.trainer"]

@@ -14,12 +14,13 @@ import torch
 
 from checkpoint import load
 from dpo import key, reference_logps
+from formats.chat import Chat
+from formats.records import read_jsonl
 from loop import Options, Run
 from pairs import reason_to_drop, repetition
-from plumbing.chat import Chat
+from plumbing.files import InputError, read_text, write_text
 from plumbing.options import ROOT, cli, parse_options
 from plumbing.ranks import DEVICE
-from plumbing.records import InputError, read_jsonl, read_text, write_text
 from plumbing.stage import read_manifest
 from scorers.load import load_scorer
 from train import make_sequence, response_logps
@@ -106,7 +107,7 @@ def filtering(run: Run, pair: dict) -> dict:
 def losing(run: Run, pair: dict) -> dict:
     """Summed log-probs of both sides, and DPO's margin and loss, before and after training."""
     o = run.o
-    chat = Chat(o.model, o.run.chat_template)
+    chat = Chat(o.model, o.run)
     sides = [make_sequence(chat, pair, pair[side], o.policy) for side in ("chosen", "rejected")]
     known = reference_logps(o.model, [sides], run.cache, o.policy)
     rc, rr = (known[key(side)] for side in sides)

@@ -23,9 +23,10 @@ from checkpoint import Checkpoint
 from demo.constraint_kinds import KINDS
 from eval.answers import guarded
 from eval.stats import mean, standard_error
+from formats.records import read_jsonl
+from plumbing.files import InputError, digest, rng, write_jsonl
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, digest, read_jsonl, rng, write_jsonl
 from sample import SampleOptions, sample
 
 # share of the instructions for seeds, for new prompts and for the held-out ones

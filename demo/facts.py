@@ -14,9 +14,9 @@ from pathlib import Path
 from demo import facts_world as world
 from demo.small_model import make_base
 from eval.stats import mean, standard_error
+from plumbing.files import write_jsonl, write_text
 from plumbing.options import RunOptions
 from plumbing.ranks import on_rank0
-from plumbing.records import write_jsonl, write_text
 from train import TrainOptions
 
 # records of M_0's data

@@ -11,10 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint import parse_config, save
+from formats.records import read_jsonl
 from model import Model
+from plumbing.files import write_text
 from plumbing.options import RunOptions
 from plumbing.ranks import on_rank0
-from plumbing.records import read_jsonl, write_text
 from plumbing.stage import Stage
 from train import TrainOptions, sft
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from demo.small_model import make_base
 from eval.stats import mean, standard_error
+from plumbing.files import write_jsonl, write_text
 from plumbing.options import RunOptions
 from plumbing.ranks import on_rank0
-from plumbing.records import write_jsonl, write_text
 from train import TrainOptions
 
 WORDS = (

@@ -43,9 +43,9 @@ from checkpoint import Checkpoint
 from eval.answers import JudgedOptions, answer, first, need, place
 from eval.stats import bootstrap, logistic, mean, sigmoid, standard_error
 from eval.table import table
+from plumbing.files import InputError, load_json, write_json, write_jsonl, write_text
 from plumbing.options import cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, load_json, write_json, write_jsonl, write_text
 from scorers.llm_judge import Judge, pairwise
 
 SOURCE = (

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from eval.stats import mean
+from formats.records import read_jsonl
 from pairs import own_words, repetition
-from plumbing.records import InputError, read_jsonl, read_text
+from plumbing.files import InputError, read_text
 from plumbing.stage import Stage
 from sample import SampleOptions, generate
 from scorers.llm_judge import JudgeOptions
@@ -89,7 +90,7 @@ def answer(
     model = model or o.model
     stage = Stage(out, options, model=model, data=data, limit=o.limit, purpose=purpose)
     if not stage.done:
-        counts = generate(model, rows, out, options, stage.scratch, purpose, data[0])
+        counts = generate(model, rows, out, options, stage.scratch, purpose)
         stage.finish(**counts)
     return read_jsonl(out)
 

@@ -35,9 +35,10 @@ from checkpoint import Checkpoint
 from eval.answers import JudgedOptions, answer, first, need, place, read_lines, words
 from eval.stats import bootstrap, logistic, sigmoid
 from eval.table import table
+from formats.records import read_jsonl
+from plumbing.files import InputError, digest, write_json, write_jsonl
 from plumbing.options import cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, digest, read_jsonl, write_json, write_jsonl
 from scorers.llm_judge import Judge, pairwise
 
 SOURCE = "from the repository lmarena/arena-hard-auto: data/arena-hard-v0.1/"

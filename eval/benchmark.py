@@ -9,9 +9,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from eval import alpaca_eval, arena_hard, diversity, head_to_head, ifeval, leaderboard, mt_bench
+from plumbing.files import InputError, load_json, write_json
 from plumbing.options import RunOptions, as_flags, parse_options
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, load_json, write_json
 from plumbing.stage import Stage
 
 BENCHMARKS = {

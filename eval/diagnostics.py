@@ -20,7 +20,7 @@ from pathlib import Path
 
 from eval.answers import read_lines
 from eval.stats import mean, standard_error
-from plumbing.records import load_json
+from plumbing.files import load_json
 
 
 def diagnose(run: Path, T: int) -> list[dict]:

@@ -26,16 +26,10 @@ from eval.answers import words
 from eval.lm_eval_adapter import optional
 from eval.stats import rounded
 from eval.table import table
+from formats.records import read_jsonl
+from plumbing.files import InputError, load_json, read_text, rng, write_json
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import DEVICE, on_rank0, print0
-from plumbing.records import (
-    InputError,
-    load_json,
-    read_jsonl,
-    read_text,
-    rng,
-    write_json,
-)
 from plumbing.stage import Stage, counts_of
 
 

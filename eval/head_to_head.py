@@ -20,9 +20,10 @@ from checkpoint import Checkpoint
 from eval.answers import JudgedOptions, answer, first, need, place, words
 from eval.stats import mean, standard_error, wins
 from eval.table import table
+from formats.records import conversation_text, read_jsonl
+from plumbing.files import InputError, write_json, write_jsonl
 from plumbing.options import cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, conversation_text, read_jsonl, write_json, write_jsonl
 from scorers.base import score_pairs
 from scorers.llm_judge import Judge, pairwise
 from scorers.load import load_scorer

@@ -39,9 +39,10 @@ from eval.answers import MAX_REPETITION, MIN_OWN_WORDS, answer, first, guarded, 
 from eval.lm_eval_adapter import lm_eval_seeds, optional
 from eval.stats import mean, paired, rounded, standard_error
 from eval.table import table
+from formats.records import read_jsonl
+from plumbing.files import InputError, write_jsonl
 from plumbing.options import cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions
 

@@ -35,9 +35,9 @@ from eval.answers import place, read_lines
 from eval.lm_eval_adapter import Harness, evaluate, optional
 from eval.stats import mean
 from eval.table import table
+from plumbing.files import InputError, write_json, write_jsonl, write_text
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, write_json, write_jsonl, write_text
 from plumbing.stage import Stage, counts_of
 
 

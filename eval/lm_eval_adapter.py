@@ -16,6 +16,7 @@ import random
 from collections import ChainMap, defaultdict
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -25,13 +26,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import load
+from formats.chat import Chat
 from model import Model
 from ops.attention import Packed
 from ops.pack import pack
-from plumbing.chat import Chat
+from plumbing.files import InputError
 from plumbing.options import RunOptions
 from plumbing.ranks import DEVICE, RANK, gather, work_queue
-from plumbing.records import InputError
 from sample import Engine, Request, SampleOptions
 
 try:
@@ -160,12 +161,13 @@ class Harness(TemplateLM):
         self.batch_tokens = batch_tokens
         self.slots = slots
         self.tokenizer_name = str(directory)
-        self.chat = Chat(directory, run.chat_template or ("" if chat else "default"))
+        template = run.chat_template or ("" if chat else "default")
+        self.chat = Chat(directory, replace(run, chat_template=template))
         self.model = pack(load(directory, run.torch_dtype, DEVICE))
         self.max_length = self.model.config.max_positions
 
         # the first token of a text: BOS, else EOS, as the chat template knows them
-        special = self.chat.compiled.globals
+        special = self.chat.special
         tokenizer = self.chat.tokenizer
         end = special.get("eos_token") or tokenizer.id_to_token(min(self.chat.stop_token_ids))
         self.prefix = special.get("bos_token") or end

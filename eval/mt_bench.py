@@ -27,9 +27,9 @@ from checkpoint import Checkpoint
 from eval.answers import JudgedOptions, answer, first, need, place, read_lines, words
 from eval.stats import mean, standard_error
 from eval.table import table
+from plumbing.files import InputError, digest, write_json, write_jsonl
 from plumbing.options import cli
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, digest, write_json, write_jsonl
 from scorers.llm_judge import Judge, Request, fill_in
 
 SOURCE = (

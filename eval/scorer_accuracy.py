@@ -14,10 +14,11 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from eval.stats import mean, rounded, wins
+from formats.records import messages_of, read_jsonl
 from improve import TEMPLATE
+from plumbing.files import InputError, digest, read_text
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import print0
-from plumbing.records import InputError, digest, messages_of, read_jsonl, read_text
 from scorers.base import Revision, Scorer, score_pairs
 from scorers.load import load_scorer
 

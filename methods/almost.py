@@ -43,14 +43,15 @@ from statistics import mean, pstdev
 
 import loop
 from checkpoint import Checkpoint, Weights
+from formats.chat import Chat
+from formats.records import read_jsonl
 from loop import Run, boost, new_prompts, prepare
 from methods.checks import refuse
 from methods.rlsf import RlsfOptions, check_rlsf, reinforce
 from pairs import words
-from plumbing.chat import Chat
+from plumbing.files import InputError, write_jsonl
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, read_jsonl, write_jsonl
 from plumbing.stage import Stage, discard
 from sample import SampleOptions, sample
 from scorers.classifier import RewardOptions, train_reward
@@ -272,7 +273,7 @@ def main(o: Options) -> dict:
     for _, name in ranked:
         if not name.startswith("sft:"):
             Weights(name)
-            Chat(name, o.run.chat_template)
+            Chat(name, o.run)
         elif seeds and int(name.removeprefix("sft:")) > len(seeds):
             problem = f"there are {len(seeds)} seeds"
             raise InputError(f"--almost.assistants {name}: {problem}; give fewer")

@@ -1,7 +1,7 @@
 """What methods refuse before they begin."""
 
 import loop
-from plumbing.records import InputError
+from plumbing.files import InputError
 
 
 def refuse(o: loop.Options, *names: str) -> None:

@@ -22,12 +22,13 @@ from pathlib import Path
 from dpo import train_policy
 from eval.in_run import evaluate, evaluate_one
 from eval.report import report
+from formats.records import read_jsonl
 from improve import gold_and_draft, read_drafts, rewrite, train_improver
 from loop import Options, Run, synpo
 from pairs import make_pairs
+from plumbing.files import InputError, load_json, write_jsonl
 from plumbing.options import RunOptions, cli, parse_options
 from plumbing.ranks import on_rank0, print0
-from plumbing.records import InputError, load_json, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from train import finetune
 

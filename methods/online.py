@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import local_rows, save
-from plumbing.chat import Chat
+from formats.chat import Chat
+from plumbing.files import InputError, rng, write_text
 from plumbing.ranks import RANK, on_rank0
-from plumbing.records import InputError, rng, write_text
 from plumbing.stage import Stage, counts_of, discard
 from train import (
     Example,
@@ -141,7 +141,7 @@ def train_round(
             move(average, model, decay)
 
     on_rank0(keep_metrics, stage)
-    template = Chat(r.start, o.run.chat_template).template
+    template = Chat(r.start, o.run).template
     save(average, r.average, r.start, torch.float32, template, writer=RANK == 0)
     save_checkpoint(r.training, model, optimizer, r.last)
     del model, average, optimizer, one_step
@@ -186,7 +186,7 @@ def export_policy(last: Round, rounds: list[Round], out: Path, o: TrainOptions) 
         return out
     model, optimizer = load_training(last, last.start, o)
     on_rank0(join_metrics, rounds, out)
-    template = Chat(last.start, o.run.chat_template).template
+    template = Chat(last.start, o.run).template
     save(model, out, last.start, o.run.torch_dtype, template, writer=RANK == 0)
     del model, optimizer
     gc.collect()

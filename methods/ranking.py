@@ -9,8 +9,9 @@ counts say how many responses were empty, and how many prompts had fewer than tw
 from pathlib import Path
 
 from checkpoint import Checkpoint
+from formats.records import read_jsonl
 from pairs import PairOptions, keep_pairs
-from plumbing.records import InputError, JsonlPath, read_jsonl
+from plumbing.files import InputError, JsonlPath
 from plumbing.stage import Stage
 from scorers.base import NO_REVISION, Revision
 from scorers.load import load_scorer, scorer_files

@@ -25,6 +25,8 @@ from statistics import mean, pstdev
 import torch
 
 from dpo import add_reference_logps
+from formats.chat import Chat
+from formats.records import read_jsonl
 from methods.online import (
     Round,
     export_policy,
@@ -35,10 +37,9 @@ from methods.online import (
     presented,
     train_round,
 )
-from plumbing.chat import Chat
+from plumbing.files import InputError, write_jsonl
 from plumbing.options import Count
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, sample
 from scorers.load import load_scorer
@@ -112,7 +113,7 @@ def prompts_of_steps(
     if stage.done:
         return out
     rows = read_jsonl(x, "prompt")
-    usable = fitting(rows, Chat(model, o.run.chat_template), o.max_length, x)
+    usable = fitting(rows, Chat(model, o.run), o.max_length, x)
     first, last = (step * o.batch // o.samples for step in steps)
     asked = []
     for place, row in presented(usable, first, last, o.run.seed):
@@ -150,7 +151,7 @@ def train_on_answers(r: Round, scored: Path, reference: Path, o: RlsfOptions, ca
     if stage.done:
         return r.average
     rows = read_jsonl(scored, "prompt")
-    chat = Chat(r.start, o.run.chat_template)
+    chat = Chat(r.start, o.run)
     examples = [make_answer(chat, row, o) for row in rows]
     batches = in_batches(examples, o.batch)
     add_reference_logps("old", r.sampled, batches, cache, o, per_token=True)

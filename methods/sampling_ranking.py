@@ -25,8 +25,8 @@ from dpo import train_policy
 from loop import Run, boost, new_prompts, prepare
 from methods.checks import need_several, refuse
 from methods.ranking import rank_pairs
+from plumbing.files import InputError
 from plumbing.options import Count, RunOptions, cli
-from plumbing.records import InputError
 from sample import sample
 from scorers.load import load_scorer
 

@@ -55,6 +55,8 @@ from dpo import (
     policy_loss,
     preference_loss,
 )
+from formats.chat import Chat
+from formats.records import read_jsonl
 from loop import Run, boost, prepare
 from methods.checks import refuse
 from methods.online import (
@@ -68,10 +70,9 @@ from methods.online import (
     train_round,
 )
 from pairs import words
-from plumbing.chat import Chat
+from plumbing.files import InputError, rng, write_jsonl
 from plumbing.options import Count, RunOptions, cli, plugin_files
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, read_jsonl, rng, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, sample
 
@@ -185,7 +186,7 @@ def cut_segments(
     if stage.done:
         return out
     longest = longest_of(policy, model)
-    chat = Chat(model, o.run.chat_template)
+    chat = Chat(model, o.run)
     rows = read_jsonl(seeds, "prompt", "response")
     usable = fitting(rows, chat, longest, seeds)
     first, last = (step * policy.batch for step in steps)
@@ -333,7 +334,7 @@ def train_on_pairs(r: Round, D: Path, reference: Path, o: Options, cache: Path) 
         return r.average
     loss = policy_loss(o.policy)
     rows = read_jsonl(D, "prompt", "chosen")
-    examples = make_examples(r.start, rows, loss, stage, o.policy)
+    examples, _ = make_examples(r.start, rows, loss, stage, o.policy)
     batches = in_batches(examples, o.policy.batch)
     assert len(examples) == len(rows), "cut_segments has left out what does not fit"
     check = None
@@ -358,7 +359,7 @@ def main(o: Options) -> dict:
     if o.seeds and o.model:
         rows = read_jsonl(o.seeds, "prompt", "response")[: o.seeds_limit or None]
         longest = longest_of(o.policy, o.model)
-        fitting(rows, Chat(o.model, o.run.chat_template), longest, o.seeds)
+        fitting(rows, Chat(o.model, o.run), longest, o.seeds)
     return boost(iteration, Run(o, o.out, o.out), needs_corpus=False)
 
 

@@ -39,12 +39,13 @@ from pathlib import Path
 import loop
 from dpo import train_policy
 from eval.in_run import evaluate_one
+from formats.records import conversation_text, read_jsonl
 from loop import Run, boost, new_prompts, prepare
 from methods.checks import need_several, refuse
 from methods.ranking import RECORDED, rank_pairs
+from plumbing.files import InputError, digest, write_jsonl
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, conversation_text, digest, read_jsonl, write_jsonl
 from plumbing.stage import Stage
 from sample import SampleOptions, sample
 from train import finetune

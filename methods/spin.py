@@ -41,8 +41,8 @@ from dpo import PolicyOptions, policy_loss, train_policy
 from loop import Run, boost, prepare
 from methods.checks import refuse
 from pairs import PairOptions, make_pairs
+from plumbing.files import InputError
 from plumbing.options import Count, RunOptions, cli
-from plumbing.records import InputError
 from sample import sample
 
 

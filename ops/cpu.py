@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch.autograd import Function
 
+from plumbing.files import cache_folder, digest
 from plumbing.ranks import DEVICE
-from plumbing.records import cache_folder, digest
 from plumbing.stage import MACHINE_PARTS
 
 SOURCE = Path(__file__).with_name("cpu.c")

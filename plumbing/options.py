@@ -34,8 +34,8 @@ from pathlib import Path
 
 import torch
 
+from plumbing.files import InputError, flatten, load_json, read_text
 from plumbing.ranks import RANK, WORLD, distributed, on_rank0, print0
-from plumbing.records import InputError, load_json, read_text
 from plumbing.stage import ROOT, counts_of
 
 REQUIRED = inspect.Parameter.empty
@@ -47,7 +47,9 @@ class RunOptions:
 
     seed: int = 0  # of all random numbers
     dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"  # of compute; master weights: fp32
-    chat_template: str = ""  # if the tokenizer has none: a jinja file, or "default"
+    chat_template: str = ""  # a jinja file, or NAME of the tokenizer's; if it has none: default
+    chat_template_args: str = ""  # JSON object for the template, such as {"enable_thinking": false}
+    chat_template_date: str = ""  # YYYY-MM-DD that a template takes for today; default: a fixed day
     peak_tflops: float = field(default=0.0, compare=False)  # peak of a process; given, MFU is shown
 
     @property
@@ -266,6 +268,24 @@ def as_dict(o, top: bool = True) -> dict:
         else:
             values[name] = str(value) if isinstance(value, Path) else value
     return values
+
+
+def changed(o) -> list[list]:
+    """[name, value, default, help] of every option that differs from its default."""
+    values = flatten(as_dict(o))
+    rows = []
+    for flag in flags_of(RunOptions, []) + flags_of(type(o), as_flags(as_dict(o))):
+        default = str(flag.default) if isinstance(flag.default, Path) else flag.default
+        if values[flag.name] != default:
+            rows.append([flag.name, values[flag.name], default, flag.help])
+    return rows
+
+
+def option_differences(before: dict, now: dict, config: Path) -> str:
+    """How options differ from an earlier call's, to end a refusal with; empty if they do not."""
+    old, new = flatten(before), flatten(now)
+    changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
+    return f" (options that differ from {config}: {', '.join(changes)})" if changes else ""
 
 
 # ------------------------------------------------------------------------------------ the command

@@ -31,8 +31,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.ranks import WORLD, gather, on_rank0, print0
-from plumbing.records import (
+from plumbing.files import (
     InputError,
     cache_folder,
     digest,
@@ -41,6 +40,7 @@ from plumbing.records import (
     write_json,
     write_text,
 )
+from plumbing.ranks import WORLD, gather, on_rank0, print0
 
 FORMAT = 2  # of manifests; others are refused
 ROOT = Path(__file__).resolve().parents[1]
@@ -350,7 +350,7 @@ def machine() -> dict:
 @cache
 def code_digest() -> str:
     """A hash of the code that makes results."""
-    patterns = "*.py plumbing/*.py ops/*.py ops/*.c scorers/*.py methods/*.py".split()
+    patterns = "*.py formats/*.py plumbing/*.py ops/*.py ops/*.c scorers/*.py methods/*.py".split()
     files = [f for pattern in patterns for f in sorted(ROOT.glob(pattern))]
     return digest([f.read_text("utf-8") for f in files])
 

@@ -13,10 +13,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import load_weights, parse_config
+from formats.records import messages_of
 from model import Linear, Model
+from plumbing.files import load_json
 from plumbing.options import RunOptions
 from plumbing.ranks import DEVICE
-from plumbing.records import load_json, messages_of
 from scorers.base import LocalModel, Scorer, in_micro_batches
 from scorers.classifier import conversations
 

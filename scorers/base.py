@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from checkpoint import load
+from formats.chat import Chat
+from formats.records import conversation_text
 from model import Model
 from ops.attention import Packed
-from plumbing.chat import Chat
+from plumbing.files import InputError, digest, load_json, write_json
 from plumbing.options import RunOptions, load_function, plugin_files
 from plumbing.ranks import DEVICE, gather, work_queue
-from plumbing.records import InputError, conversation_text, digest, load_json, write_json
 from train import pack_micro_batches
 
 Scorer = Callable[..., list[float]]
@@ -114,7 +115,7 @@ class LocalModel:
     """A checkpoint directory to score with. load(directory, dtype, device) runs at first use."""
 
     def __init__(self, directory: str | Path, run: RunOptions, load=load):
-        self.chat = Chat(directory, run.chat_template)
+        self.chat = Chat(directory, run, own_template=True)
         self.dtype = run.torch_dtype
         self.load = load
 

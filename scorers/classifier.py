@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from checkpoint import TOKENIZER_FILES, Checkpoint, Weights, load_config
-from plumbing.chat import Chat
+from formats.chat import Chat
+from formats.records import messages_of, read_jsonl
+from plumbing.files import InputError, load_json, write_json
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, load_json, messages_of, read_jsonl, write_json
 from plumbing.stage import Stage
 from scorers.base import LocalModel, Scorer, in_micro_batches, packed
 from train import Example, Sequence, TrainOptions, fit
@@ -130,7 +131,7 @@ def train_reward(
         raise InputError(f"--loss-on-prompt: {reason}; leave it out")
 
     # both conversations of every pair; one that is too long has no last token to score: left out
-    chat = Chat(model, o.run.chat_template)
+    chat = Chat(model, o.run)
     longest = min(o.max_length, load_config(model).max_positions)
     rows = read_jsonl(pairs, "prompt", "chosen", "rejected")
     examples = []

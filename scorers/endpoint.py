@@ -6,8 +6,9 @@ are cached in ~/.cache/synpo, so none is paid for twice. There is no --budget he
 provider.
 """
 
+from formats.records import conversation_text
+from plumbing.files import cache_folder
 from plumbing.options import RunOptions
-from plumbing.records import cache_folder, conversation_text
 from scorers.base import Scorer
 from scorers.llm_judge import Judge, JudgeOptions, pairwise
 from scorers.openai_api import connect

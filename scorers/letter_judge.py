@@ -8,8 +8,8 @@ letters: no sampling, no parsing. Judges favour a position, so both orders are a
 from pathlib import Path
 
 from checkpoint import load_config
+from formats.records import messages_of
 from plumbing.options import RunOptions
-from plumbing.records import messages_of
 from scorers.base import LocalModel, Scorer, in_micro_batches
 
 TEMPLATE = """\

@@ -9,8 +9,8 @@ import math
 from pathlib import Path
 
 from checkpoint import load_config
+from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.records import InputError
 from scorers.base import LocalModel, Revision, Scorer
 from train import TrainOptions, make_sequence, score_sequences
 

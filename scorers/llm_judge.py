@@ -32,10 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import load_config
-from plumbing.chat import Chat
+from formats.chat import Chat
+from formats.records import read_jsonl
+from plumbing.files import InputError, digest, read_text, write_jsonl
 from plumbing.options import RunOptions
 from plumbing.ranks import on_rank0
-from plumbing.records import InputError, digest, read_jsonl, read_text, write_jsonl
 from plumbing.stage import fingerprint
 from sample import SampleOptions, generate
 from scorers.openai_api import Endpoint, ReplyCache, base_url
@@ -201,10 +202,10 @@ class Judge:
         self.name = o.judge
         self.place = base_url(o)
         if self.local:
-            self.chat = Chat(o.judge, o.run.chat_template)
+            self.chat = Chat(o.judge, o.run, own_template=True)
             self.max_positions = load_config(o.judge).max_positions
             self.name = on_rank0(fingerprint, o.judge)
-            self.place = [o.run.dtype, o.run.chat_template]
+            self.place = [o.run.dtype, self.chat.template]
         self.malformed = on_rank0(self.open)
 
     def open(self) -> dict[str, dict]:

@@ -15,8 +15,8 @@ docs/scorers.md shows how to write one, and how to measure one.
 from functools import partial
 from pathlib import Path
 
+from plumbing.files import InputError, load_json, rng
 from plumbing.options import RunOptions, load_function, plugin_files
-from plumbing.records import InputError, load_json, rng
 from plumbing.stage import fingerprint
 from scorers.armorm import armorm
 from scorers.base import Revision, Scorer, blockwise, is_pairwise
@@ -57,7 +57,8 @@ def load_scorer(
             template = run.chat_template
             if Path(template).is_file():
                 template = fingerprint(template)
-            key = [spec, fingerprint(directory), run.dtype, template]
+            asked = [template, run.chat_template_args, run.chat_template_date]
+            key = [spec, fingerprint(directory), run.dtype, *asked]
         if scratch and spec == "settled":
             key += [revision.template, [fingerprint(file) for file in revision.files]]
         scorer = blockwise(make(directory, run), key, scratch)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.records import InputError
+from plumbing.files import InputError
 
 # Fields of a reply. finish: how it ended; top: log-prob by token for the first token; in, out:
 # numbers of tokens.

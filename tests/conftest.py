@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint import parse_config
-from forked import run_forked
 from model import Model
+from plumbing.files import InputError, write_jsonl
 from plumbing.ranks import distributed
-from plumbing.records import InputError, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -200,8 +200,8 @@ FAULTS = [
     ),
     Fault(
         "end-token-in-text",
-        "plumbing/chat.py",
-        old="self.tokenizer.decode(ids, skip_special_tokens=True)",
+        "formats/chat.py",
+        old="self.tokenizer.decode([i for i in ids if i not in self.stop_token_ids])",
         new="self.tokenizer.decode(ids, skip_special_tokens=False)",
         tests=("core/test_sample.py::test_stop_text_ends_the_response",),
     ),
@@ -250,9 +250,9 @@ FAULTS = [
     ),
     Fault(
         "end-not-trained",
-        "plumbing/chat.py",
-        old="return [*self.encode(text), self.end]",
-        new="return self.encode(text)",
+        "formats/chat.py",
+        old="return [*self.text_ids(text), self.end]",
+        new="return self.text_ids(text)",
         tests=("core/test_train.py::test_scored_tokens_are_the_response_and_its_end",),
     ),
     Fault(
@@ -307,8 +307,8 @@ FAULTS = [
     Fault(
         "template-not-saved",
         "train.py",
-        old="template = Chat(start, o.run.chat_template).template",
-        new='template = Chat(start, "").template',
+        old="template = Chat(start, o.run).template",
+        new="template = Chat(start).template",
         tests=("core/test_train.py::test_a_template_given_by_an_option_is_saved",),
     ),
     # checkpoint.py
@@ -723,7 +723,7 @@ FAULTS = [
     # plumbing/
     Fault(
         "end-is-eos",
-        "plumbing/chat.py",
+        "formats/chat.py",
         old="self.end = ends[0] if ends else min(stops)",
         new="self.end = min(stops)",
         tests=("core/test_chat.py::test_end_is_what_the_template_writes_and_stops_are_all_known",),
@@ -781,9 +781,9 @@ FAULTS = [
     ),
     Fault(
         "id-by-place",
-        "plumbing/records.py",
-        old='row["id"] = digest(messages_of(row))\n',
-        new='row["id"] = digest(messages_of(row), number)\n',
+        "formats/records.py",
+        old="digest(messages_of(row) if asks else row)\n",
+        new="digest(messages_of(row) if asks else row, number)\n",
         tests=("core/test_records.py::test_ids_follow_from_the_prompt_not_from_the_place",),
     ),
     # eval/ and bench/

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from plumbing.records import digest
+from plumbing.files import digest
 
 TOKENS_IN = 100  # that every reply reports
 TOKENS_OUT = 10

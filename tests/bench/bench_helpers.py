@@ -12,7 +12,7 @@ import micro
 import pytest
 from conftest import run, tiny_checkpoint
 
-from plumbing.records import write_json
+from plumbing.files import write_json
 
 
 def bench_command(name: str, args: list) -> list[str]:

@@ -17,8 +17,8 @@ from conftest import ROOT, last_json, run
 
 import loop
 from bench import ablations
+from plumbing.files import write_json
 from plumbing.options import parse_values
-from plumbing.records import write_json
 
 pytest_plugins = ["bench_helpers"]
 SOME = "start previous,no noise,controls"

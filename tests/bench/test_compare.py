@@ -10,10 +10,9 @@ from conftest import ROOT
 import loop
 from bench import compare
 from methods import almost, sampling_ranking, sapo, self_rewarding, spin
+from plumbing.files import write_json
 from plumbing.options import parse_options
-from plumbing.records import write_json
 from plumbing.stage import counts_of as counts
-
 
 pytest_plugins = ["bench_helpers"]
 METHODS = {

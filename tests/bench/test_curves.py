@@ -7,7 +7,7 @@ import pytest
 from bench_helpers import run_bench
 from conftest import last_json
 
-from plumbing.records import load_json, write_json
+from plumbing.files import load_json, write_json
 
 pytest.importorskip("matplotlib", reason="pip install -r requirements-eval.txt")
 

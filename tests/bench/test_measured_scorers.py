@@ -8,7 +8,7 @@ from bench_helpers import run_bench
 from conftest import write_rows
 
 from bench import scorers
-from plumbing.records import write_json
+from plumbing.files import write_json
 
 PLUGIN = """
 def score(rows):

@@ -8,7 +8,7 @@ from bench_helpers import run_bench
 from conftest import last_json, llama_config
 
 from bench import memory
-from plumbing.records import InputError, write_json
+from plumbing.files import InputError, write_json
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from cycle import flags
 from safetensors.torch import save_file
 
 from bench import same
-from plumbing.records import write_text
+from plumbing.files import write_text
 
 pytest_plugins = ["cycle"]
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from bench import tables
-from plumbing.records import InputError, write_text
+from plumbing.files import InputError, write_text
 
 ROWS = [
     {"sampler": "ours", "tokens/s": "1234 1250", "ratio": "1.00x", "seconds": 0.25},

@@ -12,7 +12,7 @@ from conftest import ROOT, last_json, read_rows, tiny_checkpoint, write_rows
 
 from bench import peers, trainer
 from checkpoint import load_config
-from plumbing.chat import Chat
+from formats.chat import Chat
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from plumbing.files import write_json, write_jsonl, write_text
 from plumbing.options import RunOptions
-from plumbing.records import write_json, write_jsonl, write_text
 from train import TrainOptions, finetune
 
 ADJECTIVES = "red blue green brown happy quick quiet proud gentle clever".split()

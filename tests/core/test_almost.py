@@ -9,12 +9,12 @@ import torch
 from conftest import ROOT, read_rows, refusal, run, tiny_checkpoint, write_rows
 from cycle import command, counts, flags, inputs, one_line, stamps
 
+from formats.chat import Chat
 from methods import almost, online, rlsf
 from methods.almost import AlmostOptions, comparisons, is_bad, read_assistants
 from methods.rlsf import RlsfOptions, advantages, clipped_loss, leave_one_out
-from plumbing.chat import Chat
+from plumbing.files import InputError
 from plumbing.options import RunOptions, parse_options
-from plumbing.records import InputError
 from plumbing.stage import content_hash, read_manifest
 from scorers.classifier import bradley_terry
 from train import Example

@@ -9,7 +9,8 @@ from conftest import TEMPLATE, refusal, tokenizer_json
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from plumbing.chat import Chat
+from formats.chat import Chat
+from plumbing.options import RunOptions
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
@@ -36,6 +37,10 @@ TALK = [
     {"role": "assistant", "content": "Yes?"},
     {"role": "user", "content": "Go on."},
 ]
+
+
+def with_template(name: str | Path) -> RunOptions:
+    return RunOptions(chat_template=str(name))
 
 
 def chat_directory(
@@ -77,7 +82,9 @@ SEVERAL = [{"name": "tool_use", "template": OTHER}, {"name": "default", "templat
 def test_template_is_found_wherever_it_may_be(tmp_path, inside, jinja):
     directory = chat_directory(tmp_path, inside, jinja)
     assert Chat(directory).template == LLAMA3
-    assert Chat(directory, "default").template == LLAMA3, "a fallback must not replace a template"
+    assert Chat(directory, with_template("default")).template == LLAMA3, (
+        "a fallback must not replace a template"
+    )
 
 
 def test_missing_template_names_the_fix(tmp_path):
@@ -85,14 +92,14 @@ def test_missing_template_names_the_fix(tmp_path):
     message = refusal(Chat, directory)
     assert "--chat-template" in message
     assert str(directory) in message
-    assert "nothing.jinja" in refusal(Chat, directory, str(tmp_path / "nothing.jinja"))
+    assert "nothing.jinja" in refusal(Chat, directory, with_template(tmp_path / "nothing.jinja"))
     only_named = chat_directory(tmp_path, SEVERAL[:1])
     assert "--chat-template" in refusal(Chat, only_named)
 
 
 def test_default_template_and_template_file(tmp_path):
     directory = chat_directory(tmp_path, None)
-    chat = Chat(directory, "default")
+    chat = Chat(directory, with_template("default"))
     assert chat.render(TALK, True) == (
         "System: Be brief.\n\nUser:  Hi! Écris 日本. \n\nAssistant: Yes?</s>\n\nUser: Go on.\n\n"
         "Assistant: "
@@ -100,14 +107,14 @@ def test_default_template_and_template_file(tmp_path):
     assert chat.end == 321
     assert chat.stop_token_ids == {321}
     (tmp_path / "mine.jinja").write_text(LLAMA3)
-    assert Chat(directory, str(tmp_path / "mine.jinja")).template == LLAMA3
+    assert Chat(directory, with_template(tmp_path / "mine.jinja")).template == LLAMA3
 
 
 def test_a_template_that_is_not_utf8_is_refused_by_name(tmp_path):
     (tmp_path / "mine.jinja").write_bytes(b"caf\xe9")
     directory = chat_directory(tmp_path / "model", None)
     assert "mine.jinja: line 1 is not UTF-8" in refusal(
-        Chat, directory, str(tmp_path / "mine.jinja")
+        Chat, directory, with_template(tmp_path / "mine.jinja")
     )
 
 

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from checkpoint import load, load_config, local_rows, parse_config, save
-from plumbing.chat import Chat
-from plumbing.records import InputError
+from formats.chat import Chat
+from plumbing.files import InputError
 
 V5_DEFAULT = {
     "rope_theta": None,

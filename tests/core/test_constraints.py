@@ -22,8 +22,8 @@ from demo.constraints import (
     with_constraints,
 )
 from eval.answers import MIN_OWN_WORDS
+from plumbing.files import InputError, write_jsonl
 from plumbing.options import RunOptions
-from plumbing.records import InputError, write_jsonl
 from sample import SampleOptions
 
 pytest_plugins = ["cycle"]

@@ -18,9 +18,10 @@ from cycle import (
     stamps,
 )
 
+from formats.records import read_jsonl
 from methods import controls
+from plumbing.files import load_json
 from plumbing.options import RunOptions
-from plumbing.records import load_json, read_jsonl
 from plumbing.stage import content_hash, read_manifest
 
 pytest_plugins = ["cycle"]

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import dpo
 from dpo import PolicyOptions, key, policy_loss, preference_loss, reference_logps, train_policy
-from plumbing.chat import Chat
+from formats.chat import Chat
+from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.records import InputError
 from plumbing.stage import counts_of
 from train import Example, TrainOptions, fit, make_sequence, response_logps, score_sequences
 

@@ -4,8 +4,8 @@ import pytest
 
 from demo import facts
 from demo import facts_world as world
+from formats.records import read_jsonl
 from plumbing.options import RunOptions
-from plumbing.records import read_jsonl
 
 FP32 = RunOptions(dtype="float32")
 

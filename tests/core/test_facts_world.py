@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from demo import facts_world as w
-from plumbing.records import digest
+from plumbing.files import digest
 
 TIGER = "Describe a tiger."
 

@@ -15,8 +15,8 @@ from texts import assert_same_text
 
 import ops.attention
 from checkpoint import load
+from formats.chat import Chat
 from ops.attention import Cache, Decode, Packed, Prefill
-from plumbing.chat import Chat
 from sample import Engine, Request, SampleOptions
 
 if torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:

@@ -12,22 +12,22 @@ import pytest
 from conftest import read_rows, run, tiny_checkpoint, write_rows
 
 import gen_prompts
+from formats.records import read_paragraphs
 from gen_prompts import (
     TEMPLATE,
     GeneratorOptions,
     Keywords,
-    Novelty,
     PromptOptions,
     filter_prompts,
     keyword_lists,
     parse_question,
-    read_corpus,
     sample_prompts,
     take_prompts,
     training_rows,
 )
+from plumbing.files import STOP_WORDS, InputError
+from plumbing.novelty import Novelty
 from plumbing.options import RunOptions
-from plumbing.records import STOP_WORDS, InputError
 from plumbing.stage import Refusal, counts_of
 
 NOUNS = (
@@ -206,9 +206,9 @@ def test_lists_are_fresh_in_every_iteration_and_repeatable(corpus):
 def test_corpus_is_split_at_blank_lines(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("one\nline two\n\n\n \t\nthree\n")
-    assert read_corpus(path) == ["one\nline two", "three\n"]
+    assert read_paragraphs(path) == ["one\nline two", "three\n"]
     with pytest.raises(InputError, match="no such file"):
-        read_corpus(tmp_path / "none.txt")
+        read_paragraphs(tmp_path / "none.txt")
     path.write_text(PARAGRAPHS[2])
     problem = r"corpus\.txt: none of its 1 paragraphs has 3 usable keywords; give another"
     with pytest.raises(InputError, match=problem):
@@ -349,7 +349,7 @@ def test_prompts_from_a_generator(tiny, corpus, tmp_path, monkeypatch):
     texts = [f"Is the {noun} blue?" for noun in NOUNS[:4]] + ["short"]
     calls = []
 
-    def generate(model, rows, out, o, scratch, purpose, source):
+    def generate(model, rows, out, o, scratch, purpose):
         calls.append((model, rows, purpose))
         written = []
         for row, text in zip(rows, texts, strict=True):
@@ -375,6 +375,7 @@ def test_prompts_from_a_generator(tiny, corpus, tmp_path, monkeypatch):
     assert [row["keywords"] for row in kept] == lists[1:4]
     used = [sum(word in row["prompt"] for word in row["keywords"]) for row in kept]
     expected = {
+        "paragraphs": len(PARAGRAPHS),
         "lists": 5,
         "repeats_seed": 1,
         "too_short": 1,

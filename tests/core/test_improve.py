@@ -8,14 +8,14 @@ from improve import (
     TEMPLATE,
     ImproverOptions,
     RewriteOptions,
+    gold_and_draft,
     main,
     rewrite,
     train_improver,
-    gold_and_draft,
     training_rows,
 )
+from plumbing.files import InputError
 from plumbing.options import RunOptions, parse_options
-from plumbing.records import InputError
 from plumbing.stage import counts_of
 from scorers.base import Revision
 
@@ -173,7 +173,7 @@ class Rewritten:
     def __call__(self, a: list, b: list, draft_reason: str = "stop", **changes) -> list[dict]:
         """Rows; then self.counts and what the sampler was asked: self.requests, self.purpose."""
 
-        def generate(model, rows, out, o, scratch, purpose, source):
+        def generate(model, rows, out, o, scratch, purpose):
             assert model == self.model
             self.requests = rows
             self.purpose = purpose

@@ -30,8 +30,9 @@ import gen_prompts
 import loop
 import train
 from eval.benchmark import check, options_of
+from formats.records import read_jsonl
+from plumbing.files import load_json, write_json
 from plumbing.options import RunOptions, parse_options
-from plumbing.records import load_json, read_jsonl, write_json
 from plumbing.stage import content_hash, manifest_path, read_manifest
 
 pytest_plugins = ["cycle"]
@@ -703,7 +704,8 @@ def test_kept_improvers_and_no_evaluation(switched):
 
 
 MORE = """\
-from plumbing.records import read_jsonl, write_jsonl
+from formats.records import read_jsonl
+from plumbing.files import write_jsonl
 
 
 def note(rows):

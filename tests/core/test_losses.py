@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 import dpo
 import loop
 from dpo import PolicyOptions, train_policy
+from formats.chat import Chat
 from losses import (
     LOSSES,
     Loss,
@@ -27,9 +28,8 @@ from losses import (
     resolve_loss,
     simpo,
 )
-from plumbing.chat import Chat
+from plumbing.files import InputError
 from plumbing.options import ROOT, RunOptions, parse_options
-from plumbing.records import InputError
 from train import Example
 
 LN2 = math.log(2)

@@ -16,8 +16,8 @@ from methods import controls, sampling_ranking, self_rewarding, spin
 from methods.ranking import RECORDED, best_and_worst, rank_pairs
 from methods.self_rewarding import TEMPLATE, ask, grade, judged, mean_scores, read_score
 from pairs import PairOptions, make_pairs
+from plumbing.files import InputError
 from plumbing.options import RunOptions, parse_options
-from plumbing.records import InputError
 from plumbing.stage import content_hash, read_manifest
 
 pytest_plugins = ["cycle"]

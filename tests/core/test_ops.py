@@ -23,13 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops.pack
 from checkpoint import load
+from formats.chat import Chat
 from model import Linear, RMSNorm, apply_rope, swiglu
 from ops import cpu
 from ops.attention import Cache, Decode, Packed, Prefill
 from ops.logps import TokenLogps, token_logps
 from ops.pack import PackedLinear, can_pack, pack
 from plumbing import stage
-from plumbing.chat import Chat
 from sample import Engine, Request, SampleOptions, sample_token
 from train import response_logps, score_sequences
 

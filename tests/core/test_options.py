@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import refusal
 
+import checkpoint
 import dpo
 import gen_prompts
 import improve
@@ -18,13 +19,13 @@ import loop
 import pairs
 import sample
 import train
-import checkpoint
 from checkpoint import Checkpoint
 from eval import scorer_accuracy
 from eval.benchmark import BENCHMARKS
 from losses import LOSSES, loss_defaults
 from methods import controls
 from plumbing import options
+from plumbing.files import InputError, write_json
 from plumbing.options import (
     RunOptions,
     as_dict,
@@ -35,7 +36,6 @@ from plumbing.options import (
     parse_options,
     plugin_files,
 )
-from plumbing.records import InputError, write_json
 from scorers import classifier
 
 

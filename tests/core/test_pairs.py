@@ -8,8 +8,8 @@ from conftest import last_json, read_rows, run, write_rows
 import scorers.load as load_file
 from losses import preference_of
 from pairs import PairOptions, make_pairs, own_words, repetition
+from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.records import InputError
 from plumbing.stage import counts_of
 from scorers.base import Revision
 from scorers.likelihood import likelihood
@@ -141,8 +141,8 @@ def test_pairs_are_joined_by_id(make):
 
 
 def test_samples_of_a_prompt_are_joined_one_by_one(make):
-    chosen = answers(["a b", "c d e"], id="a")
-    rejected = answers(["x", "y"], id="a")
+    chosen = answers(["a b", "c d e"], id="a", prompt="Why?")
+    rejected = answers(["x", "y"], id="a", prompt="Why?")
     for side in (chosen, rejected):
         for i, row in enumerate(side):
             row["sample"] = i
@@ -277,10 +277,24 @@ def test_nothing_left_says_what_the_gaps_are(make):
     problem = r"no pair of 3 left \({'small_gap': 3}\); score gaps 1 1 2 3 3; lower"
     with pytest.raises(InputError, match=problem):
         make(chosen, answers(["x"] * 3), threshold=3)
-    unknown = answers(["x"], id="unknown")
-    with pytest.raises(InputError, match=r"no pair of 0 left \({}\); score gaps none"):
-        make(chosen, unknown)
     assert not make.out.exists()
+
+
+def test_answers_to_other_prompts_are_not_joined(make):
+    chosen = answers(["a b", "a b c"])
+    unknown = answers(["x"], id="unknown")
+    problem = r"chosen1.jsonl: line 1: no id of this file is in .*rejected1.jsonl: line 1"
+    with pytest.raises(InputError, match=problem):
+        make(chosen, unknown)
+    # two files that were numbered from 0, of different prompts
+    others = answers(["x", "y"])
+    others[1]["prompt"] = "Another?"
+    problem = r"chosen2.jsonl: line 2: another prompt than that of .*rejected2.jsonl: line 2.* 'x1'"
+    with pytest.raises(InputError, match=problem):
+        make(chosen, others)
+    # ids are texts: 7 and "7" are one
+    numbers = [{**answers([text])[0], "id": name} for text, name in (("a b", 7), ("x", "7"))]
+    assert make(numbers[:1], numbers[1:])[1][0]["id"] == "7"
 
 
 # ------------------------------------------------------------------------------------- the command

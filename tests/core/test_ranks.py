@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, refusal, run_process
 from forked import run_forked
 
+from plumbing.files import InputError
 from plumbing.ranks import gather, on_rank0, print0, work_queue
-from plumbing.records import InputError
 
 # ------------------------------------------------------------------------------- a world of one
 
@@ -51,7 +51,7 @@ import sys
 from plumbing.ranks import (
     RANK, STORES, WORLD, distributed, gather, on_rank0, print0, work_queue
 )
-from plumbing.records import InputError
+from plumbing.files import InputError
 
 
 def raised(error):
@@ -120,7 +120,7 @@ import time
 
 from plumbing.options import cli
 from plumbing.ranks import RANK
-from plumbing.records import InputError
+from plumbing.files import InputError
 
 
 def main(model: str = "") -> dict:

@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 
 import loop
+from plumbing.files import InputError
 from plumbing.options import as_dict, load_function, parse_options
-from plumbing.records import InputError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 

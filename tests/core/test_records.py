@@ -7,19 +7,8 @@ import pytest
 from conftest import refusal
 
 from eval.table import table
-from plumbing.records import (
-    cache_folder,
-    conversation_text,
-    digest,
-    last_message,
-    load_json,
-    messages_of,
-    read_jsonl,
-    rng,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from formats.records import conversation_text, last_message, messages_of, read_jsonl
+from plumbing.files import cache_folder, digest, load_json, rng, write_json, write_jsonl, write_text
 
 GOOD = '{"prompt": "a", "response": "b"}'
 TALK = [
@@ -38,7 +27,7 @@ TALK = [
         ("", ["no records", "give at least one"]),
         (" \n\n", ["no records", "give at least one"]),
         (f'{GOOD}\n{{"prompt": "a"', ["line 2", "not valid JSON", "fix or delete"]),
-        (f"{GOOD}\n\n{GOOD}\n", ["line 2", "not valid JSON"]),
+        (f"{GOOD}\n\n{GOOD}\n{{\n", ["line 4", "not valid JSON"]),
         (
             f'{GOOD}\n{GOOD}\n{{"prompt": "a"}}\n',
             ["line 3", "'response'", "missing", "fix or delete"],
@@ -56,7 +45,7 @@ TALK = [
         ),
         (
             '{"prompt": "a", "response": "b", "id": 7}\n{"prompt": "c", "response": "b", "id": 7}',
-            ["line 2", "id 7", "unique"],
+            ["line 2", "id '7'", "earlier line"],
         ),
     ],
 )
@@ -96,11 +85,11 @@ def read(tmp_path: Path, *rows: dict) -> list[dict]:
 
 def test_ids_follow_from_the_prompt_not_from_the_place(tmp_path):
     a, b, c = read(tmp_path, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "id": "mine"})
-    later = [{"prompt": "c", "id": 9}, {"prompt": "b", "keywords": 1}, {"prompt": "a"}]
+    later = [{"prompt": "c", "id": "9"}, {"prompt": "b", "keywords": 1}, {"prompt": "a"}]
     c2, b2, a2 = read(tmp_path, *later)
     assert (a["id"], b["id"]) == (a2["id"], b2["id"])
     assert a["id"] != b["id"]
-    assert (c["id"], c2["id"]) == ("mine", 9)
+    assert (c["id"], c2["id"]) == ("mine", "9")
     # a change would give every run that exists new random numbers
     assert a["id"] == "e3401daba74577e2"
 
@@ -144,7 +133,10 @@ def test_a_conversation_as_text():
 
 
 def test_records_come_back_as_written(tmp_path):
-    rows = [{"id": 1, "prompt": 'é 日本 \u2028 \x85 \x0c " \\ \n end'}, {"id": 2, "prompt": "x"}]
+    rows = [
+        {"id": "1", "prompt": 'é 日本 \u2028 \x85 \x0c " \\ \n end'},
+        {"id": "2", "prompt": "x"},
+    ]
     assert read(tmp_path, *rows) == rows
     text = (tmp_path / "rows.jsonl").read_text("utf-8")
     assert text.count("\n") == 2

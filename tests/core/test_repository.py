@@ -42,23 +42,24 @@ README_LINES = 200
 # Imports point down: a file may import from its own folder and from lower levels.
 LEVEL = {
     "plumbing": 0,
-    "losses": 1,
-    "ops": 1,
-    "model": 2,
-    "checkpoint": 3,
-    "sample": 4,
-    "train": 4,
-    "scorers": 5,
-    "gen_prompts": 5,
-    "dpo": 5,
-    "pairs": 6,
-    "improve": 6,
-    "eval": 7,
-    "loop": 8,
-    "methods": 9,
-    "demo": 9,  # a plug-in, as a user's would be
-    "bench": 10,
-    "tests": 11,
+    "formats": 1,
+    "losses": 2,
+    "ops": 2,
+    "model": 3,
+    "checkpoint": 4,
+    "sample": 5,
+    "train": 5,
+    "scorers": 6,
+    "gen_prompts": 6,
+    "dpo": 6,
+    "pairs": 7,
+    "improve": 7,
+    "eval": 8,
+    "loop": 9,
+    "methods": 10,
+    "demo": 10,  # a plug-in, as a user's would be
+    "bench": 11,
+    "tests": 12,
 }
 MAY_LOAD = {
     "plumbing/options.py",  # load_function: the one place that loads by a name, plug-ins

@@ -7,13 +7,12 @@ import pytest
 import torch
 from conftest import ROOT, read_rows, run, tiny_checkpoint, write_rows
 from cycle import command, counts, flags, inputs, one_line, stamps
-
 from safetensors.torch import load_file
 
+from formats.chat import Chat
 from methods import online, sapo
 from methods.online import make_rounds, move, presented
 from methods.sapo import SapoOptions, new_pairs, replay, span, split, weights
-from plumbing.chat import Chat
 from plumbing.options import RunOptions, parse_options
 from plumbing.stage import content_hash, read_manifest
 

@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, last_json, llama_config, read_rows, tiny_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 
-from plumbing.chat import Chat
+from formats.chat import Chat
+from plumbing.files import InputError
 from plumbing.options import RunOptions, load_function
-from plumbing.records import InputError
 from plumbing.stage import counts_of
 from scorers.armorm import ArmoRM
 from scorers.base import Revision, blockwise, quantiles, score_pairs

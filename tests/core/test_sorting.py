@@ -28,8 +28,9 @@ from demo.sorting import (
     words_of,
     write_data,
 )
+from formats.records import read_jsonl
+from plumbing.files import flatten, read_text
 from plumbing.options import RunOptions, as_dict, parse_options
-from plumbing.records import flatten, read_jsonl, read_text
 
 pytest_plugins = ["cycle"]
 FP32 = RunOptions(dtype="float32")

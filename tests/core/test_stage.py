@@ -27,8 +27,8 @@ from checkpoint import Checkpoint
 from eval import heldout
 from methods import almost, controls, online, ranking, rlsf, sapo, self_rewarding
 from plumbing import stage
+from plumbing.files import digest, load_json, write_json, write_jsonl, write_text
 from plumbing.options import RunOptions
-from plumbing.records import digest, load_json, write_json, write_jsonl, write_text
 from plumbing.stage import (
     Stage,
     content_hash,
@@ -88,7 +88,8 @@ def test_a_stage_runs_once(out, data, capsys):
 
     manifest = read_manifest(out)
     wanted = {"lr": 1.0, "name": "a", "limit": None, "extra": {}}
-    run = {"seed": 0, "dtype": "bfloat16", "chat_template": ""}
+    template = {"chat_template": "", "chat_template_args": "", "chat_template_date": ""}
+    run = {"seed": 0, "dtype": "bfloat16", **template}
     assert manifest["format"] == 2
     assert manifest["options"] == {**wanted, **run}
     assert manifest["inputs"] == {"data": fingerprint(data)}

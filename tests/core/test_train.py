@@ -29,9 +29,9 @@ from safetensors.torch import load_file
 import model as model_file
 import train
 from checkpoint import load_config
-from plumbing.chat import Chat
+from formats.chat import Chat
+from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.records import InputError
 from plumbing.stage import counts_of
 from train import (
     Example,
@@ -660,4 +660,4 @@ def test_a_template_given_by_an_option_is_saved(tmp_path):
     model = tiny_checkpoint(tmp_path / "model", template=None)
     given = RunOptions(dtype="float32", chat_template="default")
     tune(model, tmp_path / "out", ROWS[:2], run=given, epochs=1)
-    assert Chat(tmp_path / "out").template == Chat(model, "default").template
+    assert Chat(tmp_path / "out").template == Chat(model, given).template

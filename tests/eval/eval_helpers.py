@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from conftest import run, write_rows
-
-from plumbing.options import RunOptions
-from plumbing.records import rng
 from stub import Stub
+
+from plumbing.files import rng
+from plumbing.options import RunOptions
 
 FP32 = RunOptions(dtype="float32")
 BASELINE_LENGTHS = [

@@ -9,12 +9,12 @@ import pytest
 from conftest import read_rows
 from eval_helpers import FP32, alpaca_file, judged_by
 from eval_helpers import key as key
+from stub import Stub, always_first, longer_is_better
 from test_stats import sigma
 
 from eval import alpaca_eval
 from eval.stats import sigmoid
-from plumbing.records import InputError
-from stub import Stub, always_first, longer_is_better
+from plumbing.files import InputError
 
 # ---- statistics
 

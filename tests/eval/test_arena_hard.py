@@ -5,12 +5,12 @@ import pytest
 from conftest import read_rows, write_rows
 from eval_helpers import BASELINE_LENGTHS, arena_files, judged_by
 from eval_helpers import key as key
+from stub import Stub, longer_is_better
 from test_stats import sigma
 
 from eval import arena_hard
 from eval.stats import sigmoid
-from plumbing.records import InputError
-from stub import Stub, longer_is_better
+from plumbing.files import InputError
 
 # ---- statistics
 

@@ -10,8 +10,8 @@ from eval_helpers import FP32, alpaca_file, arena_files, mt_files
 from eval_helpers import key as key
 
 from eval import alpaca_eval, answers, arena_hard, benchmark, head_to_head, mt_bench
+from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.records import InputError
 from plumbing.stage import fingerprint
 from sample import SampleOptions
 

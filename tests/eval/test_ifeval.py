@@ -10,7 +10,7 @@ from conftest import read_rows, tiny_checkpoint, write_rows
 from eval_helpers import FP32
 
 from eval import answers, ifeval
-from plumbing.records import InputError
+from plumbing.files import InputError
 
 LOWERCASE = (
     "here is *a part* of a sentence that is all in small letters and long enough to be known as"

@@ -13,7 +13,7 @@ from eval_helpers import FP32, run_module, text
 
 from eval import leaderboard
 from eval.lm_eval_adapter import Harness, evaluate
-from plumbing.records import InputError
+from plumbing.files import InputError
 
 LABELS = ["A", "B", "C", "D"]
 NEEDS_LM_EVAL = "needs lm_eval: pip install -r requirements-eval.txt"

@@ -25,8 +25,8 @@ from stub import (
     longer_is_better,
 )
 
+from plumbing.files import InputError, digest
 from plumbing.options import RunOptions
-from plumbing.records import InputError, digest
 from sample import SampleOptions, generate
 from scorers import llm_judge, openai_api
 from scorers.base import score_pairs

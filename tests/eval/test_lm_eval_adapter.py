@@ -11,9 +11,9 @@ from eval_helpers import FP32, text
 from checkpoint import load
 from eval import lm_eval_adapter
 from eval.lm_eval_adapter import Harness, Until, micro_batches, optional, score
+from formats.chat import Chat
 from ops.attention import Packed
-from plumbing.chat import Chat
-from plumbing.records import InputError
+from plumbing.files import InputError
 from sample import Engine, Request, SampleOptions
 from train import response_logps
 

@@ -9,11 +9,12 @@ import pytest
 from conftest import last_json, read_rows, tiny_checkpoint, write_rows
 from eval_helpers import FP32, judged_by, mt_files, run_module
 from eval_helpers import key as key
+from stub import Stub
 
 from eval import mt_bench
-from plumbing.records import InputError, messages_of
+from formats.records import messages_of
+from plumbing.files import InputError
 from scorers import llm_judge
-from stub import Stub
 
 # ---- grades
 

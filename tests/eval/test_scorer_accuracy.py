@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, last_json, tiny_checkpoint, write_rows
 
 from eval.scorer_accuracy import accuracy, read_labelled, wilson
+from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.records import InputError
 from scorers.classifier import classifier
 from scorers.load import load_scorer
 

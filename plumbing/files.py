@@ -1,8 +1,7 @@
-"""Records: JSON lines, text and JSON files, stable ids, and the one error that a user sees.
+"""Files and what names them: text, JSON, JSON lines, stable ids, the one error that a user sees.
 
-A record is a dict with a prompt (or a list of `messages` in its place) and an `id`. Files are
-UTF-8, one record a line. A file is written whole or not at all, so neither a reader nor a restart
-ever sees half of one.
+Files are written in UTF-8. A file is written whole or not at all, so neither a reader nor a restart
+ever sees half of one. formats/records.py reads records.
 """
 
 import hashlib
@@ -23,8 +22,9 @@ class InputError(Exception):
 
 
 def read_text(path: str | Path) -> str:
+    """A file's text, without a byte-order mark and with \\n at the ends of lines."""
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except UnicodeDecodeError as error:
@@ -83,83 +83,6 @@ class JsonlPath(type(Path())):
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_jsonl(path: str | Path, *fields: str) -> list[dict]:
-    """Read records, each with an id. Every field named must be a non-empty string in every record.
-
-    A list of `messages` may stand for `prompt`. A record without an id gets the hash of its prompt,
-    so its random numbers do not depend on where it stands in the file. Raises InputError with file
-    and line.
-    """
-    text = read_text(path)
-    if not text.strip():
-        raise InputError(f"{path}: no records; give at least one")
-    rows = []
-    seen = set()
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        where = f"{path}: line {number}"
-        row = parse_json(line, path, number)
-        for field in fields:
-            check_field(row, field, where)
-
-        # ids: the record's own, else by content; equal prompts are told apart by their line
-        if "id" not in row:
-            row["id"] = digest(messages_of(row))
-            if (row["id"], 0) in seen:
-                row["id"] = digest(row["id"], number)
-        key = (row["id"], row.get("sample", 0))
-        if key in seen:
-            raise InputError(
-                f"{where}: id {row['id']!r} was used in an earlier line; ids must be unique"
-            )
-        seen.add(key)
-        rows.append(row)
-    return rows
-
-
-def check_field(row, field: str, where: str) -> None:
-    """Raise InputError unless row[field] is usable text; `messages` may stand for `prompt`."""
-    if field == "prompt" and isinstance(row, dict) and row.get("messages"):
-        usable = is_conversation(row["messages"])
-        expected = "field 'messages' must be a list of {role, content} texts"
-    else:
-        text = row.get(field) if isinstance(row, dict) else None
-        usable = isinstance(text, str) and text.strip()
-        expected = f"field {field!r} is missing, empty or not text"
-    if not usable:
-        raise InputError(f"{where}: {expected}; fix or delete the line")
-
-
-# ----------------------------------------------------------------------------------- conversations
-
-
-def is_conversation(messages) -> bool:
-    """Whether it is a list of {role, content} texts."""
-    return isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-
-
-def messages_of(row: dict) -> list[dict]:
-    """The conversation up to the response."""
-    return row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-
-
-def last_message(row: dict) -> str:
-    """The text of the last turn: what the response responds to."""
-    return messages_of(row)[-1]["content"]
-
-
-def conversation_text(row: dict) -> str:
-    """The prompt as plain text; several turns are written as `role: text`, with blank lines
-    between.
-    """
-    turns = messages_of(row)
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 # -------------------------------------------------------------------------- ids and random numbers
