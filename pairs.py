@@ -1,7 +1,7 @@
 r"""The filter that turns rewrites and base responses into preference pairs (SynPO section 3.2, F).
 
 What differs from the paper
-1. The paper scores with PairRM or ArmoRM. ArmoRM works here, as does any Llama-architecture
+1. The paper scores with PairRM or ArmoRM. Both work here, as does any Llama-architecture
    sequence-classification checkpoint with one output; `likelihood` needs no outside model: the mean
    log-prob per token under M_0.
 2. Repetition (measure not stated there) is the share of word trigrams that occurred before in the
@@ -36,7 +36,7 @@ from plumbing.records import (
     write_jsonl,
 )
 from plumbing.stage import Stage
-from scorers.base import NO_REVISION, Revision, Scorer, is_pairwise, quantiles, score_pairs
+from scorers.base import NO_REVISION, Revision, Scorer, preference_by, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
 
 
@@ -102,7 +102,7 @@ def keep_pairs(
         if reason:
             dropped[reason] += 1
         else:
-            preference = good[i] if is_pairwise(scorer) else None
+            preference = preference_by(scorer, good[i])
             kept.append(make_pair(*pair, good[i], bad[i], t, preference))
     if not kept:
         problem = f"no pair of {len(pairs)} left ({dict(dropped)}); score gaps {quantiles(gaps)}"

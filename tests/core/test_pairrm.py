@@ -1,0 +1,318 @@
+"""PairRM: against a plain forward of transformers' DeBERTa on ids put together by hand."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import CORPUS, read_rows, write_rows
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from improve import ImproverOptions, gold_and_draft, training_rows
+from losses import preference_of
+from pairs import PairOptions, make_pairs
+from plumbing.options import RunOptions
+from plumbing.records import InputError
+from scorers.base import blockwise, preference_by, score_pairs
+from scorers.load import load_scorer
+from scorers.pairrm import padded_batches, pairrm
+
+pytest.importorskip("transformers", reason="needs transformers (requirements-dev.txt)")
+
+FP32 = RunOptions(dtype="float32")
+PAD, CLS, SEP = range(3)  # ids of [PAD], [CLS], [SEP]
+SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
+PREFIXES = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
+LIMITS = {"source_maxlength": 40, "candidate_maxlength": 16}
+
+PROMPTS = ["Why?", "Name the stages.", "", "the rows " * 30, "Is [SEP] a token?\n\nSay so."]
+GOOD = ["Because it is so.", "Files to files.", "a", "again " * 9, "Yes, [SEP] is."]
+BAD = ["", "files " * 30, "the trainer", "once", "No <|candidate2|> [CLS]"]
+ROWS = [
+    {"id": f"r{i}", "prompt": prompt, "response": response}
+    for i, (prompt, response) in enumerate(zip(PROMPTS, GOOD, strict=True))
+]
+OTHERS = [{**row, "response": response} for row, response in zip(ROWS, BAD, strict=True)]
+TALK = {
+    "id": "talk",
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Why?"},
+    ],
+    "response": "It is so.",
+}
+
+
+def deberta_tokenizer() -> Tokenizer:
+    """As microsoft/deberta-v3's: pieces that open a word with a marker, [CLS] text [SEP]."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip(False, True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120,
+        special_tokens=list(SPECIALS),
+        unk_token="[UNK]",
+        initial_alphabet=[chr(code) for code in range(33, 127)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    tokenizer.add_tokens(list(PREFIXES))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    return tokenizer
+
+
+def tiny_pairrm(directory, **changes):
+    """A checkpoint in the layout of llm-blender/PairRM-hf: random weights, short limits."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    tokenizer = deberta_tokenizer()
+    config = DebertaV2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        # as deberta-v3-large
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        max_relative_positions=-1,
+        layer_norm_eps=1e-7,
+    )
+    encoder = DebertaV2Model(config)
+    shapes = {}
+    for name, parameter in encoder.named_parameters():
+        shapes[f"pretrained_model.{name}"] = parameter.shape
+    shapes |= {"head_layer.1.weight": (32, 64), "head_layer.1.bias": (32,)}
+    shapes |= {"head_layer.4.weight": (1, 32), "head_layer.4.bias": (1,)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[name] = torch.randn(shape, generator=generator)
+        # so that attention is sharp, and a score depends on every text
+        if "LayerNorm.weight" in name:
+            tensors[name] = 1 + 0.3 * tensors[name]
+        elif name.endswith("weight") and "embeddings" not in name:
+            tensors[name] *= 4 / shape[-1] ** 0.5
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    raw = {**config.to_dict(), "architectures": ["DebertaV2PairRM"], "n_tasks": 1, **LIMITS}
+    (directory / "config.json").write_text(json.dumps({**raw, **changes}))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ranker(tmp_path_factory):
+    return tiny_pairrm(tmp_path_factory.mktemp("pairrm") / "model")
+
+
+@pytest.fixture(scope="module")
+def by_hand(ranker):
+    """(source, a, b) -> logit that a is better, one pair at a time: no padding, float64 head."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    raw = json.loads((ranker / "config.json").read_text())
+    encoder = DebertaV2Model(DebertaV2Config(**raw)).eval()
+    tensors = load_file(ranker / "model.safetensors")
+    body = {name: t for name, t in tensors.items() if name.startswith("pretrained_model.")}
+    encoder.load_state_dict({name.partition(".")[2]: t for name, t in body.items()})
+    head = {n.partition(".")[2]: t.double() for n, t in tensors.items() if n.startswith("head")}
+    tokenizer = Tokenizer.from_file(str(ranker / "tokenizer.json"))
+
+    def part(text: str, most: int) -> list[int]:
+        tokens = tokenizer.encode(text.replace("[SEP]", " "), add_special_tokens=False).ids
+        return [CLS, *tokens[: most - 2], SEP]
+
+    def f(source, candidate):
+        x = torch.tanh(head["1.weight"] @ torch.cat([source, candidate]) + head["1.bias"])
+        return (head["4.weight"] @ x + head["4.bias"]).item()
+
+    def logit(source: str, a: str, b: str) -> float:
+        ids = part(f"<|source|>{source}", 40)
+        most = (40 + 2 * 16 - len(ids)) // 2
+        first = part(f"<|candidate1|>{a}", most)
+        second = part(f"<|candidate2|>{b}", most)
+        with torch.no_grad():
+            hidden = encoder(torch.tensor([ids + first + second])).last_hidden_state[0].double()
+        places = (1, len(ids) + 1, len(ids) + len(first) + 1)
+        source, left, right = (hidden[place] for place in places)
+        return f(source, left) - f(source, right)
+
+    return logit
+
+
+def both_orders(logit, source: str, a: str, b: str) -> float:
+    return (logit(source, a, b) - logit(source, b, a)) / 2
+
+
+def test_the_score_is_the_mean_logit_of_both_orders(ranker, by_hand):
+    """Empty texts, texts beyond the limits, and special tokens in a text, as llm-blender does."""
+    score = load_scorer(str(ranker), None, FP32)
+    expected = [both_orders(by_hand, *texts) for texts in zip(PROMPTS, GOOD, BAD, strict=True)]
+    got = score(ROWS, OTHERS)
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert min(map(abs, got)) > 1e-3
+    # one order alone would say something else
+    first = [by_hand(*texts) for texts in zip(PROMPTS, GOOD, BAD, strict=True)]
+    assert max(abs(a - b) for a, b in zip(first, got, strict=True)) > 1e-2
+
+
+def test_the_other_order_gives_the_negative_and_a_text_draws_with_itself(ranker):
+    score = pairrm(ranker, FP32)
+    swapped = [-logit for logit in score(OTHERS, ROWS)]
+    assert swapped == pytest.approx(score(ROWS, OTHERS), abs=1e-6)
+    assert score(ROWS, ROWS) == pytest.approx([0] * len(ROWS), abs=1e-6)
+    assert score([], []) == []
+
+
+def test_scores_do_not_depend_on_their_batch(ranker, monkeypatch):
+    score = pairrm(ranker, FP32)
+    expected = score(ROWS, OTHERS)
+    alone = [score([row], [other])[0] for row, other in zip(ROWS, OTHERS, strict=True)]
+    assert alone == pytest.approx(expected, abs=1e-5)
+    assert blockwise(score, [], size=2)(ROWS, OTHERS) == pytest.approx(expected, abs=1e-5)
+    assert len(padded_batches([9] * 10)) == 1
+    monkeypatch.setattr("scorers.pairrm.BATCH_TOKENS", 100)
+    assert padded_batches([10, 99, 50, 101, 20, 50]) == [[3], [1], [2, 5], [4, 0]]
+    assert padded_batches([]) == []
+    assert score(ROWS, OTHERS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_several_turns_are_put_as_llm_blender_puts_conversations(tmp_path, ranker):
+    """In a model with room for it. Its instruction is spelt as it was published."""
+    long = {"source_maxlength": 200, "candidate_maxlength": 50}
+    directory = tiny_pairrm(tmp_path / "long", **long)
+    score = pairrm(directory, FP32)
+    instruction = (
+        "Finish the following coversation in each i-th turn by filling in <Response i> with your "
+        "response."
+    )
+    source = (
+        f"{instruction}USER: Be brief.\n\nHi\nAssistant: <Response 1>\n"
+        "USER: Why?\nAssistant: <Response 2>"
+    )
+    written = []
+    for text in ("It is so.", "No."):
+        response = f"<Response 1>: Hello\n<Response 2>: {text}"
+        written.append({"id": "w", "prompt": source, "response": response})
+    [expected] = score(*([row] for row in written))
+    assert score([TALK], [{**TALK, "response": "No."}]) == pytest.approx([expected], abs=1e-6)
+
+    # one turn is no conversation, and a system message opens it
+    plain = {"id": "p", "prompt": "Be brief.\n\nHi", "response": "Hello"}
+    turns = {"id": "p", "messages": TALK["messages"][:2], "response": "Hello"}
+    other = {**plain, "response": "No."}
+    assert score([turns], [other]) == pytest.approx(score([plain], [other]), abs=1e-6)
+
+
+def test_scores_of_both_sides_and_p(ranker):
+    """m and -m, as Blender.rank returns; P is the sigmoid of m, not of their gap."""
+    score = load_scorer(str(ranker), None, FP32)
+    assert score.pairwise and score.logits
+    good, bad = score_pairs(score, ROWS, OTHERS)
+    assert bad == [-m for m in good]
+    preferences = [preference_by(score, m) for m in good]
+    assert preferences == pytest.approx([1 / (1 + math.exp(-m)) for m in good])
+    assert preference_by(score, 1000.0) == 1
+    assert preference_by(score, -1000.0) == 0
+
+
+def test_the_filter_keeps_gaps_above_the_threshold(ranker, tmp_path):
+    """The gap is 2 m, with the paper's 0.20."""
+    chosen = write_rows(tmp_path / "chosen.jsonl", ROWS[:2])
+    rejected = write_rows(tmp_path / "rejected.jsonl", OTHERS[1:2])
+    [m] = pairrm(ranker, FP32)(ROWS[1:2], OTHERS[1:2])
+    if m < 0:
+        chosen, rejected = rejected, write_rows(tmp_path / "other.jsonl", ROWS[1:2])
+    gap = 2 * abs(m)
+    assert gap > 0.2
+
+    def pairs(threshold: float) -> list[dict]:
+        out = tmp_path / f"{threshold}.jsonl"
+        o = PairOptions(run=FP32, scorer=str(ranker), threshold=threshold, max_repetition=1)
+        make_pairs(chosen, rejected, out, o)
+        return read_rows(out)
+
+    for threshold in (0.2, gap - 0.01):
+        [pair] = pairs(threshold)
+        assert pair["score_chosen"] == pytest.approx(abs(m), abs=1e-5)
+        assert pair["score_rejected"] == -pair["score_chosen"]
+        # a loss that reads P gets that of the judge
+        assert preference_of(pair) == pytest.approx(1 / (1 + math.exp(-abs(m))))
+    with pytest.raises(InputError, match="small_gap"):
+        pairs(gap + 0.01)
+
+
+def test_the_improver_trains_where_gold_beats_the_draft(ranker):
+    scorer = load_scorer(str(ranker), None, FP32)
+    gaps = [2 * m for m in scorer(ROWS, OTHERS)]
+    drafts = [{**row, "response": row["response"] or "-"} for row in OTHERS]
+    gaps[0] = 2 * scorer(ROWS[:1], drafts[:1])[0]
+    threshold = sorted(gaps)[2]
+    o = ImproverOptions(run=FP32, template="{prompt} {draft}", threshold=threshold + 1e-4)
+    rows = training_rows(gold_and_draft(ROWS, drafts), scorer, o)
+    kept = [row["response"] for row in rows]
+    wanted = [row["response"] for row, gap in zip(ROWS, gaps, strict=True) if gap > o.threshold]
+    assert kept == wanted
+    assert len(kept) == 2
+
+
+def test_rewrites_have_no_counterpart(ranker):
+    with pytest.raises(InputError, match="compares two answers; name one that scores each"):
+        load_scorer(str(ranker), None, FP32, single=True)
+
+
+def test_what_is_missing_is_named(ranker, tmp_path, monkeypatch):
+    def copy(name: str, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ranker.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        raw = json.loads((ranker / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(raw))
+        return folder
+
+    # llm-blender's own layout: the encoder is described elsewhere
+    own = copy("own")
+    (own / "config.json").write_text(json.dumps({"ranker_type": "pairranker", **LIMITS}))
+    with pytest.raises(
+        InputError, match=r"does not describe the encoder; .* llm-blender/PairRM-hf"
+    ):
+        load_scorer(str(own), None, FP32)
+    # the tokenizer of the bare encoder
+    bare = copy("bare")
+    text = (bare / "tokenizer.json").read_text()
+    (bare / "tokenizer.json").write_text(text.replace("<|candidate2|>", "<|c2|>"))
+    with pytest.raises(InputError, match=r"tokenizer.json has no token <\|candidate2\|>; add"):
+        load_scorer(str(bare), None, FP32)
+    # weights as PyTorch pickled them, and those of another model
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="weights are read from safetensors only"):
+        pairrm(pickled, FP32)(ROWS, OTHERS)
+    with pytest.raises(InputError, match="its tensors do not match config"):
+        pairrm(copy("deeper", num_hidden_layers=3), FP32)(ROWS, OTHERS)
+
+    # a table that transformers before 4.31 wrote changes nothing
+    old = copy("old")
+    tensors = load_file(ranker / "model.safetensors")
+    tensors["pretrained_model.embeddings.position_ids"] = torch.arange(64)[None]
+    save_file(tensors, old / "model.safetensors")
+    expected = pairrm(ranker, FP32)(ROWS, OTHERS)
+    assert pairrm(old, FP32)(ROWS, OTHERS) == pytest.approx(expected)
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"^PairRM's encoder.*; pip install transformers$"):
+        load_scorer(str(ranker), None, FP32)
