@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CORPUS, read_rows, write_rows
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from improve import ImproverOptions, gold_and_draft, training_rows
 from losses import preference_of
@@ -49,17 +49,17 @@ TALK = {
 
 def deberta_tokenizer() -> Tokenizer:
     """As microsoft/deberta-v3's: pieces that open a word with a marker, [CLS] text [SEP]."""
-    tokenizer = Tokenizer(models.Unigram())
+    # words of the corpus are likelier than their letters; not trained, since training is not
+    # deterministic
+    words = sorted({f"\u2581{word}" for word in CORPUS.split()})
+    letters = ["\u2581", *map(chr, range(33, 127))]
+    pieces = [(piece, 0.0) for piece in SPECIALS]
+    pieces += [(piece, -9.0) for piece in words]
+    pieces += [(piece, -6.0) for piece in letters]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=SPECIALS.index("[UNK]")))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip(False, True)])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120,
-        special_tokens=list(SPECIALS),
-        unk_token="[UNK]",
-        initial_alphabet=[chr(code) for code in range(33, 127)],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS.splitlines(), trainer)
+    tokenizer.add_special_tokens(list(SPECIALS))
     tokenizer.add_tokens(list(PREFIXES))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
@@ -167,6 +167,56 @@ def test_the_score_is_the_mean_logit_of_both_orders(ranker, by_hand):
     # one order alone would say something else
     first = [by_hand(*texts) for texts in zip(PROMPTS, GOOD, BAD, strict=True)]
     assert max(abs(a - b) for a, b in zip(first, got, strict=True)) > 1e-2
+
+
+def test_scores_equal_llm_blenders(tmp_path):
+    """Its own ranker, in an environment of its own: it does not import under transformers 5."""
+    llm_blender = pytest.importorskip(
+        "llm_blender",
+        reason="needs llm-blender==0.0.2 and transformers==4.46.3",
+        exc_type=ImportError,
+    )
+    score = pairrm(tiny_pairrm(tmp_path / "hf"), FP32)
+    raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+
+    # its layout: the encoder with the tokenizer in a directory, all weights in another
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    body = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("pretrained_model.")}
+    save_file(body, encoder / "model.safetensors", metadata={"format": "pt"})
+    (encoder / "config.json").write_text(json.dumps({**raw, "architectures": ["DebertaV2Model"]}))
+    (encoder / "tokenizer.json").write_bytes((tmp_path / "hf" / "tokenizer.json").read_bytes())
+    names = {f"{token[1:-1].lower()}_token": token for token in SPECIALS}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (encoder / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = {"ranker_type": "pairranker", "model_type": "deberta", "model_name": str(encoder)}
+    own |= {"n_tasks": 1, "drop_out": 0.05, "fp16": False, "device": "cpu", **LIMITS}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text(json.dumps(own))
+    save_file(tensors, tmp_path / "own" / "model.safetensors")
+    blender = llm_blender.Blender()
+    blender.loadranker(str(tmp_path / "own"), device="cpu")
+
+    # it cannot read a prefix in a text; in larger batches its limits follow the longest prompt
+    others = [{**row, "response": row["response"].replace("<|", "")} for row in OTHERS]
+    texts = [[row["response"] for row in pair] for pair in zip(ROWS, others, strict=True)]
+    theirs = blender.rank(PROMPTS, texts, return_scores=True, batch_size=1)
+    good, bad = score_pairs(score, ROWS, others)
+    assert good == pytest.approx(theirs[:, 0].tolist(), abs=1e-5)
+    assert bad == pytest.approx(theirs[:, 1].tolist(), abs=1e-5)
+    gaps = blender.compare(PROMPTS, *zip(*texts, strict=True), return_logits=True, batch_size=1)
+    assert [2 * m for m in good] == pytest.approx(gaps.tolist(), abs=1e-5)
+
+    # several turns
+    words = [("USER", "Hi"), ("ASSISTANT", "Hello"), ("USER", "Why?")]
+    opening = [{"role": role, "content": text} for role, text in words]
+    talk = {"messages": [{**turn, "role": turn["role"].lower()} for turn in opening]}
+    ends = [{"role": "ASSISTANT", "content": text} for text in ("So.", "No idea.")]
+    talks = [[[*opening, end]] for end in ends]
+    [gap] = blender.compare_conversations(*talks, return_logits=True, batch_size=1)
+    [m] = score(*([{**talk, "response": end["content"]}] for end in ends))
+    assert 2 * m == pytest.approx(gap, abs=1e-5)
 
 
 def test_the_other_order_gives_the_negative_and_a_text_draws_with_itself(ranker):
