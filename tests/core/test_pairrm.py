@@ -26,15 +26,21 @@ PAD, CLS, SEP = range(3)  # ids of [PAD], [CLS], [SEP]
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
 PREFIXES = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
 LIMITS = {"source_maxlength": 40, "candidate_maxlength": 16}
+LONG = {"source_maxlength": 400, "candidate_maxlength": 80}
 
-PROMPTS = ["Why?", "Name the stages.", "", "the rows " * 30, "Is [SEP] a token?\n\nSay so."]
-GOOD = ["Because it is so.", "Files to files.", "a", "again " * 9, "Yes, [SEP] is."]
-BAD = ["", "files " * 30, "the trainer", "once", "No <|candidate2|> [CLS]"]
-ROWS = [
-    {"id": f"r{i}", "prompt": prompt, "response": response}
-    for i, (prompt, response) in enumerate(zip(PROMPTS, GOOD, strict=True))
+TEXTS = [
+    ("Why?", "Because it is so.", ""),
+    ("Name the stages.", "Files to files.", "files " * 30),
+    ("", "a", "the trainer"),
+    ("the rows " * 30, "again " * 9, "once"),
+    ("Is [SEP] a token?\n\nSay so.", "Yes, [SEP] is.", "No <|candidate2|> [CLS]"),
 ]
-OTHERS = [{**row, "response": response} for row, response in zip(ROWS, BAD, strict=True)]
+ROWS = []
+OTHERS = []
+for number, (asked, good, bad) in enumerate(TEXTS):
+    row = {"id": f"r{number}", "prompt": asked}
+    ROWS.append({**row, "response": good})
+    OTHERS.append({**row, "response": bad})
 TALK = {
     "id": "talk",
     "messages": [
@@ -57,12 +63,13 @@ def deberta_tokenizer() -> Tokenizer:
     pieces += [(piece, -9.0) for piece in words]
     pieces += [(piece, -6.0) for piece in letters]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=SPECIALS.index("[UNK]")))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip(False, True)])
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.add_special_tokens(list(SPECIALS))
     tokenizer.add_tokens(list(PREFIXES))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
     )
     return tokenizer
 
@@ -94,8 +101,10 @@ def tiny_pairrm(directory, **changes):
     shapes = {}
     for name, parameter in encoder.named_parameters():
         shapes[f"pretrained_model.{name}"] = parameter.shape
-    shapes |= {"head_layer.1.weight": (32, 64), "head_layer.1.bias": (32,)}
-    shapes |= {"head_layer.4.weight": (1, 32), "head_layer.4.bias": (1,)}
+    shapes["head_layer.1.weight"] = (32, 64)
+    shapes["head_layer.1.bias"] = (32,)
+    shapes["head_layer.4.weight"] = (1, 32)
+    shapes["head_layer.4.bias"] = (1,)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in shapes.items():
@@ -107,8 +116,10 @@ def tiny_pairrm(directory, **changes):
             tensors[name] *= 4 / shape[-1] ** 0.5
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    raw = {**config.to_dict(), "architectures": ["DebertaV2PairRM"], "n_tasks": 1, **LIMITS}
-    (directory / "config.json").write_text(json.dumps({**raw, **changes}))
+    raw = config.to_dict()
+    raw |= {"architectures": ["DebertaV2PairRM"], "n_tasks": 1}
+    raw |= {**LIMITS, **changes}
+    (directory / "config.json").write_text(json.dumps(raw))
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 
@@ -116,6 +127,15 @@ def tiny_pairrm(directory, **changes):
 @pytest.fixture(scope="module")
 def ranker(tmp_path_factory):
     return tiny_pairrm(tmp_path_factory.mktemp("pairrm") / "model")
+
+
+def part_of(tensors: dict, prefix: str) -> dict:
+    """The tensors below a prefix, by the rest of their names."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = tensor
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +146,9 @@ def by_hand(ranker):
     raw = json.loads((ranker / "config.json").read_text())
     encoder = DebertaV2Model(DebertaV2Config(**raw)).eval()
     tensors = load_file(ranker / "model.safetensors")
-    body = {name: t for name, t in tensors.items() if name.startswith("pretrained_model.")}
-    encoder.load_state_dict({name.partition(".")[2]: t for name, t in body.items()})
-    head = {n.partition(".")[2]: t.double() for n, t in tensors.items() if n.startswith("head")}
+    encoder.load_state_dict(part_of(tensors, "pretrained_model."))
+    head = part_of(tensors, "head_layer.")
+    head = {name: tensor.double() for name, tensor in head.items()}
     tokenizer = Tokenizer.from_file(str(ranker / "tokenizer.json"))
 
     def part(text: str, most: int) -> list[int]:
@@ -136,7 +156,8 @@ def by_hand(ranker):
         return [CLS, *tokens[: most - 2], SEP]
 
     def f(source, candidate):
-        x = torch.tanh(head["1.weight"] @ torch.cat([source, candidate]) + head["1.bias"])
+        x = torch.cat([source, candidate])
+        x = torch.tanh(head["1.weight"] @ x + head["1.bias"])
         return (head["4.weight"] @ x + head["4.bias"]).item()
 
     def logit(source: str, a: str, b: str) -> float:
@@ -144,11 +165,12 @@ def by_hand(ranker):
         most = (40 + 2 * 16 - len(ids)) // 2
         first = part(f"<|candidate1|>{a}", most)
         second = part(f"<|candidate2|>{b}", most)
+        tokens = torch.tensor([ids + first + second])
         with torch.no_grad():
-            hidden = encoder(torch.tensor([ids + first + second])).last_hidden_state[0].double()
-        places = (1, len(ids) + 1, len(ids) + len(first) + 1)
-        source, left, right = (hidden[place] for place in places)
-        return f(source, left) - f(source, right)
+            [hidden] = encoder(tokens).last_hidden_state.double()
+        left = hidden[len(ids) + 1]
+        right = hidden[len(ids) + len(first) + 1]
+        return f(hidden[1], left) - f(hidden[1], right)
 
     return logit
 
@@ -160,38 +182,48 @@ def both_orders(logit, source: str, a: str, b: str) -> float:
 def test_the_score_is_the_mean_logit_of_both_orders(ranker, by_hand):
     """Empty texts, texts beyond the limits, and special tokens in a text, as llm-blender does."""
     score = load_scorer(str(ranker), None, FP32)
-    expected = [both_orders(by_hand, *texts) for texts in zip(PROMPTS, GOOD, BAD, strict=True)]
+    expected = [both_orders(by_hand, *texts) for texts in TEXTS]
     got = score(ROWS, OTHERS)
     assert got == pytest.approx(expected, abs=1e-5)
     assert min(map(abs, got)) > 1e-3
     # one order alone would say something else
-    first = [by_hand(*texts) for texts in zip(PROMPTS, GOOD, BAD, strict=True)]
-    assert max(abs(a - b) for a, b in zip(first, got, strict=True)) > 1e-2
+    first = [by_hand(*texts) for texts in TEXTS]
+    assert first != pytest.approx(got, abs=1e-2)
 
 
-def test_scores_equal_llm_blenders(tmp_path):
+@pytest.mark.parametrize("limits", [LIMITS, LONG])
+def test_scores_equal_llm_blenders(tmp_path, limits):
     """Its own ranker, in an environment of its own: it does not import under transformers 5."""
     llm_blender = pytest.importorskip(
         "llm_blender",
         reason="needs llm-blender==0.0.2 and transformers==4.46.3",
         exc_type=ImportError,
     )
-    score = pairrm(tiny_pairrm(tmp_path / "hf"), FP32)
+    score = pairrm(tiny_pairrm(tmp_path / "hf", **limits), FP32)
     raw = json.loads((tmp_path / "hf" / "config.json").read_text())
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
 
     # its layout: the encoder with the tokenizer in a directory, all weights in another
     encoder = tmp_path / "encoder"
     encoder.mkdir()
-    body = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith("pretrained_model.")}
+    body = part_of(tensors, "pretrained_model.")
     save_file(body, encoder / "model.safetensors", metadata={"format": "pt"})
-    (encoder / "config.json").write_text(json.dumps({**raw, "architectures": ["DebertaV2Model"]}))
+    raw["architectures"] = ["DebertaV2Model"]
+    (encoder / "config.json").write_text(json.dumps(raw))
     (encoder / "tokenizer.json").write_bytes((tmp_path / "hf" / "tokenizer.json").read_bytes())
     names = {f"{token[1:-1].lower()}_token": token for token in SPECIALS}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (encoder / "tokenizer_config.json").write_text(json.dumps(settings))
-    own = {"ranker_type": "pairranker", "model_type": "deberta", "model_name": str(encoder)}
-    own |= {"n_tasks": 1, "drop_out": 0.05, "fp16": False, "device": "cpu", **LIMITS}
+    own = {
+        "ranker_type": "pairranker",
+        "model_type": "deberta",
+        "model_name": str(encoder),
+        "n_tasks": 1,
+        "drop_out": 0.05,
+        "fp16": False,
+        "device": "cpu",
+        **limits,
+    }
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "config.json").write_text(json.dumps(own))
     save_file(tensors, tmp_path / "own" / "model.safetensors")
@@ -199,23 +231,32 @@ def test_scores_equal_llm_blenders(tmp_path):
     blender.loadranker(str(tmp_path / "own"), device="cpu")
 
     # it cannot read a prefix in a text; in larger batches its limits follow the longest prompt
-    others = [{**row, "response": row["response"].replace("<|", "")} for row in OTHERS]
-    texts = [[row["response"] for row in pair] for pair in zip(ROWS, others, strict=True)]
-    theirs = blender.rank(PROMPTS, texts, return_scores=True, batch_size=1)
+    prompts, a, b = map(list, zip(*TEXTS, strict=True))
+    b = [text.replace("<|", "") for text in b]
+    others = []
+    for row, text in zip(ROWS, b, strict=True):
+        others.append({**row, "response": text})
+    texts = list(map(list, zip(a, b, strict=True)))
+    theirs = blender.rank(prompts, texts, return_scores=True, batch_size=1)
     good, bad = score_pairs(score, ROWS, others)
     assert good == pytest.approx(theirs[:, 0].tolist(), abs=1e-5)
     assert bad == pytest.approx(theirs[:, 1].tolist(), abs=1e-5)
-    gaps = blender.compare(PROMPTS, *zip(*texts, strict=True), return_logits=True, batch_size=1)
+    gaps = blender.compare(prompts, a, b, return_logits=True, batch_size=1)
     assert [2 * m for m in good] == pytest.approx(gaps.tolist(), abs=1e-5)
 
     # several turns
-    words = [("USER", "Hi"), ("ASSISTANT", "Hello"), ("USER", "Why?")]
-    opening = [{"role": role, "content": text} for role, text in words]
-    talk = {"messages": [{**turn, "role": turn["role"].lower()} for turn in opening]}
-    ends = [{"role": "ASSISTANT", "content": text} for text in ("So.", "No idea.")]
-    talks = [[[*opening, end]] for end in ends]
-    [gap] = blender.compare_conversations(*talks, return_logits=True, batch_size=1)
-    [m] = score(*([{**talk, "response": end["content"]}] for end in ends))
+    opening = TALK["messages"][1:]
+    talks = []
+    rows = []
+    for text in ("So.", "No idea."):
+        turns = [*opening, {"role": "assistant", "content": text}]
+        talks.append([{**turn, "role": turn["role"].upper()} for turn in turns])
+        rows.append({"messages": opening, "response": text})
+    a, b = ([talk] for talk in talks)
+    [gap] = blender.compare_conversations(a, b, return_logits=True, batch_size=1)
+    if limits == LONG:  # others cut the last turn away
+        assert abs(gap) > 1e-2
+    [m] = score(rows[:1], rows[1:])
     assert 2 * m == pytest.approx(gap, abs=1e-5)
 
 
@@ -230,7 +271,9 @@ def test_the_other_order_gives_the_negative_and_a_text_draws_with_itself(ranker)
 def test_scores_do_not_depend_on_their_batch(ranker, monkeypatch):
     score = pairrm(ranker, FP32)
     expected = score(ROWS, OTHERS)
-    alone = [score([row], [other])[0] for row, other in zip(ROWS, OTHERS, strict=True)]
+    alone = []
+    for row, other in zip(ROWS, OTHERS, strict=True):
+        alone += score([row], [other])
     assert alone == pytest.approx(expected, abs=1e-5)
     assert blockwise(score, [], size=2)(ROWS, OTHERS) == pytest.approx(expected, abs=1e-5)
     assert len(padded_batches([9] * 10)) == 1
@@ -242,8 +285,7 @@ def test_scores_do_not_depend_on_their_batch(ranker, monkeypatch):
 
 def test_several_turns_are_put_as_llm_blender_puts_conversations(tmp_path, ranker):
     """In a model with room for it. Its instruction is spelt as it was published."""
-    long = {"source_maxlength": 200, "candidate_maxlength": 50}
-    directory = tiny_pairrm(tmp_path / "long", **long)
+    directory = tiny_pairrm(tmp_path / "long", **LONG)
     score = pairrm(directory, FP32)
     instruction = (
         "Finish the following coversation in each i-th turn by filling in <Response i> with your "
@@ -258,6 +300,7 @@ def test_several_turns_are_put_as_llm_blender_puts_conversations(tmp_path, ranke
         response = f"<Response 1>: Hello\n<Response 2>: {text}"
         written.append({"id": "w", "prompt": source, "response": response})
     [expected] = score(*([row] for row in written))
+    assert abs(expected) > 1e-3
     assert score([TALK], [{**TALK, "response": "No."}]) == pytest.approx([expected], abs=1e-6)
 
     # one turn is no conversation, and a system message opens it
