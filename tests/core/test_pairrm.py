@@ -196,7 +196,7 @@ def test_scores_equal_llm_blenders(tmp_path, limits):
     """Its own ranker, in an environment of its own: it does not import under transformers 5."""
     llm_blender = pytest.importorskip(
         "llm_blender",
-        reason="needs llm-blender==0.0.2 and transformers==4.46.3",
+        reason="needs llm-blender==0.0.2 and transformers==4.51.3",
         exc_type=ImportError,
     )
     score = pairrm(tiny_pairrm(tmp_path / "hf", **limits), FP32)
