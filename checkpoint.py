@@ -217,8 +217,9 @@ def load_weights(model: Model, directory: str | Path) -> None:
 
 
 def check_names(model: Model, weights: Weights, directory) -> None:
-    """Names must agree; the file may also hold a tied model's head and old RoPE tables."""
-    spare = {name for name in weights.file_of if name.endswith("rotary_emb.inv_freq")}
+    """Names must agree; the file may also hold a tied model's head, and tables of positions."""
+    tables = ("rotary_emb.inv_freq", "embeddings.position_ids")  # old transformers wrote these
+    spare = {name for name in weights.file_of if name.endswith(tables)}
     if model.config.tied:
         spare.add("lm_head.weight")
     expected = {name for name, _ in model.named_parameters()}

@@ -29,7 +29,7 @@ from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from sample import SampleOptions, generate, repeat, sample
-from scorers.base import Revision, Scorer, quantiles
+from scorers.base import Revision, Scorer, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
 from train import TrainOptions, sft
 
@@ -89,7 +89,7 @@ def train_improver(
     )
     if stage.done:
         return out
-    scorer = load_scorer(o.scorer, model, o.run, single=True, revision=o.revision)
+    scorer = load_scorer(o.scorer, model, o.run, revision=o.revision)
     gold = read_jsonl(seeds, "prompt", "response")
     pairs = gold_and_draft(gold, read_drafts(drafts))
     rows = training_rows(pairs, scorer, o)
@@ -124,9 +124,8 @@ def training_rows(
     threshold.
     """
     if scorer:
-        gold_scores = scorer([seed for seed, _ in pairs])
-        draft_scores = scorer([draft for _, draft in pairs])
-        gaps = [gold - draft for gold, draft in zip(gold_scores, draft_scores, strict=True)]
+        scores = score_pairs(scorer, [seed for seed, _ in pairs], [draft for _, draft in pairs])
+        gaps = [gold - draft for gold, draft in zip(*scores, strict=True)]
         pairs = [pair for pair, gap in zip(pairs, gaps, strict=True) if gap > o.threshold]
         if not pairs:
             problem = f"no seed's gold response beats its draft by {o.threshold}"

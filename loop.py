@@ -289,8 +289,8 @@ def check(run: Run, needs_corpus: bool) -> str:
         source_records(o.prompts, 1)
     revision = o.improver.revision
     for options in (o.pairs, o.improver, o.rewrites):
-        # a judge that compares two texts can only filter pairs
-        single = options is not o.pairs
+        # rewrites of a draft have no counterpart to compare with
+        single = options is o.rewrites
         load_scorer(options.scorer, o.model, o.run, None, single, revision)
     for plugin in (o.prompts.keep, o.improver.feedback, o.more_pairs):
         if plugin:

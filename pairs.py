@@ -1,7 +1,7 @@
 r"""The filter that turns rewrites and base responses into preference pairs (SynPO section 3.2, F).
 
 What differs from the paper
-1. The paper scores with PairRM or ArmoRM. ArmoRM works here, as does any Llama-architecture
+1. The paper scores with PairRM or ArmoRM. Both work here, as does any Llama-architecture
    sequence-classification checkpoint with one output; `likelihood` needs no outside model: the mean
    log-prob per token under M_0.
 2. Repetition (measure not stated there) is the share of word trigrams that occurred before in the
@@ -29,7 +29,7 @@ from plumbing.files import InputError, JsonlPath, digest, rng, write_jsonl
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
-from scorers.base import NO_REVISION, Revision, Scorer, is_pairwise, quantiles, score_pairs
+from scorers.base import NO_REVISION, Revision, Scorer, preference_by, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
 
 
@@ -95,7 +95,7 @@ def keep_pairs(
         if reason:
             dropped[reason] += 1
         else:
-            preference = good[i] if is_pairwise(scorer) else None
+            preference = preference_by(scorer, good[i])
             kept.append(make_pair(*pair, good[i], bad[i], t, preference))
     if not kept:
         problem = f"no pair of {len(pairs)} left ({dict(dropped)}); score gaps {quantiles(gaps)}"

@@ -2,9 +2,11 @@
 
 A scorer is a function: records {prompt | messages, response} -> one float each, higher is better.
 One that compares has an attribute `pairwise` that is true; it takes two lists of records and
-returns P(the first is better) by position. Every rank calls a scorer with all records.
+returns P(the first is better) by position, or, if its attribute `logits` is true, the logit of P.
+Every rank calls a scorer with all records.
 """
 
+import math
 import re
 from collections import ChainMap
 from collections.abc import Callable
@@ -80,6 +82,10 @@ def is_pairwise(scorer: Scorer | None) -> bool:
     return getattr(scorer, "pairwise", False)
 
 
+def in_logits(scorer: Scorer) -> bool:
+    return getattr(scorer, "logits", False)
+
+
 def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int = 128) -> Scorer:
     """Score in blocks, distributed over ranks and optionally cached on disk.
 
@@ -108,6 +114,7 @@ def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int =
         return [value for number in range(len(blocks)) for value in scores[number]]
 
     scorer.pairwise = is_pairwise(score)
+    scorer.logits = in_logits(score)
     return scorer
 
 
@@ -157,13 +164,26 @@ def in_micro_batches(sequences: list[list[int]], forward: Callable) -> list[floa
 def score_pairs(
     scorer: Scorer | None, good: list[dict], bad: list[dict]
 ) -> tuple[list[float | None], list[float | None]]:
-    """Scores of both sides. A pairwise scorer's are P and 1 - P; without a scorer they are None."""
+    """Scores of both sides. A pairwise scorer's are P and 1 - P, or the logit and its negative;
+    without a scorer they are None.
+    """
     if scorer is None:
         return [None] * len(good), [None] * len(bad)
     if is_pairwise(scorer):
         better = scorer(good, bad)
+        if in_logits(scorer):
+            return better, [-logit for logit in better]
         return better, [1 - p for p in better]
     return scorer(good), scorer(bad)
+
+
+def preference_by(scorer: Scorer | None, score: float | None) -> float | None:
+    """P(the first is better) from the first one's score_pairs() by a pairwise scorer, else None."""
+    if not is_pairwise(scorer):
+        return None
+    if in_logits(scorer):
+        return (1 + math.tanh(score / 2)) / 2  # the sigmoid, which does not overflow
+    return score
 
 
 def quantiles(values: list[float]) -> str:

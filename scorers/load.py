@@ -4,7 +4,8 @@
     random              a control: a random number per text
     likelihood          mean log-prob per token under the base model (likelihood.py)
     settled             how surely the base model would leave it unrevised (likelihood.py)
-    DIR                 a reward model: one output (classifier.py) or ArmoRM (armorm.py)
+    DIR                 a reward model: one output (classifier.py), ArmoRM (armorm.py) or PairRM,
+                        which compares (pairrm.py)
     judge:DIR           a chat model on this machine that compares (letter_judge.py)
     endpoint:NAME       a chat model behind an OpenAI-compatible endpoint (endpoint.py)
     FILE.py:FUNCTION    your own; every rank calls it with all records
@@ -24,6 +25,7 @@ from scorers.classifier import classifier
 from scorers.endpoint import endpoint
 from scorers.letter_judge import letter_judge
 from scorers.likelihood import likelihood, settled
+from scorers.pairrm import pairrm
 
 
 def load_scorer(
@@ -85,8 +87,13 @@ def local_model(spec: str, base: str | Path | None, revision: Revision | None) -
     if not config.is_file():
         problem = "not a scorer's name, and not a directory with a config.json"
         raise InputError(f"--scorer {spec}: {problem}; see --help")
-    is_armorm = load_json(config).get("architectures") == ["LlamaForRewardModelWithGating"]
-    return spec, armorm if is_armorm else classifier
+    raw = load_json(config)
+    if raw.get("architectures") == ["LlamaForRewardModelWithGating"]:
+        return spec, armorm
+    # llm-blender's own layout names a ranker_type, and no architecture
+    if raw.get("architectures") == ["DebertaV2PairRM"] or "ranker_type" in raw:
+        return spec, pairrm
+    return spec, classifier
 
 
 def random_scorer(run: RunOptions) -> Scorer:

@@ -450,6 +450,41 @@ FAULTS = [
         tests=("core/test_scorers.py::test_armorm_by_hand",),
     ),
     Fault(
+        "pairrm-one-order",
+        "scorers/pairrm.py",
+        old="(a - b) / 2 for a, b in orders",
+        new="a for a, b in orders",
+        tests=("core/test_pairrm.py::test_the_score_is_the_mean_logit_of_both_orders",),
+    ),
+    Fault(
+        "pairrm-fixed-limit",
+        "scorers/pairrm.py",
+        old="self.candidate_limit + (self.source_limit - len(ids)) // 2",
+        new="self.candidate_limit",
+        tests=("core/test_pairrm.py::test_the_score_is_the_mean_logit_of_both_orders",),
+    ),
+    Fault(
+        "pairrm-reads-padding",
+        "scorers/pairrm.py",
+        old="mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)",
+        new="mask = torch.ones_like(tokens)",
+        tests=("core/test_pairrm.py::test_scores_do_not_depend_on_their_batch",),
+    ),
+    Fault(
+        "p-of-the-gap",
+        "scorers/base.py",
+        old="math.tanh(score / 2)",
+        new="math.tanh(score)",
+        tests=("core/test_pairrm.py::test_scores_of_both_sides_and_p",),
+    ),
+    Fault(
+        "logits-lost-in-blocks",
+        "scorers/base.py",
+        old="scorer.logits = in_logits(score)",
+        new="scorer.logits = False",
+        tests=("core/test_pairrm.py::test_scores_of_both_sides_and_p",),
+    ),
+    Fault(
         "settled-without-draft",
         "scorers/likelihood.py",
         old='"prompt": prompt, "response"',
@@ -457,6 +492,13 @@ FAULTS = [
         tests=("core/test_scorers.py::test_settled_is_the_likelihood_of_leaving_a_draft_as_it_is",),
     ),
     # improve.py and gen_prompts.py
+    Fault(
+        "improver-refuses-comparisons",
+        "loop.py",
+        old="single = options is o.rewrites",
+        new="single = options is not o.pairs",
+        tests=("core/test_loop.py::test_bad_input_is_one_line_before_anything_expensive",),
+    ),
     Fault(
         "template-swapped",
         "scorers/base.py",

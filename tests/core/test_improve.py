@@ -139,6 +139,26 @@ def test_with_scorer_gold_must_beat_the_draft_by_more_than_the_threshold():
         kept(2)
 
 
+def test_a_scorer_that_compares_sees_gold_beside_its_draft():
+    """P - (1 - P) of gold against its draft; twice the logit where the scorer gives one."""
+
+    def better(rows: list[dict], others: list[dict]) -> list[float]:
+        assert [row["response"] for row in rows] == ["Because it is so.", "Well."]
+        assert [row["response"] for row in others] == ["No idea", "Like this, I think"]
+        return [0.75, 0.5]
+
+    def kept(threshold: float) -> int:
+        pairs = gold_and_draft(SEEDS, DRAFTS)
+        return len(training_rows(pairs, better, options(threshold=threshold)))
+
+    better.pairwise = True
+    assert [kept(-0.1), kept(0), kept(0.49)] == [2, 1, 1]
+    with pytest.raises(InputError, match=r"beats its draft by 0\.5; score gaps 0 0 0 0\.5 0\.5"):
+        kept(0.5)
+    better.logits = True
+    assert [kept(0.99), kept(1.49)] == [2, 1]
+
+
 @pytest.mark.parametrize(("scorer", "kept"), [(None, 2), (words, 1)])
 def test_stage_counts_drafts_and_examples(tiny, tmp_path, monkeypatch, scorer, kept):
     monkeypatch.setattr(improve, "load_scorer", lambda *_, **__: scorer)

@@ -888,6 +888,15 @@ def model_as_scorer(world, folder):
     return ["--pairs.scorer", world["model"]]
 
 
+def judge_of_rewrites(world, folder):
+    return ["--rewrites.scorer", f"judge:{world['model']}"]
+
+
+def judge_of_improvers(world, folder):
+    """Itself no error, so the next one is reported."""
+    return ["--improver.scorer", f"judge:{world['model']}", "--rewrites.scorer", "nowhere"]
+
+
 LONG = json.dumps({"prompt": "Show how a red fox can jump. " * 30, "response": "No."})
 BAD = {
     # files
@@ -1006,6 +1015,8 @@ BAD = {
         "mine.py:more: no such file; write",
     ),
     "scorer without a score": (model_as_scorer, "a scorer needs a sequence-classification"),
+    "judge of rewrites": (judge_of_rewrites, "compares two answers; name one that scores each"),
+    "judge of improvers": (judge_of_improvers, "nowhere: not a scorer's name"),
 }
 
 

@@ -107,6 +107,13 @@ PAPER = {
 }
 
 
+def test_mistrals_recipe_has_the_papers_scorer_and_threshold():
+    parsed = recipe("mistral-7b")
+    for section in ("pairs", "improver"):
+        rule = (parsed[f"{section}.scorer"], parsed[f"{section}.threshold"])
+        assert rule == ("pairrm", 0.2)
+
+
 @pytest.mark.parametrize(
     ("name", "lr", "max_length"), [("mistral-7b", 3e-7, 1024), ("llama3-8b", 6e-7, 2048)]
 )
