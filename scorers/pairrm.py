@@ -25,10 +25,11 @@ from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import load_weights
-from plumbing.chat import load_tokenizer
+from formats.chat import load_tokenizer
 from plumbing.options import RunOptions
 from plumbing.ranks import DEVICE
-from plumbing.records import InputError, load_json, messages_of
+from formats.records import messages_of
+from plumbing.files import InputError, load_json
 from scorers.base import Scorer
 
 SOURCE = "<|source|>"
