@@ -25,7 +25,6 @@ import gc
 import heapq
 import json
 import math
-import resource
 import shutil
 import time
 from collections import Counter
@@ -43,8 +42,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_config, load_weights, save
-from model import Config, Model
+from model import Model
 from ops.attention import Packed
+from ops.meters import speed
 from plumbing.chat import Chat
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import DEVICE, LOCAL_WORLD, RANK, WORLD, gather, on_rank0
@@ -339,44 +339,15 @@ def train_step(
     metrics = {name: value / total for name, value in merged.items()}
     metrics["grad_norm"] = norm.full_tensor().item()  # waits for a GPU
     metrics["lr"] = lr
-    return {**metrics, **speed(model.config, batch, time.perf_counter() - begin, o)}
+    trained = [sequence for example in batch for sequence in example.sequences]
+    seconds = time.perf_counter() - begin
+    return {**metrics, **speed(model.config, trained, seconds, o.run.peak_tflops)}
 
 
 def by_example(examples: list[Example], outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Outputs of all sequences, grouped by the example that they belong to."""
     ordered = iter(outputs)
     return [[next(ordered) for _ in example.sequences] for example in examples]
-
-
-def speed(config: Config, batch: list[Example], seconds: float, o: TrainOptions) -> dict:
-    """What a step's time was used for. MFU (arXiv 2204.02311) only where --peak-tflops is given."""
-    tokens = sum(example.tokens for example in batch)
-    result = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    if o.run.peak_tflops:
-        scored = sum(len(ids) - start for example in batch for ids, start in example.sequences)
-        # the backward pass computes gradients of inputs and of weights, a forward pass each
-        flop = 3 * forward_flop(config, tokens, scored)
-        result["mfu"] = flop / seconds / (WORLD * o.run.peak_tflops * 1e12)
-    return {**result, "memory_gb": peak_memory()}
-
-
-def forward_flop(config: Config, tokens: int, scored: int) -> int:
-    """FLOPs of a forward pass, 2 for each weight of a matmul and token; attention is left out.
-
-    The head runs on `scored` tokens only.
-    """
-    c = config
-    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    mlp = 3 * c.hidden_size * c.intermediate_size
-    head = c.hidden_size * (c.num_labels or c.vocab_size)
-    return 2 * (c.num_hidden_layers * (attention + mlp) * tokens + head * scored)
-
-
-def peak_memory() -> float:
-    """Peak memory so far in GB: of the GPU, else of the process."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def refuse_non_finite(line: dict, batch: list[Example], stage: Stage) -> None:

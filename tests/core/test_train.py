@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 import model as model_file
 import train
 from checkpoint import load_config
+from ops.meters import forward_flop
 from plumbing.chat import Chat
 from plumbing.options import RunOptions
 from plumbing.records import InputError
@@ -37,7 +38,6 @@ from train import (
     Example,
     TrainOptions,
     finetune,
-    forward_flop,
     lr_schedule,
     make_batches,
     make_sequence,
