@@ -27,7 +27,7 @@ from checkpoint import Checkpoint, Weights, load_config
 from dpo import PolicyOptions, policy_loss, train_policy
 from eval import benchmark
 from eval.in_run import evaluate, evaluate_improver
-from eval.report import report
+from eval.report import changed, report
 from gen_prompts import (
     GeneratorOptions,
     PromptOptions,
@@ -39,9 +39,10 @@ from gen_prompts import (
     training_rows,
 )
 from improve import ImproverOptions, RewriteOptions, rewrite, train_improver
+from ops.meters import time_left
 from pairs import PairOptions, make_pairs
 from plumbing.chat import Chat
-from plumbing.options import Count, RunOptions, as_dict, cli, flags_of, load_function
+from plumbing.options import Count, RunOptions, as_dict, cli, load_function
 from plumbing.ranks import on_rank0, print0
 from plumbing.records import InputError, flatten, load_json, read_jsonl, write_json, write_jsonl
 from plumbing.stage import Refusal, discard
@@ -236,14 +237,6 @@ def boost(iteration: Callable, run: Run, needs_corpus: bool = True) -> dict:
     return on_rank0(report, run.out)
 
 
-def time_left(begin: float, t: int, T: int) -> str:
-    """An estimate from the iterations so far; empty before there is one."""
-    if t == 1:
-        return ""
-    minutes = (time.time() - begin) / (t - 1) * (T - t + 1) / 60
-    return f", about {minutes:.0f} min left"
-
-
 # -------------------------------------------------------------------------------- before the cycle
 
 
@@ -334,18 +327,6 @@ def check_disk(run: Run) -> None:
     if wanted > free:
         space = f"{wanted / 1e9:.0f} GB of checkpoints, {free / 1e9:.0f} GB free"
         raise InputError(f"{run.out}: about {space}; give another --out")
-
-
-def changed(o: Options) -> list[list]:
-    """[name, value, default, help] of every option that differs from its default."""
-    values = flatten(as_dict(o))
-    rows = []
-    flags = flags_of(RunOptions, []) + flags_of(type(o), [f"--policy.loss={o.policy.loss}"])
-    for flag in flags:
-        default = str(flag.default) if isinstance(flag.default, Path) else flag.default
-        if values[flag.name] != default:
-            rows.append([flag.name, values[flag.name], default, flag.help])
-    return rows
 
 
 def option_differences(before: dict, now: dict, config: Path) -> str:

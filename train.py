@@ -23,7 +23,6 @@ data.jsonl {prompt | messages, response} -> DIR: an HF checkpoint in --dtype and
 
 import gc
 import heapq
-import json
 import math
 import shutil
 import time
@@ -44,7 +43,7 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, load_config, load_weights, save
 from model import Model
 from ops.attention import Packed
-from ops.meters import speed
+from ops.meters import keep_metrics, log, speed
 from plumbing.chat import Chat
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import DEVICE, LOCAL_WORLD, RANK, WORLD, gather, on_rank0
@@ -363,26 +362,6 @@ def refuse_non_finite(line: dict, batch: list[Example], stage: Stage) -> None:
         f"{stage.out}: loss {line['loss']}, gradient norm {line['grad_norm']} at {where}; "
         f"last good checkpoint: {good}; use a lower --lr, which starts this stage over"
     )
-
-
-# ----------------------------------------------------------------------------------------- metrics
-
-
-def log(folder: Path, line: dict) -> None:
-    """Append a step's metrics to folder/metrics.jsonl."""
-    if RANK > 0:
-        return
-    short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-    with open(folder / "metrics.jsonl", "a") as file:
-        print(json.dumps(short), file=file)
-
-
-def keep_metrics(stage: Stage) -> None:
-    """Copy what was logged into the result; the scratch folder stays whole until the manifest is
-    written.
-    """
-    stage.out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(stage.scratch / "metrics.jsonl", stage.out)
 
 
 # --------------------------------------------------------------------------- stopping and resuming

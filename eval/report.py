@@ -23,9 +23,10 @@ from eval import heldout, ifeval
 from eval.answers import read_lines
 from eval.diagnostics import diagnose, difference, warnings
 from eval.table import table
-from plumbing.options import load_function
+from plumbing.options import RunOptions, as_dict, flags_of, load_function
 from plumbing.records import (
     InputError,
+    flatten,
     last_message,
     load_json,
     read_jsonl,
@@ -476,6 +477,18 @@ def report(run: str | Path) -> dict:
         "tokens_per_second": round(tokens / max(1e-9, seconds), 1),
         "run_dir": str(run),
     }
+
+
+def changed(o) -> list[list]:
+    """[name, value, default, help] of every option of a loop.Options that is not its default."""
+    values = flatten(as_dict(o))
+    rows = []
+    flags = flags_of(RunOptions, []) + flags_of(type(o), [f"--policy.loss={o.policy.loss}"])
+    for flag in flags:
+        default = str(flag.default) if isinstance(flag.default, Path) else flag.default
+        if values[flag.name] != default:
+            rows.append([flag.name, values[flag.name], default, flag.help])
+    return rows
 
 
 if __name__ == "__main__":

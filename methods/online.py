@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import local_rows, save
+from ops.meters import keep_metrics
 from plumbing.chat import Chat
 from plumbing.ranks import RANK, on_rank0
 from plumbing.records import InputError, rng, write_text
@@ -29,7 +30,6 @@ from train import (
     Example,
     LossFn,
     TrainOptions,
-    keep_metrics,
     load_checkpoint,
     make_optimizer,
     rewind,

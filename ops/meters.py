@@ -1,10 +1,16 @@
-"""What a training step's time and memory went into: numbers for the metrics, used for nothing."""
+"""What only measures and records: speed, memory, metrics.jsonl, and counts for people to read."""
 
+import json
+import re
 import resource
+import shutil
+import time
+from pathlib import Path
 
 import torch
 
-from plumbing.ranks import DEVICE, WORLD
+from plumbing.ranks import DEVICE, RANK, WORLD
+from plumbing.stage import Stage
 
 
 def speed(config, sequences: list[tuple], seconds: float, peak_tflops: float) -> dict:
@@ -39,3 +45,41 @@ def peak_memory() -> float:
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def log(folder: Path, line: dict) -> None:
+    """Append a step's metrics to folder/metrics.jsonl."""
+    if RANK > 0:
+        return
+    short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+    with open(folder / "metrics.jsonl", "a") as file:
+        print(json.dumps(short), file=file)
+
+
+def keep_metrics(stage: Stage) -> None:
+    """Copy what was logged into the result; the scratch folder stays whole until the manifest is
+    written.
+    """
+    stage.out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(stage.scratch / "metrics.jsonl", stage.out)
+
+
+def time_left(begin: float, t: int, T: int) -> str:
+    """An estimate from the iterations so far; empty before there is one."""
+    if t == 1:
+        return ""
+    minutes = (time.time() - begin) / (t - 1) * (T - t + 1) / 60
+    return f", about {minutes:.0f} min left"
+
+
+def keyword_use(prompts: list[dict]) -> dict:
+    """How many keywords, by their first five letters, the prompts use."""
+    used = []
+    for row in prompts:
+        text = row["prompt"].lower()
+        used.append(sum(re.search(rf"\b{word[:5]}", text) is not None for word in row["keywords"]))
+    share = sum(n > 0 for n in used) / len(used)
+    return {
+        "use_a_keyword": round(share, 3),
+        "keywords_used": round(sum(used) / len(used), 2),
+    }

@@ -144,7 +144,7 @@ def make_run(out: Path, pairs: list[list[dict]], scored: bool = True, **changes)
     changes |= {"model": Checkpoint("models/zero"), "seeds": Path("gone"), "iters": len(pairs)}
     o = replace(parse_options(loop.Options, []), out=out, **changes)
     (out / "config.json").write_text(json.dumps(as_dict(o)))
-    (out / "changed.json").write_text(json.dumps(loop.changed(o)))
+    (out / "changed.json").write_text(json.dumps(report.changed(o)))
     train(out / "generator", 3, loss=lambda i: 3 / i)
     seal(out / "generator", {"seeds": 3, "steps": 3, "tokens": 100}, 4.0)
     for t, some in enumerate(pairs, 1):
@@ -281,7 +281,7 @@ def test_examples_are_spread_evenly(tmp_path, capsys, count, shown):
 def test_options_that_differ_are_listed_with_their_help(tmp_path):
     def rows(*flags: str) -> dict:
         o = parse_options(loop.Options, [*flags, "--out", "runs/demo"])
-        return {row[0]: row[1:] for row in loop.changed(o)}
+        return {row[0]: row[1:] for row in report.changed(o)}
 
     found = rows("--iters", "7", "--policy.beta", "0.25")
     assert found["iters"] == [7, 4, "T"]
