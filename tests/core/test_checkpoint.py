@@ -259,7 +259,10 @@ def refusal(directory: Path, **changes) -> str:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"]},
+            "Qwen2MoeForCausalLM is not supported; use Llama",
+        ),
         ({"architectures": None}, "architecture none"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "linear"),
