@@ -42,8 +42,9 @@ FAMILIES = {
     "Qwen2": Family(QWEN, qkv_bias=True, use_sliding_window=(False, True)),  # and Qwen2.5
     "Qwen3": Family({**QWEN, "head_dim": 128}, qk_norm=True, use_sliding_window=(False, True)),
 }
-HEADS = ("CausalLM", "SequenceClassification")
-ARCHITECTURES = [f"{family}For{head}" for family in FAMILIES for head in HEADS]
+ARCHITECTURES = [
+    f"{family}For{head}" for family in FAMILIES for head in ("CausalLM", "SequenceClassification")
+]
 # Settings with one supported value. Any other changes the computation, so it must not be ignored.
 SUPPORTED = {
     "hidden_act": ("silu",),
@@ -84,6 +85,7 @@ class Checkpoint(type(Path())):
     @classmethod
     def from_text(cls, text: str) -> "Checkpoint":
         """A directory as given; a Hub id is downloaded to the Hub's cache."""
+        refuse_adapter(Path(text))
         if Path(text).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
             return cls(text)
         try:
@@ -98,13 +100,20 @@ class Checkpoint(type(Path())):
 # ---------------------------------------------------------------------------------- configuration
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Of a LoRA adapter there is neither a config.json nor, often, a tokenizer."""
+    has_config = (directory / "config.json").is_file()
+    if (directory / "adapter_config.json").is_file() and not has_config:
+        raise InputError(
+            f"{directory}: an adapter: merge it into its base model first (peft: merge_and_unload)"
+        )
+
+
 def load_config(directory: str | Path) -> Config:
     """Read config.json as transformers 4 or 5 writes it; InputError on anything unsupported."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        if path.with_name("adapter_config.json").is_file():
-            fix = "merge it into its base model first (peft: merge_and_unload)"
-            raise InputError(f"{directory}: an adapter: {fix}")
+        refuse_adapter(path.parent)
         raise InputError(
             f"{directory}: not a checkpoint directory (no config.json); give the directory that "
             "holds config.json, *.safetensors and tokenizer.json"
@@ -167,8 +176,10 @@ def norm_epsilon(raw: dict, path) -> float:
     """rms_norm_eps as a float: a 0 would divide by zero wherever a row is all zeros."""
     value = raw.get("rms_norm_eps", 1e-6)
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        problem = f"rms_norm_eps must be a positive number, got {value!r}"
-        raise InputError(f"{path}: {problem}; correct it (the default is 1e-6)")
+        raise InputError(
+            f"{path}: rms_norm_eps must be a positive number, got {value!r}; correct it (the "
+            "default is 1e-6)"
+        )
     return float(value)
 
 
@@ -201,8 +212,10 @@ def sliding_window(settings: dict, path) -> int | None:
     kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     kinds = set(settings.get("layer_types") or kinds)
     if len(kinds) > 1:
-        problem = "a sliding window on some layers only is not supported"
-        raise InputError(f"{path}: {problem} (layer_types, max_window_layers)")
+        raise InputError(
+            f"{path}: a sliding window on some layers only is not supported (layer_types, "
+            "max_window_layers); use another model"
+        )
     return window if kinds == {"sliding_attention"} else None
 
 
@@ -228,8 +241,9 @@ class Weights:
     @staticmethod
     def open(path: Path):
         if not path.is_file():
-            reason = "weights are read from safetensors only"
-            raise InputError(f"{path}: missing; complete the checkpoint ({reason})")
+            raise InputError(
+                f"{path}: missing; complete the checkpoint (only safetensors are read)"
+            )
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -253,15 +267,19 @@ def load_weights(model: Model, directory: str | Path) -> None:
         source = weights.slice(name)
         expected = list(parameter.shape)
         if source.get_shape() != expected:
-            found = f"{name} has shape {source.get_shape()}"
-            raise InputError(f"{directory}: {found}, config.json makes it {expected}")
+            raise InputError(
+                f"{directory}: {name} has shape {source.get_shape()}, config.json makes it "
+                f"{expected}"
+            )
         local, rows = local_rows(parameter)
         if rows.start < rows.stop:
             values = source[rows]
             local.copy_(values)
             if not (values.is_floating_point() and local.isfinite().all()):
-                problem = f"{name} ({values.dtype}) must hold floats, no NaN and no infinity"
-                raise InputError(f"{weights.file_of[name]}: {problem}; download it again")
+                raise InputError(
+                    f"{weights.file_of[name]}: {name} ({values.dtype}) must hold floats, no NaN "
+                    "and no infinity; download it again, or convert it"
+                )
 
 
 def check_names(model: Model, weights: Weights, directory) -> None:
@@ -281,8 +299,10 @@ def check_names(model: Model, weights: Weights, directory) -> None:
     # a tied head that was trained apart; a reward model does without either
     if head in spare & weights.file_of.keys() and not model.config.num_labels:
         if not torch.equal(weights.slice(head)[:], weights.slice(embedding)[:]):
-            problem = f"{head} differs from {embedding}, but config.json ties them"
-            raise InputError(f"{directory}: {problem}; set tie_word_embeddings there to false")
+            raise InputError(
+                f"{directory}: {head} differs from {embedding}, but config.json ties them; set "
+                "tie_word_embeddings there to false"
+            )
 
 
 def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
