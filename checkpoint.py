@@ -353,8 +353,7 @@ def save(
     """Write a directory that transformers opens: config, tokenizer, chat template, weights.
 
     Every rank must call, as a sharded model is gathered one parameter at a time; only the `writer`
-    keeps what it gathers, at most shard_bytes, and writes files. A file of weights appears whole or
-    not at all.
+    keeps what it gathers, at most shard_bytes, and writes files, each whole or not at all.
     """
     out = Path(out)
     sizes = {}
