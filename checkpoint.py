@@ -1,7 +1,8 @@
 """Hugging Face checkpoint directories: find one, read and check config.json, load weights, save.
 
-Refused by name: architectures other than Llama and Mistral, RoPE types other than default and
-llama3, biases, quantised weights, attention dropout. Weights are read from safetensors only.
+Refused by name: architectures of other families than those of FAMILIES, RoPE types other than
+default and llama3, biases beside Qwen2's, a window on some layers only, quantised weights,
+attention dropout. Weights are read from safetensors only.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
@@ -20,13 +22,29 @@ from torch.distributed.tensor import DTensor, Shard
 
 from model import Config, Model
 from plumbing.files import InputError, load_json, write_json, write_text
+from plumbing.ranks import print0
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "LlamaForSequenceClassification",
-    "MistralForSequenceClassification",
-)
+
+class Family(NamedTuple):
+    """What sets a family apart from Llama; model.py knows the switches, and no family."""
+
+    defaults: dict  # transformers' own, for what a config.json leaves out
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    use_sliding_window: tuple = (False,)  # what a config.json may say; the first is the default
+
+
+MISTRAL = {"max_position_embeddings": 131072, "sliding_window": 4096, "max_window_layers": 0}
+QWEN = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+FAMILIES = {
+    "Llama": Family({"max_position_embeddings": 2048}),
+    "Mistral": Family(MISTRAL, use_sliding_window=(True,)),
+    "Qwen2": Family(QWEN, qkv_bias=True, use_sliding_window=(False, True)),  # and Qwen2.5
+    "Qwen3": Family({**QWEN, "head_dim": 128}, qk_norm=True, use_sliding_window=(False, True)),
+}
+ARCHITECTURES = [
+    f"{family}For{head}" for family in FAMILIES for head in ("CausalLM", "SequenceClassification")
+]
 # Settings with one supported value. Any other changes the computation, so it must not be ignored.
 SUPPORTED = {
     "hidden_act": ("silu",),
@@ -57,7 +75,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of several files; ignored beside a single one
 
 
 class Checkpoint(type(Path())):
@@ -66,6 +85,7 @@ class Checkpoint(type(Path())):
     @classmethod
     def from_text(cls, text: str) -> "Checkpoint":
         """A directory as given; a Hub id is downloaded to the Hub's cache."""
+        refuse_adapter(Path(text))
         if Path(text).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
             return cls(text)
         try:
@@ -80,15 +100,33 @@ class Checkpoint(type(Path())):
 # ---------------------------------------------------------------------------------- configuration
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Of a LoRA adapter there is neither a config.json nor, often, a tokenizer."""
+    has_config = (directory / "config.json").is_file()
+    if (directory / "adapter_config.json").is_file() and not has_config:
+        raise InputError(
+            f"{directory}: an adapter: merge it into its base model first (peft: merge_and_unload)"
+        )
+
+
 def load_config(directory: str | Path) -> Config:
     """Read config.json as transformers 4 or 5 writes it; InputError on anything unsupported."""
     path = Path(directory) / "config.json"
     if not path.is_file():
+        refuse_adapter(path.parent)
         raise InputError(
             f"{directory}: not a checkpoint directory (no config.json); give the directory that "
             "holds config.json, *.safetensors and tokenizer.json"
         )
-    return parse_config(load_json(path), path)
+    raw = load_json(path)
+    config = parse_config(raw, path)
+    if config.num_labels and not (raw.get("id2label") or raw.get("num_labels")):
+        # two outputs is only the default of transformers: the head itself knows better
+        weights = Weights(directory)
+        if "score.weight" in weights.file_of:
+            raw["num_labels"] = weights.slice("score.weight").get_shape()[0]
+            return parse_config(raw, path)
+    return config
 
 
 def parse_config(raw: dict, path: str | Path = "config.json") -> Config:
@@ -98,32 +136,30 @@ def parse_config(raw: dict, path: str | Path = "config.json") -> Config:
     if architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise InputError(f"{path}: architecture {architecture} is not supported; use {supported}")
-    for name, allowed in SUPPORTED.items():
+    family = FAMILIES[architecture.partition("For")[0]]
+    supported = {**SUPPORTED, "use_sliding_window": family.use_sliding_window}
+    for name, allowed in supported.items():
         if name in raw and raw[name] not in allowed:
             expected = f"only {allowed[0]!r} is"
             raise InputError(f"{path}: {name} = {raw[name]!r} is not supported, {expected}")
     require(raw, REQUIRED, path)
 
     # defaults of transformers, for what a config.json may leave out
+    settings = {"use_sliding_window": family.use_sliding_window[0], **family.defaults, **raw}
     heads = raw["num_attention_heads"]
-    window = None
-    if architecture.startswith("Mistral"):  # has a window unless it says null; Llama has none
-        window = raw.get("sliding_window", 4096)
     num_labels = 0
     if architecture.endswith("Classification"):
-        num_labels = len(raw.get("id2label") or ("LABEL_0", "LABEL_1"))
+        num_labels = len(raw.get("id2label") or ()) or raw.get("num_labels") or 2
     return Config(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_hidden_layers=raw["num_hidden_layers"],
-        num_attention_heads=heads,
+        **{name: raw[name] for name in REQUIRED},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head_dim=settings.get("head_dim") or raw["hidden_size"] // heads,
         rms_norm_eps=norm_epsilon(raw, path),
         rope=rope_settings(raw, path),
-        max_positions=raw.get("max_position_embeddings", 2048),
-        sliding_window=window,
+        max_positions=settings["max_position_embeddings"],
+        sliding_window=sliding_window(settings, path),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         tied=raw.get("tie_word_embeddings", False),
         num_labels=num_labels,
         raw=raw,
@@ -140,8 +176,10 @@ def norm_epsilon(raw: dict, path) -> float:
     """rms_norm_eps as a float: a 0 would divide by zero wherever a row is all zeros."""
     value = raw.get("rms_norm_eps", 1e-6)
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        problem = f"rms_norm_eps must be a positive number, got {value!r}"
-        raise InputError(f"{path}: {problem}; correct it (the default is 1e-6)")
+        raise InputError(
+            f"{path}: rms_norm_eps must be a positive number, got {value!r}; correct it (the "
+            "default is 1e-6)"
+        )
     return float(value)
 
 
@@ -163,6 +201,24 @@ def rope_settings(raw: dict, path) -> dict:
     return rope
 
 
+def sliding_window(settings: dict, path) -> int | None:
+    """The window of all layers, or None."""
+    window = settings.get("sliding_window")
+    if not window or not settings["use_sliding_window"]:
+        return None
+    # transformers 5 names every layer's kind; 4 says how many layers have no window
+    layers = settings["num_hidden_layers"]
+    full = min(settings["max_window_layers"], layers)
+    kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    kinds = set(settings.get("layer_types") or kinds)
+    if len(kinds) > 1:
+        raise InputError(
+            f"{path}: a sliding window on some layers only is not supported (layer_types, "
+            "max_window_layers); use another model"
+        )
+    return window if kinds == {"sliding_attention"} else None
+
+
 # ---------------------------------------------------------------------------------- loading
 
 
@@ -172,19 +228,22 @@ class Weights:
     def __init__(self, directory: str | Path):
         directory = Path(directory)
         index = directory / INDEX
-        if index.is_file():
+        path = directory / SINGLE
+        if index.is_file() and not path.is_file():
             weight_map = load_json(index)["weight_map"]
             self.file_of = {name: directory / file for name, file in weight_map.items()}
         else:
-            path = directory / "model.safetensors"
             self.file_of = dict.fromkeys(self.open(path).keys(), path)
+            if index.is_file():
+                print0(f"{index}: ignored, as by transformers: {SINGLE} is beside it")
         self.handles = {path: self.open(path) for path in set(self.file_of.values())}
 
     @staticmethod
     def open(path: Path):
         if not path.is_file():
-            reason = "weights are read from safetensors only"
-            raise InputError(f"{path}: missing; complete the checkpoint ({reason})")
+            raise InputError(
+                f"{path}: missing; complete the checkpoint (only safetensors are read)"
+            )
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -203,32 +262,48 @@ def load_weights(model: Model, directory: str | Path) -> None:
     Raises InputError unless names and shapes agree exactly.
     """
     weights = Weights(directory)
-    parameters = dict(model.named_parameters())
     check_names(model, weights, directory)
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         source = weights.slice(name)
         expected = list(parameter.shape)
         if source.get_shape() != expected:
-            found = f"{name} has shape {source.get_shape()}"
-            raise InputError(f"{directory}: {found}, config.json makes it {expected}")
+            raise InputError(
+                f"{directory}: {name} has shape {source.get_shape()}, config.json makes it "
+                f"{expected}"
+            )
         local, rows = local_rows(parameter)
         if rows.start < rows.stop:
-            local.copy_(source[rows])
+            values = source[rows]
+            local.copy_(values)
+            if not (values.is_floating_point() and local.isfinite().all()):
+                raise InputError(
+                    f"{weights.file_of[name]}: {name} ({values.dtype}) must hold floats, no NaN "
+                    "and no infinity; download it again, or convert it"
+                )
 
 
 def check_names(model: Model, weights: Weights, directory) -> None:
     """Names must agree; the file may also hold a tied model's head, and tables of positions."""
     tables = ("rotary_emb.inv_freq", "embeddings.position_ids")  # old transformers wrote these
     spare = {name for name in weights.file_of if name.endswith(tables)}
+    embedding = "model.embed_tokens.weight"
+    head = "lm_head.weight"
     if model.config.tied:
-        spare.add("lm_head.weight")
-    expected = {name for name, _ in model.named_parameters()}
+        spare.add(head)
+    expected = dict(model.named_parameters()).keys()
     wrong = sorted(expected ^ (weights.file_of.keys() - spare))
     if wrong:
         raise InputError(
             f"{directory}: its tensors do not match config.json; first of {len(wrong)} missing or "
             f"unexpected: {wrong[0]}"
         )
+    # a tied head that was trained apart; a reward model does without either
+    if head in spare & weights.file_of.keys() and not model.config.num_labels:
+        if not torch.equal(weights.slice(head)[:], weights.slice(embedding)[:]):
+            raise InputError(
+                f"{directory}: {head} differs from {embedding}, but config.json ties them; set "
+                "tie_word_embeddings there to false"
+            )
 
 
 def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
@@ -279,8 +354,7 @@ def save(
     """Write a directory that transformers opens: config, tokenizer, chat template, weights.
 
     Every rank must call, as a sharded model is gathered one parameter at a time; only the `writer`
-    keeps what it gathers, at most shard_bytes, and writes files. A file of weights appears whole or
-    not at all.
+    keeps what it gathers, at most shard_bytes, and writes files, each whole or not at all.
     """
     out = Path(out)
     sizes = {}
@@ -307,6 +381,7 @@ def save(
         os.replace(out / f"{file}.tmp", out / file)
     (out / INDEX).unlink(missing_ok=True)
     if split.is_sharded:
+        (out / SINGLE).unlink(missing_ok=True)  # of an earlier save too: it would hide the index
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(out / INDEX, index)
 

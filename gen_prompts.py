@@ -28,6 +28,7 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from formats.records import last_message, read_jsonl, read_paragraphs
+from ops.meters import keyword_use
 from plumbing.files import STOP_WORDS, InputError, digest, rng, write_jsonl
 from plumbing.novelty import Novelty
 from plumbing.options import cli, load_function, plugin_files
@@ -320,19 +321,6 @@ def source_records(o: PromptOptions, t: int) -> list[dict]:
 
 def source_files(o: PromptOptions) -> list[Path]:
     return plugin_files(o.source) or [Path(o.source)]
-
-
-def keyword_use(prompts: list[dict]) -> dict:
-    """How many keywords, by their first five letters, the prompts use."""
-    used = []
-    for row in prompts:
-        text = row["prompt"].lower()
-        used.append(sum(re.search(rf"\b{word[:5]}", text) is not None for word in row["keywords"]))
-    share = sum(n > 0 for n in used) / len(used)
-    return {
-        "use_a_keyword": round(share, 3),
-        "keywords_used": round(sum(used) / len(used), 2),
-    }
 
 
 def main(

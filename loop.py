@@ -41,6 +41,7 @@ from gen_prompts import (
     training_rows,
 )
 from improve import ImproverOptions, RewriteOptions, rewrite, train_improver
+from ops.meters import time_left
 from pairs import PairOptions, make_pairs
 from plumbing.files import InputError, load_json, write_json, write_jsonl
 from plumbing.options import (
@@ -243,14 +244,6 @@ def boost(iteration: Callable, run: Run, needs_corpus: bool = True) -> dict:
         raise InputError(f"{error}{changes}") from None
     on_rank0(keep_options, run)  # again: --iters may have grown
     return on_rank0(report, run.out)
-
-
-def time_left(begin: float, t: int, T: int) -> str:
-    """An estimate from the iterations so far; empty before there is one."""
-    if t == 1:
-        return ""
-    minutes = (time.time() - begin) / (t - 1) * (T - t + 1) / 60
-    return f", about {minutes:.0f} min left"
 
 
 # -------------------------------------------------------------------------------- before the cycle

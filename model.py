@@ -1,4 +1,6 @@
-"""Llama and Mistral, written out by hand: the network, and nothing else.
+"""Llama, Mistral, Qwen2 and Qwen3, written out by hand: the network, and nothing else.
+
+Families differ by switches of Config only; the table FAMILIES in checkpoint.py sets them.
 
 Modules and parameters have the names of Hugging Face checkpoints: a state dict needs no renaming.
 Tokens of all sequences come as one flat (N,) tensor, without padding. A context (ops/attention.py)
@@ -42,6 +44,8 @@ class Config:
     rope: dict  # rope_type, rope_theta, and for llama3 how it stretches
     max_positions: int
     sliding_window: int | None  # tokens that a token sees, itself included
+    qkv_bias: bool  # the projections to q, k and v have one
+    qk_norm: bool  # RMSNorm over each head of q and k, before RoPE
     tied: bool  # the head is the embedding
     num_labels: int  # outputs of a sequence-classification head; 0 for a language model
     raw: dict  # config.json as it was read, to be written back
@@ -52,7 +56,7 @@ class Config:
 
 @compiled(cpu.rms_norm)
 def rms_norm(x, weight, eps: float):
-    """x / sqrt(mean(x^2) + eps) * weight; x (N, C), weight (C,) -> (N, C)."""
+    """x / sqrt(mean(x^2) + eps) * weight; x (N, C) or (N, H, C), weight (C,) -> as x."""
     x32 = x.float()  # squares of bf16 activations lose too much
     return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -101,10 +105,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without bias, as everywhere in both models."""
+    """Without bias, but for what Config.qkv_bias gives one."""
 
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__(inputs, outputs, bias)
 
 
 class Attention(nn.Module):
@@ -118,10 +122,13 @@ class Attention(nn.Module):
         C = config.hidden_size
         query_width = config.num_attention_heads * config.head_dim
         key_value_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(C, query_width)
-        self.k_proj = Linear(C, key_value_width)
-        self.v_proj = Linear(C, key_value_width)
+        self.q_proj = Linear(C, query_width, config.qkv_bias)
+        self.k_proj = Linear(C, key_value_width, config.qkv_bias)
+        self.v_proj = Linear(C, key_value_width, config.qkv_bias)
         self.o_proj = Linear(query_width, C)
+        norm = RMSNorm if config.qk_norm else nn.Identity  # which takes and ignores arguments
+        self.q_norm = norm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = norm(config.head_dim, config.rms_norm_eps)
 
     def project(self, x):
         """(N, C) -> (N, H * D), (N, Hkv * D), (N, Hkv * D); ops/pack.py makes one matmul of it."""
@@ -130,8 +137,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, context):
         D = self.head_dim
         q, k, v = self.project(x)
-        q = apply_rope(q.unflatten(-1, (-1, D)), cos, sin)  # (N, H, D)
-        k = apply_rope(k.unflatten(-1, (-1, D)), cos, sin)  # (N, Hkv, D)
+        q = self.q_norm(q.unflatten(-1, (-1, D)))  # (N, H, D)
+        k = self.k_norm(k.unflatten(-1, (-1, D)))  # (N, Hkv, D)
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
         v = v.unflatten(-1, (-1, D))  # (N, Hkv, D)
         y = context.attend(self.layer, q, k, v, self.window)  # (N, H, D)
         return self.o_proj(y.flatten(-2))  # (N, H * D) -> (N, C)

@@ -1,8 +1,8 @@
 r"""The filter that turns rewrites and base responses into preference pairs (SynPO section 3.2, F).
 
 What differs from the paper
-1. The paper scores with PairRM or ArmoRM. Both work here, as does any Llama-architecture
-   sequence-classification checkpoint with one output; `likelihood` needs no outside model: the mean
+1. The paper scores with PairRM or ArmoRM. Both work here, as does any sequence-classification
+   checkpoint of a supported family with one output; `likelihood` needs no outside model: the mean
    log-prob per token under M_0.
 2. Repetition (measure not stated there) is the share of word trigrams that occurred before in the
    same text.

@@ -23,9 +23,7 @@ data.jsonl {prompt | messages, response} -> DIR: an HF checkpoint in --dtype and
 
 import gc
 import heapq
-import json
 import math
-import resource
 import shutil
 import time
 from collections import Counter
@@ -45,8 +43,9 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, load_config, load_weights, save
 from formats.chat import Chat
 from formats.records import read_jsonl
-from model import Config, Model
+from model import Model
 from ops.attention import Packed
+from ops.meters import keep_metrics, log, speed
 from plumbing.files import InputError, rng, write_text
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import DEVICE, LOCAL_WORLD, RANK, WORLD, gather, on_rank0
@@ -340,44 +339,15 @@ def train_step(
     metrics = {name: value / total for name, value in merged.items()}
     metrics["grad_norm"] = norm.full_tensor().item()  # waits for a GPU
     metrics["lr"] = lr
-    return {**metrics, **speed(model.config, batch, time.perf_counter() - begin, o)}
+    trained = [sequence for example in batch for sequence in example.sequences]
+    seconds = time.perf_counter() - begin
+    return {**metrics, **speed(model.config, trained, seconds, o.run.peak_tflops)}
 
 
 def by_example(examples: list[Example], outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Outputs of all sequences, grouped by the example that they belong to."""
     ordered = iter(outputs)
     return [[next(ordered) for _ in example.sequences] for example in examples]
-
-
-def speed(config: Config, batch: list[Example], seconds: float, o: TrainOptions) -> dict:
-    """What a step's time was used for. MFU (arXiv 2204.02311) only where --peak-tflops is given."""
-    tokens = sum(example.tokens for example in batch)
-    result = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    if o.run.peak_tflops:
-        scored = sum(len(ids) - start for example in batch for ids, start in example.sequences)
-        # the backward pass computes gradients of inputs and of weights, a forward pass each
-        flop = 3 * forward_flop(config, tokens, scored)
-        result["mfu"] = flop / seconds / (WORLD * o.run.peak_tflops * 1e12)
-    return {**result, "memory_gb": peak_memory()}
-
-
-def forward_flop(config: Config, tokens: int, scored: int) -> int:
-    """FLOPs of a forward pass, 2 for each weight of a matmul and token; attention is left out.
-
-    The head runs on `scored` tokens only.
-    """
-    c = config
-    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    mlp = 3 * c.hidden_size * c.intermediate_size
-    head = c.hidden_size * (c.num_labels or c.vocab_size)
-    return 2 * (c.num_hidden_layers * (attention + mlp) * tokens + head * scored)
-
-
-def peak_memory() -> float:
-    """Peak memory so far in GB: of the GPU, else of the process."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def refuse_non_finite(line: dict, batch: list[Example], stage: Stage) -> None:
@@ -393,26 +363,6 @@ def refuse_non_finite(line: dict, batch: list[Example], stage: Stage) -> None:
         f"{stage.out}: loss {line['loss']}, gradient norm {line['grad_norm']} at {where}; "
         f"last good checkpoint: {good}; use a lower --lr, which starts this stage over"
     )
-
-
-# ----------------------------------------------------------------------------------------- metrics
-
-
-def log(folder: Path, line: dict) -> None:
-    """Append a step's metrics to folder/metrics.jsonl."""
-    if RANK > 0:
-        return
-    short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-    with open(folder / "metrics.jsonl", "a") as file:
-        print(json.dumps(short), file=file)
-
-
-def keep_metrics(stage: Stage) -> None:
-    """Copy what was logged into the result; the scratch folder stays whole until the manifest is
-    written.
-    """
-    stage.out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(stage.scratch / "metrics.jsonl", stage.out)
 
 
 # --------------------------------------------------------------------------- stopping and resuming

@@ -22,6 +22,7 @@ import torch
 
 from checkpoint import local_rows, save
 from formats.chat import Chat
+from ops.meters import keep_metrics
 from plumbing.files import InputError, rng, write_text
 from plumbing.ranks import RANK, on_rank0
 from plumbing.stage import Stage, counts_of, discard
@@ -29,7 +30,6 @@ from train import (
     Example,
     LossFn,
     TrainOptions,
-    keep_metrics,
     load_checkpoint,
     make_optimizer,
     rewind,

@@ -185,11 +185,12 @@ def compiled(twin, multiple: int = WIDTH):
 
 
 class RMSNorm(Function):
-    """x (N, C), weight (C,), eps -> (N, C)."""
+    """x (N, C) or (N, H, C), weight (C,), eps -> as x; every row of C numbers on its own."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        N, C = x.shape
+        C = x.shape[-1]
+        N = x.numel() // C
         check(weight.shape == (C,), x, weight)
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
@@ -201,7 +202,8 @@ class RMSNorm(Function):
     @staticmethod
     def backward(ctx, dout):
         x, weight = ctx.saved_tensors
-        N, C = x.shape
+        C = x.shape[-1]
+        N = x.numel() // C
         dx = torch.empty_like(x)
         # one partial sum for each stripe of rows, so that the total does not depend on the threads
         stripes = -(-N // STRIPE)

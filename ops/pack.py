@@ -10,13 +10,14 @@ NEEDED = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_suppor
 class PackedLinear(nn.Module):
     """A linear layer whose weight is already in oneDNN's blocked order, not reordered per call."""
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         super().__init__()
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = bias
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -46,14 +47,18 @@ def pack(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child.weight))
+                setattr(parent, name, PackedLinear(child.weight, child.bias))
     return model
 
 
 def fuse(attention: nn.Module) -> None:
     """Replace the projections to q, k and v by one matmul, whose shape is faster than three."""
-    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    weights = [part.weight for part in parts]
     widths = [len(weight) for weight in weights]
+    bias = None
+    if parts[0].bias is not None:
+        bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
     del attention.q_proj, attention.k_proj, attention.v_proj
-    attention.qkv_proj = PackedLinear(torch.cat(weights))
+    attention.qkv_proj = PackedLinear(torch.cat(weights), bias)
     attention.project = lambda x: attention.qkv_proj(x).split(widths, -1)

@@ -79,7 +79,10 @@ def tokenizer_json(vocab_size: int = 320) -> str:
 
 
 def llama_config(**changes) -> dict:
-    """A tiny Llama's config.json as transformers 4 writes it; changes win, None removes a key."""
+    """A tiny Llama's config.json as transformers 4 writes it; changes win, None removes a key.
+
+    `architectures` makes it one of another family.
+    """
     raw = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -101,8 +104,8 @@ def llama_config(**changes) -> dict:
         "torch_dtype": "float32",
         **changes,
     }
-    if str(raw["architectures"]).startswith("['Mistral"):
-        raw["model_type"] = "mistral"
+    if raw["architectures"]:
+        raw["model_type"] = raw["architectures"][0].partition("For")[0].lower()
     return {
         key: value for key, value in raw.items() if value is not None or key == "sliding_window"
     }

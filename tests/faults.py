@@ -95,6 +95,47 @@ FAULTS = [
         tests=("core/test_model.py::test_cached_decoding_equals_packed_with_stale_and_moved_rows",),
     ),
     Fault(
+        "qk-norm-dropped",
+        "model.py",
+        old="q = self.q_norm(q.unflatten(-1, (-1, D)))",
+        new="q = q.unflatten(-1, (-1, D))",
+        tests=("core/test_families.py::test_logits_equal_transformers",),
+    ),
+    Fault(
+        "qk-norm-after-rope",
+        "model.py",
+        old="""        k = self.k_norm(k.unflatten(-1, (-1, D)))  # (N, Hkv, D)
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
+""",
+        new="""        k = k.unflatten(-1, (-1, D))
+        q = apply_rope(q, cos, sin)
+        k = self.k_norm(apply_rope(k, cos, sin))
+""",
+        tests=("core/test_families.py::test_logits_equal_transformers",),
+    ),
+    Fault(
+        "v-bias-dropped",
+        "model.py",
+        old="self.v_proj = Linear(C, key_value_width, config.qkv_bias)",
+        new="self.v_proj = Linear(C, key_value_width)",
+        tests=("core/test_families.py::test_logits_equal_transformers",),
+    ),
+    Fault(
+        "packed-bias-dropped",
+        "ops/pack.py",
+        old="PackedLinear(torch.cat(weights), bias)",
+        new="PackedLinear(torch.cat(weights))",
+        tests=("core/test_ops.py::test_packed_model_computes_the_same_in_the_same_memory",),
+    ),
+    Fault(
+        "head-norm-gradient",
+        "ops/cpu.py",
+        old="        N = x.numel() // C\n        dx = torch.empty_like(x)",
+        new="        N = len(x)\n        dx = torch.zeros_like(x)",
+        tests=("core/test_ops.py::test_rms_norm_of_every_head_also_inside_wider_rows",),
+    ),
+    Fault(
         "move-row-short",
         "ops/attention.py",
         old="x[:, target, :tokens] = x[:, source, :tokens]",
@@ -325,6 +366,65 @@ FAULTS = [
         old="chunk = -(-rows // mesh.size(dimension))",
         new="chunk = rows // mesh.size(dimension)",
         tests=("core/test_checkpoint.py::test_each_rank_reads_its_own_rows_only",),
+    ),
+    Fault(
+        "window-of-some-layers",
+        "checkpoint.py",
+        old="if len(kinds) > 1:",
+        new="if len(kinds) > 2:",
+        tests=("core/test_families.py::test_what_is_not_computed_is_refused_by_name",),
+    ),
+    Fault(
+        "window-always-on",
+        "checkpoint.py",
+        old='"use_sliding_window": family.use_sliding_window[0], **family',
+        new='"use_sliding_window": family.use_sliding_window[-1], **family',
+        tests=("core/test_families.py::test_windows_are_those_of_transformers",),
+    ),
+    Fault(
+        "stale-index-wins",
+        "checkpoint.py",
+        old="if index.is_file() and not path.is_file():",
+        new="if index.is_file():",
+        tests=(
+            "core/test_checkpoint.py::test_a_single_file_wins_over_an_index_as_in_transformers",
+        ),
+    ),
+    Fault(
+        "single-file-left-over",
+        "checkpoint.py",
+        old="(out / SINGLE).unlink(missing_ok=True)",
+        new="pass",
+        tests=(
+            "core/test_checkpoint.py::test_a_single_file_wins_over_an_index_as_in_transformers",
+        ),
+    ),
+    Fault(
+        "tied-head-dropped",
+        "checkpoint.py",
+        old="if not torch.equal(weights.slice(head)[:], weights.slice(embedding)[:]):",
+        new="if weights.slice(head).get_shape() != weights.slice(embedding).get_shape():",
+        tests=("core/test_checkpoint.py::test_a_tied_head_that_differs_is_refused",),
+    ),
+    Fault(
+        "nan-loaded",
+        "checkpoint.py",
+        old="values.is_floating_point() and local.isfinite().all()",
+        new="values.is_floating_point()",
+        tests=(
+            "core/test_checkpoint.py::"
+            "test_numbers_that_are_no_weights_are_refused_by_the_tensors_name",
+        ),
+    ),
+    Fault(
+        "two-outputs-assumed",
+        "checkpoint.py",
+        old='if "score.weight" in weights.file_of:',
+        new='if "score" in weights.file_of:',
+        tests=(
+            "core/test_checkpoint.py::"
+            "test_the_outputs_of_a_reward_model_are_named_or_those_of_its_head",
+        ),
     ),
     # dpo.py and losses.py
     Fault(

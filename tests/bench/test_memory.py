@@ -8,6 +8,8 @@ from bench_helpers import run_bench
 from conftest import last_json, llama_config
 
 from bench import memory
+from checkpoint import parse_config
+from model import Model
 from plumbing.files import InputError, write_json
 
 
@@ -117,3 +119,16 @@ def test_figures_of_the_comparison(tmp_path, monkeypatch, capsys):
     assert [row["estimated"] for row in rows] == 2 * ["3 MB"] + 2 * ["2 MB"] + 2 * ["1 MB"]
     assert {row["ratio"] for row in rows} == {"0.75"}
     assert [row["activation checkpointing"] for row in rows] == 3 * [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_estimate_counts_the_parameters_of_every_family(tmp_path, family):
+    raw = llama_config(architectures=[f"{family}ForCausalLM"], head_dim=32)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    count = sum(p.numel() for p in Model(parse_config(raw)).parameters())
+    for device in ("cpu", "gpu"):
+        setup = memory.Setup(tmp_path, max_length=64, micro_batch_tokens=128, device=device)
+        parts = memory.estimate(setup)["parts"]
+        assert parts["parameters"] == pytest.approx(4 * count, rel=0.01)
+        assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=0.01)

@@ -210,14 +210,23 @@ with distributed():
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize(("nproc", "nodes"), [(1, [1]), (2, [1]), (4, [1, 2])])
-def test_each_rank_reads_its_own_rows_only(tmp_path, nproc, nodes):
+@pytest.mark.parametrize(
+    ("family", "nproc", "nodes"),
+    [
+        ("Llama", 1, [1]),
+        ("Llama", 2, [1]),
+        ("Llama", 4, [1, 2]),
+        ("Qwen2", 2, [1]),
+        ("Qwen3", 4, [1, 2]),
+    ],
+)
+def test_each_rank_reads_its_own_rows_only(tmp_path, family, nproc, nodes):
     """Rows that no number of ranks divides, and a head of three rows, of which four ranks get one,
     one, one and none. Two nodes of two ranks hold all rows each.
     """
     directory = tiny_checkpoint(
         tmp_path / "model",
-        architectures=["LlamaForSequenceClassification"],
+        architectures=[f"{family}ForSequenceClassification"],
         id2label={str(i): f"LABEL_{i}" for i in range(3)},
         vocab_size=321,
         hidden_size=50,
@@ -259,7 +268,10 @@ def refusal(directory: Path, **changes) -> str:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"]},
+            "Qwen2MoeForCausalLM is not supported; use Llama",
+        ),
         ({"architectures": None}, "architecture none"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "linear"),
@@ -294,6 +306,122 @@ def test_an_epsilon_may_be_a_whole_number_or_missing():
     epsilon = parse_config(llama_config(rms_norm_eps=1)).rms_norm_eps
     assert epsilon == 1 and type(epsilon) is float
     assert parse_config(llama_config(rms_norm_eps=None)).rms_norm_eps == 1e-6
+
+
+# ------------------------------------------------------------------------------- other directories
+
+
+def edit_config(directory: Path, **changes) -> None:
+    """Change a config.json; None removes a key."""
+    raw = {**json.loads((directory / "config.json").read_text()), **changes}
+    kept = {key: value for key, value in raw.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(kept))
+
+
+def edit_tensors(directory: Path, **changes) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, **changes}, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_an_adapter_is_refused_as_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    fix = "merge it into its base model first (peft: merge_and_unload)"
+    with pytest.raises(InputError) as refused:
+        load_config(tmp_path)
+    assert str(refused.value) == f"{tmp_path}: an adapter: {fix}"
+
+
+@pytest.mark.slow
+def test_commands_refuse_an_adapter_in_one_line(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Why?"}\n')
+    flags = ["--model", tmp_path, "--prompts", prompts, "--out", tmp_path / "out.jsonl"]
+    code, _, err = run(["sample.py", *flags])
+    assert code == 2 and "an adapter: merge it" in err and err.count("\n") == 1
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path, capsys):
+    """And saving in several files must not leave an older single one to win."""
+    directory = tiny_checkpoint(tmp_path / "single")
+    other = random_model(llama_config(), seed=5)
+    expected = load(directory, torch.float32)
+    single = (directory / "model.safetensors").read_bytes()
+    save(other, directory, directory, torch.float32, TEMPLATE, shard_bytes=20_000)
+    assert not (directory / "model.safetensors").exists()
+    assert_equal_weights(load(directory, torch.float32), other)
+    assert "ignored" not in capsys.readouterr().out
+
+    (directory / "model.safetensors").write_bytes(single)
+    assert_equal_weights(load(directory, torch.float32), expected)
+    assert_equal_weights(theirs(directory), expected)
+    index = directory / "model.safetensors.index.json"
+    assert f"{index}: ignored" in capsys.readouterr().out
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    """transformers warns, and keeps it beside the embedding."""
+    directory = tiny_checkpoint(tmp_path / "m", tie_word_embeddings=True)
+    plain = tiny_checkpoint(tmp_path / "plain", seed=1)
+    head = load_file(plain / "model.safetensors")["lm_head.weight"]
+    edit_tensors(directory, **{"lm_head.weight": head})
+    assert torch.equal(theirs(directory).lm_head.weight, head)
+    with pytest.raises(InputError, match=r"lm_head.weight differs .* set tie_word_embeddings"):
+        load(directory, torch.float32)
+    # what the line says to do gives what transformers computes
+    expected = their_logits(directory, tokens(30))
+    edit_config(directory, tie_word_embeddings=False)
+    assert (ours(load(directory, torch.float32), tokens(30)) - expected).abs().max() < 1e-4
+
+
+NAN = torch.full((64,), 1.0)
+NAN[5] = torch.nan
+INFINITE = torch.full((64,), 1.0)
+INFINITE[63] = torch.inf
+
+
+@pytest.mark.parametrize(
+    "values", [NAN, INFINITE, -INFINITE, torch.ones(64, dtype=torch.int8), torch.ones(64) > 0]
+)
+def test_numbers_that_are_no_weights_are_refused_by_the_tensors_name(tmp_path, values):
+    directory = tiny_checkpoint(tmp_path)
+    edit_tensors(directory, **{"model.norm.weight": values})
+    with pytest.raises(InputError) as refused:
+        load(directory, torch.float32)
+    said = str(refused.value)
+    assert said.startswith(
+        f"{directory}/model.safetensors: model.norm.weight ({values.dtype}) must"
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(lambda rows: {}, id="nothing"),
+        pytest.param(lambda rows: {"num_labels": rows}, id="num_labels"),
+        pytest.param(lambda rows: {"id2label": {str(i): "x" for i in range(rows)}}, id="id2label"),
+    ],
+)
+def test_the_outputs_of_a_reward_model_are_named_or_those_of_its_head(tmp_path, rows, given):
+    names = {str(i): f"LABEL_{i}" for i in range(rows)}
+    architecture = "Qwen2ForSequenceClassification"
+    directory = tiny_checkpoint(tmp_path / "m", architectures=[architecture], id2label=names)
+    edit_config(directory, **{"id2label": None, **given(rows)})
+    model = load(directory, torch.float32)
+    assert model.config.num_labels == rows
+    # and what is saved says so to transformers
+    out = tmp_path / "out"
+    out.mkdir()
+    save(model, out, directory, torch.float32, TEMPLATE)
+    assert_equal_weights(theirs(out, architecture), model)
+
+
+def test_a_reward_model_without_a_head_is_refused(tmp_path):
+    directory = tiny_checkpoint(tmp_path)
+    edit_config(directory, architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(InputError, match=r"do not match config\.json"):
+        load(directory, torch.float32)
 
 
 def drop_tensor(directory):

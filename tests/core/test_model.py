@@ -44,7 +44,11 @@ def ours(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def theirs(directory, architecture: str = "LlamaForCausalLM", dtype=torch.float32):
-    return getattr(transformers, architecture).from_pretrained(directory, dtype=dtype).eval()
+    """What it does not find in the file it would start anew, say a bias at 0, without an error."""
+    load_theirs = getattr(transformers, architecture).from_pretrained
+    model, info = load_theirs(directory, dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"], info
+    return model.eval()
 
 
 @torch.no_grad()

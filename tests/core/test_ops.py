@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ops.pack
 from checkpoint import load
 from formats.chat import Chat
-from model import Linear, RMSNorm, apply_rope, swiglu
+from model import Linear, RMSNorm, apply_rope, rms_norm, swiglu
 from ops import cpu
 from ops.attention import Cache, Decode, Packed, Prefill
 from ops.logps import TokenLogps, token_logps
@@ -129,6 +129,26 @@ def test_rms_norm(N, C, dtype):
 
     x = 100 * random(N, C, dtype=dtype)
     assert_close(compiled_and_plain(norm, x, random(C, dtype=dtype, seed=1)), TOLERANCE[dtype])
+
+
+@COMPILED
+@BOTH
+@pytest.mark.parametrize(("N", "H", "D"), [(1, 1, 32), (5, 3, 64), (40, 12, 128)])
+def test_rms_norm_of_every_head_also_inside_wider_rows(N, H, D, dtype):
+    """Against PyTorch's own norm too: both versions could mix heads up alike."""
+    wide = 10 * random(N, 3 * H * D, dtype=dtype)
+    weight = random(D, dtype=dtype, seed=1)
+
+    def heads(wide):
+        return wide[:, H * D : 2 * H * D].unflatten(-1, (H, D))
+
+    def norm(wide, weight):
+        return rms_norm(heads(wide), weight, 1e-5)
+
+    results = compiled_and_plain(norm, wide, weight)
+    assert_close(results, TOLERANCE[dtype])
+    expected = torch.nn.functional.rms_norm(heads(wide).float(), (D,), weight.float(), 1e-5)
+    assert_close(([results[0][0]], [expected]), TOLERANCE[dtype])
 
 
 @COMPILED
@@ -602,9 +622,11 @@ def packs(dtype: torch.dtype) -> bool:
 
 @COMPILED
 @BOTH
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_packed_model_computes_the_same_in_the_same_memory(tmp_path, tied, dtype):
-    directory = tiny_checkpoint(tmp_path, head_dim=32, tie_word_embeddings=tied)
+def test_packed_model_computes_the_same_in_the_same_memory(tmp_path, tied, family, dtype):
+    changes = {"architectures": [f"{family}ForCausalLM"], "head_dim": 32}
+    directory = tiny_checkpoint(tmp_path, **changes, tie_word_embeddings=tied)
     ids = tokens(21, seed=1)
     context = Packed([20, 1])
 
@@ -626,9 +648,11 @@ def test_packed_model_computes_the_same_in_the_same_memory(tmp_path, tied, dtype
 
 @COMPILED
 @BOTH
-def test_packed_model_decodes_what_the_plain_one_does(tmp_path, dtype):
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_packed_model_decodes_what_the_plain_one_does(tmp_path, family, dtype):
     """A prefill and a step of several rows, with fused projections and C, against neither."""
-    directory = tiny_checkpoint(tmp_path, head_dim=32, std=0.1)
+    changes = {"architectures": [f"{family}ForCausalLM"], "head_dim": 32}
+    directory = tiny_checkpoint(tmp_path, **changes, std=0.1)
     rows = [
         [5, 6, 7],
         [8],

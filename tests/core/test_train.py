@@ -30,6 +30,7 @@ import model as model_file
 import train
 from checkpoint import load_config
 from formats.chat import Chat
+from ops.meters import forward_flop
 from plumbing.files import InputError
 from plumbing.options import RunOptions
 from plumbing.stage import counts_of
@@ -37,7 +38,6 @@ from train import (
     Example,
     TrainOptions,
     finetune,
-    forward_flop,
     lr_schedule,
     make_batches,
     make_sequence,
