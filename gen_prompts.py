@@ -280,15 +280,9 @@ def sample_prompts(
         problem = f"none of {len(lists)} outputs is a usable prompt ({dict(dropped)})"
         raise InputError(f"{out}: {problem}; see {raw}")
     on_rank0(write_jsonl, out, kept)
+    read = {"paragraphs": len(read_paragraphs(corpus)), "lists": len(lists)}
     sampled = {name: counts[name] for name in ("tokens", "fresh")}
-    return stage.finish(
-        paragraphs=len(read_paragraphs(corpus)),
-        lists=len(lists),
-        **dropped,
-        prompts=len(kept),
-        **keyword_use(kept),
-        **sampled,
-    )
+    return stage.finish(**read, **dropped, prompts=len(kept), **keyword_use(kept), **sampled)
 
 
 def take_prompts(seen: dict[str, list[Path]], out: Path, o: PromptOptions, t: int = 1) -> Path:
