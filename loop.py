@@ -5,11 +5,13 @@ What differs from the paper
    (the paper: SimPO), the scorer of pairs is likelihood with a gap above 0, the improver trains on
    all seeds, and generated prompts are filtered. recipes/llama3-8b.toml and mistral-7b.toml say of
    each value whose it is. Each stage's file lists its own differences.
-2. Without --config the demo's recipe applies, which suits a tiny model and differs further.
+2. Without --config and --model the demo's recipe applies, which suits a tiny model and differs
+   further.
 3. What the paper left untested is an option: --rejected, --start, --data, --one-shot,
    --generator.keywords, --generator.noise, --pairs.scorer, --policy.loss.
 
-seeds.jsonl, corpus.txt, a checkpoint -> runs/NAME/iterT/policy: a checkpoint, and all beside it
+seeds.jsonl, a checkpoint, corpus.txt -> runs/NAME/iterT/policy: a checkpoint, and all beside it
+(without a corpus keywords come from the seeds)
 
     python loop.py                                             the demo, offline
     torchrun --nproc-per-node 8 loop.py --config recipes/llama3-8b.toml --model DIR \
@@ -17,6 +19,7 @@ seeds.jsonl, corpus.txt, a checkpoint -> runs/NAME/iterT/policy: a checkpoint, a
 """
 
 import shutil
+import sys
 import time
 import typing
 from collections.abc import Callable
@@ -29,7 +32,7 @@ from eval import benchmark
 from eval.in_run import evaluate, evaluate_improver
 from eval.report import report
 from formats.chat import Chat
-from formats.records import read_jsonl
+from formats.records import last_message, read_jsonl
 from gen_prompts import (
     GeneratorOptions,
     PromptOptions,
@@ -52,6 +55,7 @@ from plumbing.options import (
     cli,
     load_function,
     option_differences,
+    peek,
 )
 from plumbing.ranks import on_rank0, print0
 from plumbing.stage import Refusal, discard
@@ -63,12 +67,12 @@ from train import TrainOptions
 @dataclass(frozen=True, kw_only=True)
 class Options:
     run: RunOptions = RunOptions()
-    out: Path = Path("runs/demo")  # run directory; rerun the same command to resume
+    out: Path = Path("runs/synpo")  # run directory; rerun the same command to resume
     prepare: str = ""  # FILE.py:FUNCTION that makes model, seeds, corpus and held-out data first
     model: Checkpoint | None = None  # M_0: checkpoint directory or Hub id of a chat model
     seeds: Path | None = None  # JSONL of {"prompt", "response"}
     seeds_limit: int = 0  # use only the first N; 0: all
-    corpus: Path | None = None  # text file for keywords, blank lines between paragraphs
+    corpus: Path | None = None  # text for keywords, see docs/data.md; default: the seeds' texts
     heldout: Path | None = None  # JSONL of {"prompt", "response"} to evaluate on
     heldout_limit: int = 0  # use only the first N; 0: all
     evaluate: str = ""  # FILE.py:FUNCTION that scores responses to --heldout
@@ -151,7 +155,7 @@ class Run:
 
     @property
     def corpus(self) -> Path:
-        return self.o.corpus
+        return self.o.corpus or self.home / "corpus.jsonl"
 
     @property
     def needs_generator(self) -> bool:
@@ -257,8 +261,7 @@ def check(run: Run, needs_corpus: bool) -> str:
     """
     o, out = run.o, run.out
     needs_corpus = needs_corpus and run.needs_generator
-    needed = ("model", "seeds", "corpus") if needs_corpus else ("model", "seeds")
-    for name in needed:
+    for name in ("model", "seeds"):
         if not getattr(o, name):
             raise InputError(
                 f"--{name} is needed (see --help; without options loop.py runs the demo)"
@@ -276,8 +279,11 @@ def check(run: Run, needs_corpus: bool) -> str:
 
     # what the stages would find out later
     if needs_corpus:
-        training_rows(read_jsonl(run.seeds), o.generator)
-        keyword_lists(o.corpus, o.generator.keywords, o.prompts.lists, o.run.seed, 1)
+        seeds = read_jsonl(run.seeds)
+        training_rows(seeds, o.generator)
+        if not o.corpus:
+            write_corpus(run.corpus, seeds)
+        keyword_lists(run.corpus, o.generator.keywords, o.prompts.lists, o.run.seed, 1)
     if not run.needs_generator:
         source_records(o.prompts, 1)
     revision = o.improver.revision
@@ -321,6 +327,11 @@ def copy_records(path: Path, limit: int, copy: Path, o: Options) -> None:
     write_jsonl(copy, rows)
 
 
+def write_corpus(path: Path, seeds: list[dict]) -> None:
+    """The seeds' texts, for keywords where the user has no corpus."""
+    write_jsonl(path, [{"text": f"{last_message(seed)}\n{seed['response']}"} for seed in seeds])
+
+
 def check_disk(run: Run) -> None:
     """Raise InputError unless there is room for the checkpoints that will be written."""
     o = run.o
@@ -361,4 +372,4 @@ def main(o: Options) -> dict:
 
 
 if __name__ == "__main__":
-    cli(main, default_config="recipes/demo.toml")
+    cli(main, default_config="" if peek(sys.argv, "model", "") else "recipes/demo.toml")

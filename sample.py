@@ -14,11 +14,13 @@ there are.
 prompts.jsonl {prompt | messages} -> out.jsonl {id, prompt, response, finish_reason, tokens}
 (a prompt may bring its own id and max_new_tokens)
 
+    python sample.py --model DIR --prompt "Why is the sky blue?" --against OTHER_DIR
     python sample.py --model DIR --prompts prompts.jsonl --out answers.jsonl
     torchrun --nproc-per-node 8 sample.py --model DIR --prompts prompts.jsonl --out answers.jsonl
 """
 
 import gc
+import sys
 from collections import deque
 from copy import copy
 from dataclasses import dataclass, field
@@ -37,8 +39,8 @@ from ops.attention import Cache, Decode, Prefill
 from ops.cuda_graph import Graph
 from ops.pack import pack
 from plumbing.files import InputError, JsonlPath, digest, write_jsonl
-from plumbing.options import Count, RunOptions, cli
-from plumbing.ranks import DEVICE, RANK, gather, on_rank0, work_queue
+from plumbing.options import Count, RunOptions, cli, peek
+from plumbing.ranks import DEVICE, RANK, gather, on_rank0, print0, work_queue
 from plumbing.stage import Stage
 
 
@@ -395,5 +397,28 @@ def make_answer(row: dict, request: Request, chat: Chat) -> dict:
     }
 
 
+# ------------------------------------------------------------------------------------- one prompt
+
+
+def ask(
+    model: Checkpoint,  # a chat model
+    prompt: str,  # a text
+    o: SampleOptions,
+    against: Checkpoint | None = None,  # another one, whose response is printed below
+) -> dict:
+    """Print the response to one prompt; writes no file."""
+    answers = {}
+    for directory in filter(None, (model, against)):
+        chat = Chat(directory, o.run)
+        row = {"id": digest(prompt), "prompt": prompt}
+        request = make_request(row, chat, o)
+        request.seed = seed_of(o.run.seed, "", row["id"], 0)
+        Engine(pack(load(directory, o.run.torch_dtype, DEVICE)), chat, o).run([request])
+        answer = make_answer(row, request, chat)
+        print0(f"\n{directory} ({answer['finish_reason']}):\n{answer['response']}\n")
+        answers[str(directory)] = answer
+    return answers
+
+
 if __name__ == "__main__":
-    cli(sample)
+    cli(ask if peek(sys.argv, "prompt", "") else sample)

@@ -263,8 +263,8 @@ FAULTS = [
     Fault(
         "positions-overrun",
         "sample.py",
-        old="min(limit, positions - len(ids))",
-        new="min(limit, positions)",
+        old="min(limit, chat.max_positions - len(ids))",
+        new="min(limit, chat.max_positions)",
         tests=("core/test_sample.py::test_limit_shrinks_to_the_positions_that_are_left",),
     ),
     # train.py: what is scored, steps, resuming
@@ -538,8 +538,8 @@ FAULTS = [
     Fault(
         "scores-of-any-dtype",
         "scorers/load.py",
-        old="key = [spec, fingerprint(directory), run.dtype, template]",
-        new="key = [spec, fingerprint(directory), template]",
+        old="key = [spec, fingerprint(directory), run.dtype, *asked]",
+        new="key = [spec, fingerprint(directory), *asked]",
         tests=("core/test_scorers.py::test_cached_scores_are_of_one_dtype",),
     ),
     Fault(
@@ -635,7 +635,7 @@ FAULTS = [
     ),
     Fault(
         "prefix-off-by-one",
-        "gen_prompts.py",
+        "plumbing/novelty.py",
         old="shingles[: n - (shared - 1)]",
         new="shingles[: n - shared]",
         tests=("core/test_gen_prompts.py::test_prefix_filtering_equals_brute_force",),
@@ -812,7 +812,7 @@ FAULTS = [
     Fault(
         "prefix-forgotten",
         "sample.py",
-        old="before = chat.encode(prefix)",
+        old="before = chat.text_ids(prefix)",
         new="before = []",
         tests=("core/test_sample.py::test_a_continuation_keeps_the_space_before_it",),
     ),
@@ -927,6 +927,78 @@ FAULTS = [
         old="digest(messages_of(row) if asks else row)\n",
         new="digest(messages_of(row) if asks else row, number)\n",
         tests=("core/test_records.py::test_ids_follow_from_the_prompt_not_from_the_place",),
+    ),
+    # formats/
+    Fault(
+        "answer-in-the-prompt",
+        "formats/layouts.py",
+        old="    *turns, last = turns\n",
+        new="    last = turns[-1]\n",
+        tests=("core/test_layouts.py::test_the_answer_is_the_response_and_never_in_the_prompt",),
+    ),
+    Fault(
+        "conversations-may-differ",
+        "formats/layouts.py",
+        old="if any(turns != found[0] for turns in found):",
+        new="if not found[0]:",
+        tests=(
+            "core/test_layouts.py::test_a_record_that_contradicts_itself_is_refused_with_its_line",
+        ),
+    ),
+    Fault(
+        "blank-lines-not-counted",
+        "formats/records.py",
+        old="line += text.count(",
+        new="line = text.count(",
+        tests=("core/test_layouts.py::test_errors_name_the_line_of_the_file",),
+    ),
+    Fault(
+        "response-alone",
+        "formats/chat.py",
+        old="        if self.opening:\n",
+        new="        if self.opening is None:\n",
+        tests=(
+            "core/test_chat_template.py"
+            "::test_a_response_has_the_tokens_that_it_has_in_a_conversation",
+        ),
+    ),
+    Fault(
+        "two-ends",
+        "formats/chat.py",
+        old="if self.end_text and text",
+        new="if not self.end_text and text",
+        tests=("core/test_chat_template.py::test_a_response_has_one_end_token_and_no_text_of_it",),
+    ),
+    Fault(
+        "scorers-take-the-template",
+        "formats/chat.py",
+        old='not (own_template and "default" in own)',
+        new="True",
+        tests=(
+            "core/test_chat_template.py"
+            "::test_a_template_file_replaces_the_models_own_but_not_a_scorers",
+        ),
+    ),
+    Fault(
+        "joined-by-id-alone",
+        "pairs.py",
+        old="if conversation_text(good) != conversation_text(bad):",
+        new="if False:",
+        tests=("core/test_pairs.py::test_answers_to_other_prompts_are_not_joined",),
+    ),
+    Fault(
+        "useless-pair-trained",
+        "dpo.py",
+        old='if sequences[0] == sequences[1] and row["chosen"] != row["rejected"]:',
+        new="if False:",
+        tests=("core/test_dpo.py::test_pairs_that_the_cut_made_equal_are_left_out",),
+    ),
+    Fault(
+        "long-draft-is-an-error",
+        "improve.py",
+        old="if len(chat.prompt_ids(request)) < chat.max_positions:",
+        new="if True:",
+        tests=("core/test_improve.py::test_drafts_that_do_not_fit_are_left_out",),
     ),
     # eval/ and bench/
     Fault(

@@ -340,6 +340,20 @@ def test_pairs_that_do_not_fit_are_counted(tiny, tmp_path):
         train(tiny, tmp_path / "none", pairs=long, max_length=90)
 
 
+def test_pairs_that_the_cut_made_equal_are_left_out(tiny, tmp_path, capsys):
+    cut = {"id": "cut", "prompt": "x", "chosen": "a" * 199 + "b", "rejected": "a" * 199 + "c"}
+    same = {"id": "same", "prompt": "x", "chosen": "a", "rejected": "a"}
+    train(tiny, tmp_path / "out", pairs=[*PAIRS, cut, same], max_length=90)
+    counts = counts_of(tmp_path / "out")
+    assert (counts["pairs"], counts["too_long"], counts["examples"]) == (8, 1, 7)
+    assert counts["truncated"] == 0
+    longer = {"id": "longer", "prompt": "x", "chosen": "a" * 199, "rejected": "b"}
+    train(tiny, tmp_path / "longer", pairs=[*PAIRS, longer], max_length=90)
+    counts = counts_of(tmp_path / "longer")
+    assert (counts["too_long"], counts["truncated"]) == (0, 1)
+    assert "--max-length" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_two_processes_equal_one(tiny, tmp_path):

@@ -4,10 +4,12 @@ import pytest
 from conftest import read_rows, write_rows
 
 import improve
+from formats.chat import Chat
 from improve import (
     TEMPLATE,
     ImproverOptions,
     RewriteOptions,
+    fitting,
     gold_and_draft,
     main,
     rewrite,
@@ -235,6 +237,15 @@ def most_words(monkeypatch):
     monkeypatch.setattr(improve, "load_scorer", load)
     monkeypatch.setattr(improve, "scorer_files", lambda spec: [])
     return bases
+
+
+def test_drafts_that_do_not_fit_are_left_out(tiny, capsys):
+    chat = Chat(tiny)
+    short, long = {"id": "a", "response": "b"}, {"id": "c", "response": "d"}
+    prompts = ["x", "x" * 600]  # of 512 positions
+    assert fitting([short, long], prompts, chat) == ([short], [{"id": "a", "prompt": "x"}])
+    with pytest.raises(InputError, match="record c: no draft fits the 512 positions"):
+        fitting([long], prompts[1:], chat)
 
 
 def test_one_rewrite_is_taken_as_it_is(rewritten):

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import micro
 import pytest
-from conftest import ROOT, last_json, read_rows, refusal, run, run_process, write_rows
+from conftest import (
+    ROOT,
+    last_json,
+    read_rows,
+    refusal,
+    run,
+    run_process,
+    tiny_checkpoint,
+    write_rows,
+)
 from cycle import (
     cached_and_computed,
     call,
@@ -752,6 +761,50 @@ def test_own_prompts_feedback_and_further_pairs(world, tmp_path):
     pairs = read_rows(one / "pairs.jsonl")
     assert pairs and all(row["prompt"] == prompts[row["kind"]]["prompt"] for row in pairs)
     assert counts(one / "policy")["pairs"] == len(pairs) + 4
+
+
+ALPACA = {"instruction": "Show how a red fox can jump.", "input": "", "output": "It can jump."}
+
+
+@pytest.mark.slow
+def test_three_flags_reach_a_first_iteration(tmp_path):
+    """A random Qwen3, seeds in Alpaca's layout, a config; keywords come from the seeds."""
+    model = tiny_checkpoint(
+        tmp_path / "qwen3", architectures=["Qwen3ForCausalLM"], head_dim=16, hidden_size=16
+    )
+    rows = []
+    for i, (adjective, noun) in enumerate(zip(micro.ADJECTIVES, micro.NOUNS, strict=True)):
+        text = f"Show how a {adjective} {noun} can {micro.VERBS[i % 8]}."
+        rows.append({**ALPACA, "instruction": text})
+    (tmp_path / "seeds.json").write_text(json.dumps(rows, indent=2))
+    config = {**micro.OPTIONS, "iters": 1, "evaluate": ""}
+    # a random model writes no question
+    config["prompts"] = {"source": str(write_rows(tmp_path / "x.jsonl", [{"prompt": "A b c d?"}]))}
+    config["pairs"] = {"scorer": "none", "keep_cut_off": True, "max_repetition": 1.0}
+    config["rewrites"] = config["answers"] = {"max_new_tokens": 4}
+    write_json(tmp_path / "config.json", config)
+    three = ["--model", model, "--seeds", tmp_path / "seeds.json"]
+    three += ["--config", tmp_path / "config.json"]
+    code, text, errors = run(["loop.py", *three, "--out", tmp_path / "out"])
+    assert code == 0, errors
+    assert (tmp_path / "out" / "iter1" / "policy" / "model.safetensors").is_file()
+    assert "iteration 1 of 1" in text
+
+
+@pytest.mark.slow
+def test_without_a_corpus_keywords_come_from_the_seeds(world, tmp_path):
+    out = tmp_path / "run"
+    go(world, out, "--iters", "1", "--corpus=")
+    words = set(re.findall(r"\w+", (out / "seeds.jsonl").read_text()))
+    prompts = read_rows(out / "iter1" / "prompts.jsonl")
+    assert prompts and all(set(row["keywords"]) <= words for row in prompts)
+    _, text, _ = call(world, out, "--iters", "1", "--corpus=")
+    assert re.search(r"iter1/prompts.jsonl +up to date", text)
+
+
+def test_a_model_of_ones_own_turns_the_demos_recipe_off(tiny):
+    code, _, errors = run(["loop.py", "--model", tiny])
+    assert one_line(code, errors).startswith("--seeds is needed")
 
 
 @pytest.mark.slow

@@ -27,13 +27,14 @@ Tree = dict[str, str]
 # Ceilings, in Python tokens. Raise one only for a feature that needs it, and say so in the commit.
 CORE_TOKENS = 20_000  # top-level files without losses.py; never above 20,000
 PLUMBING_TOKENS = 7_000  # never above 7,000
+FORMATS_TOKENS = 4_000  # users' files; half of it is what was in plumbing/ before
 # All Python outside tests/ at commit 7187c6c, before the code was reflowed:
 #     git archive 7187c6c | tar -x -C DIR && python tests/core/test_repository.py DIR
 # counted 79,921; the same features in plain statements 79,896. Since then: the sorting world, its
 # controls, curves and diagnostics, the scorer settled, hooks for prompts, feedback and pairs, and
 # five rivals in methods/ with their comparison, PairRM, Qwen2 and Qwen3, more checks of
 # checkpoints, and users' layouts of records and templates (formats/).
-ALL_TOKENS = 114_000
+ALL_TOKENS = 113_600
 TOKENS_A_LINE = 11
 COLUMNS = 100
 FUNCTION_LINES = 50
@@ -179,12 +180,13 @@ def count(source: str) -> int:
 
 def counts(tree: Tree) -> dict[str, int]:
     """Tokens of the files with a ceiling: core, plumbing, and all outside tests."""
-    result = {"core": 0, "plumbing": 0, "all": 0}
+    result = {"core": 0, "plumbing": 0, "formats": 0, "all": 0}
     for path, source in python(tree, tests=False).items():
         number = count(source)
         result["all"] += number
-        if path.startswith("plumbing/"):
-            result["plumbing"] += number
+        folder = path.partition("/")[0]
+        if folder in ("plumbing", "formats"):
+            result[folder] += number
         elif "/" not in path and path != "losses.py":
             result["core"] += number
     return result
@@ -201,13 +203,14 @@ def test_tokens_are_counted_alike_on_every_python_version():
     assert count('rf"{x}" "f"') == 1 + 3 + 1
     tree = {"a.py": "x\n", "losses.py": "x\n", "plumbing/b.py": "x = 1\n", "eval/c.py": "x\n"}
     tree |= {"tests/test_a.py": "x\n", "README.md": "x\n"}
-    assert counts(tree) == {"core": 1, "plumbing": 3, "all": 6}
+    assert counts(tree) == {"core": 1, "plumbing": 3, "formats": 0, "all": 6}
 
 
 def test_the_reading_path_stays_small(tree):
     found = counts(tree)
     assert found["core"] <= CORE_TOKENS <= 20_000, found
     assert found["plumbing"] <= PLUMBING_TOKENS <= 7_000, found
+    assert found["formats"] <= FORMATS_TOKENS, found
     assert found["all"] <= ALL_TOKENS, found
 
 

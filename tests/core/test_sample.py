@@ -31,7 +31,7 @@ from ops import attention, cpu, cuda_graph
 from ops.attention import Cache, Packed
 from plumbing import options as options_module
 from plumbing import stage
-from plumbing.files import InputError
+from plumbing.files import InputError, digest
 from plumbing.options import RunOptions, cli, parse_options
 from plumbing.stage import LOCKS
 from sample import (
@@ -722,6 +722,21 @@ def test_stop_text_ends_the_response(tiny, monkeypatch, text, stop, kept):
     Engine(load(tiny, torch.float32), chat, SampleOptions(stop=stop)).run([request])
     assert chat.text(request.output) == kept
     assert request.finish_reason == "stop"
+
+
+@pytest.mark.slow
+def test_one_prompt_is_answered_on_the_command_line_as_from_a_file(tiny, tmp_path):
+    how = ["sample.py", "--model", tiny, "--dtype", "float32", "--max-new-tokens", "5"]
+    code, out, errors = run([*how, "--prompt", "Hi", "--against", tiny])
+    assert code == 0, errors
+    path = write_rows(tmp_path / "in.jsonl", [{"id": digest("Hi"), "prompt": "Hi"}])
+    o = SampleOptions(run=FP32, max_new_tokens=5)
+    [row] = read_rows(sample(tiny, path, tmp_path / "out.jsonl", o))
+    assert out.count(f"{tiny} ({row['finish_reason']}):\n{row['response']}\n") == 2
+    assert last_json(out)[str(tiny)] == {name: row[name] for name in last_json(out)[str(tiny)]}
+    code, _, errors = run([*how, "--prompt", "x" * 600])
+    assert code == 2
+    assert "512 positions" in errors
 
 
 def test_texts_with_line_separators_of_unicode_are_merged(tiny, tmp_path):

@@ -166,11 +166,13 @@ def test_max_length_cuts_the_end_and_leaves_out_long_prompts(tiny, tmp_path):
     assert cut(max_length=len(ids)) == (ids, start)
     assert cut(max_length=start + 2) == (ids[: start + 2], start)
     assert cut(max_length=start) is None
+    chat.max_positions = start + 2  # a model with fewer positions than --max-length
+    assert cut() == (ids[: start + 2], start)
 
     # the stage counts what does not fit, and says so if nothing does
     long = {"id": "long", "prompt": "x" * 100, "response": "y"}
     counts = tune(tiny, tmp_path / "out", [*ROWS, long], max_length=80, epochs=1)
-    assert (counts["records"], counts["too_long"]) == (8, 1)
+    assert (counts["records"], counts["too_long"], counts["truncated"]) == (8, 1, 0)
     assert (counts["examples"], counts["steps"]) == (7, 3)
     with pytest.raises(InputError, match=r"none: .*--max-length 80; raise it"):
         tune(tiny, tmp_path / "none", [long], max_length=80)
