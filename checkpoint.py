@@ -34,10 +34,10 @@ class Family(NamedTuple):
     use_sliding_window: tuple = (False,)  # what a config.json may say; the first is the default
 
 
-MISTRAL = {"max_position_embeddings": 131072, "sliding_window": 4096, "max_window_layers": 0}
-QWEN = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+MISTRAL = {"sliding_window": 4096, "max_window_layers": 0}
+QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
-    "Llama": Family({"max_position_embeddings": 2048}),
+    "Llama": Family({}),
     "Mistral": Family(MISTRAL, use_sliding_window=(True,)),
     "Qwen2": Family(QWEN, qkv_bias=True, use_sliding_window=(False, True)),  # and Qwen2.5
     "Qwen3": Family({**QWEN, "head_dim": 128}, qk_norm=True, use_sliding_window=(False, True)),
@@ -142,7 +142,7 @@ def parse_config(raw: dict, path: str | Path = "config.json") -> Config:
         if name in raw and raw[name] not in allowed:
             expected = f"only {allowed[0]!r} is"
             raise InputError(f"{path}: {name} = {raw[name]!r} is not supported, {expected}")
-    require(raw, REQUIRED, path)
+    require(raw, (*REQUIRED, "max_position_embeddings"), path)
 
     # defaults of transformers, for what a config.json may leave out
     settings = {"use_sliding_window": family.use_sliding_window[0], **family.defaults, **raw}
@@ -156,7 +156,7 @@ def parse_config(raw: dict, path: str | Path = "config.json") -> Config:
         head_dim=settings.get("head_dim") or raw["hidden_size"] // heads,
         rms_norm_eps=norm_epsilon(raw, path),
         rope=rope_settings(raw, path),
-        max_positions=settings["max_position_embeddings"],
+        max_positions=raw["max_position_embeddings"],
         sliding_window=sliding_window(settings, path),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,

@@ -287,8 +287,8 @@ def train_policy(
     if same_model and "reference" in examples[0].extra:
         check = partial(check_start, out=out, cache=cache, o=o)
     counts = fit(model, examples, preference_loss(loss, o), stage, o, check)
-    left_out = len(rows) - len(examples)
-    return stage.finish(pairs=len(rows), too_long=left_out, truncated=truncated, **counts)
+    too_long = len(rows) - len(examples)
+    return stage.finish(pairs=len(rows), too_long=too_long, truncated=truncated, **counts)
 
 
 def make_examples(
@@ -308,8 +308,8 @@ def make_examples(
             examples.append(example)
     if not examples:
         raise InputError(f"{stage.out}: no pair fits --max-length {o.max_length}; raise it")
-    ends = [[ids[-1] for ids, _ in example.sequences] for example in examples]
-    return examples, sum(set(of_pair) != {chat.end} for of_pair in ends)
+    truncated = sum(any(ids[-1] != chat.end for ids, _ in e.sequences) for e in examples)
+    return examples, truncated
 
 
 def read_self_samples(path: Path, pairs: list[dict]) -> dict[str, dict]:

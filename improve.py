@@ -23,12 +23,12 @@ from pathlib import Path
 
 from checkpoint import Checkpoint
 from formats.chat import Chat
-from formats.records import read_jsonl, where_of
+from formats.records import read_jsonl
 from plumbing.files import InputError, digest, write_jsonl
 from plumbing.options import Count, RunOptions, cli
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
-from sample import SampleOptions, generate, repeat, sample
+from sample import SampleOptions, fitting, generate, repeat, sample
 from scorers.base import Revision, Scorer, quantiles, score_pairs
 from scorers.load import load_scorer, scorer_files
 from train import TrainOptions, sft
@@ -169,9 +169,10 @@ def rewrite(
     )
     if stage.done:
         return out
-    rows = read_jsonl(drafts)
-    every = len(rows)
-    rows, requests = fitting(rows, revision.prompts(rows), Chat(improver, o.run))
+    every = read_jsonl(drafts)
+    requests = requests_for(every, revision, Chat(improver, o.run), drafts)
+    asked = {request["id"] for request in requests}
+    rows = [row for row in every if row["id"] in asked]
     candidates = candidates_of(out)
     requests = repeat(requests, o.best_of)
     counts = generate(improver, requests, candidates, o, stage.scratch, f"rewrites {t}")
@@ -181,32 +182,23 @@ def rewrite(
     scorer = load_scorer(o.scorer, base, o.run, scores, single=True, revision=revision)
     best = pick(rows, read_jsonl(candidates), scorer, o)
     on_rank0(write_jsonl, out, best)
-    unchanged = sum(row["response"].split() == row["draft"].split() for row in best)
-    cut_off = sum(row["finish_reason"] == "length" for row in best)
     return stage.finish(
-        drafts=every,
-        too_long=every - len(rows),
+        drafts=len(every),
+        too_long=len(every) - len(rows),
         rewrites=len(best),
-        unchanged=unchanged,
-        cut_off=cut_off,
+        unchanged=sum(row["response"].split() == row["draft"].split() for row in best),
+        cut_off=sum(row["finish_reason"] == "length" for row in best),
         tokens=counts["tokens"],
         fresh=counts["fresh"],
     )
 
 
-def fitting(drafts: list[dict], prompts: list[str], chat: Chat) -> tuple[list[dict], list[dict]]:
-    """The drafts whose prompts leave room for a rewrite, and the requests for them."""
-    rows = []
+def requests_for(rows: list[dict], revision: Revision, chat: Chat, source: Path) -> list[dict]:
+    """What the improver is asked, but for drafts so long that they leave no room for a rewrite."""
     requests = []
-    for row, prompt in zip(drafts, prompts, strict=True):
-        request = {"id": row["id"], "prompt": prompt}
-        if len(chat.prompt_ids(request)) < chat.max_positions:
-            rows.append(row)
-            requests.append(request)
-    if not rows:
-        positions = f"the {chat.max_positions} positions of {chat.directory}"
-        raise InputError(f"{where_of(drafts[0])}: no draft fits {positions}; sample shorter ones")
-    return rows, requests
+    for row, prompt in zip(rows, revision.prompts(rows), strict=True):
+        requests.append({"id": row["id"], "prompt": prompt})
+    return fitting(requests, chat, chat.max_positions, source)
 
 
 def candidates_of(rewrites: Path) -> Path:

@@ -259,7 +259,7 @@ def check(run: Run, needs_corpus: bool) -> str:
     Checked are files, tokenizer, template, weights, options and disk space. Returns how options
     differ from config.json.
     """
-    o, out = run.o, run.out
+    o = run.o
     needs_corpus = needs_corpus and run.needs_generator
     for name in ("model", "seeds"):
         if not getattr(o, name):
@@ -299,7 +299,7 @@ def check(run: Run, needs_corpus: bool) -> str:
     check_disk(run)
 
     # options, for the report and for later calls
-    config = out / "config.json"
+    config = run.out / "config.json"
     if not config.is_file():
         keep_options(run)
     return option_differences(load_json(config), as_dict(o), config)

@@ -377,6 +377,17 @@ def make_request(row: dict, chat: Chat, o: SampleOptions) -> Request:
     return Request(ids, min(limit, chat.max_positions - len(ids)))
 
 
+def fitting(rows: list[dict], chat: Chat, longest: int, source: Path) -> list[dict]:
+    """The records whose prompts leave room for a token of a response. longest: tokens of both."""
+    usable = [row for row in rows if len(chat.prompt_ids(row)) < longest]
+    if not usable:
+        raise InputError(
+            f"{source}: no prompt leaves room for a response in {longest} tokens; shorten them, or "
+            "raise max-length"
+        )
+    return usable
+
+
 def make_answer(row: dict, request: Request, chat: Chat) -> dict:
     """The output record: the input's fields and the response. An end token is counted but is no
     text. A `prefix` of the input begins the response, which is then not stripped.

@@ -442,8 +442,8 @@ def sft(model: str | Path, rows: list[dict], stage: Stage, o: TrainOptions) -> d
     if not examples:
         raise InputError(f"{stage.out}: no example fits --max-length {o.max_length}; raise it")
     counts = fit(model, examples, sft_loss, stage, o)
-    left_out = {"too_long": len(rows) - len(examples), "truncated": truncated}
-    return {"records": len(rows), **left_out, **counts}
+    too_long = len(rows) - len(examples)
+    return {"records": len(rows), "too_long": too_long, "truncated": truncated, **counts}
 
 
 def finetune(

@@ -21,8 +21,9 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 SPECIAL_TOKENS = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
-QUESTION = [{"role": "user", "content": "?"}]
 DEFAULTS = RunOptions()
+# conversations to render, to see what a template writes around a response
+QUESTION = [{"role": "user", "content": "?"}]
 ANSWERED = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
 
 
@@ -44,19 +45,18 @@ class Chat:
         self.tokenizer = load_tokenizer(self.directory)
         config = self.settings("config.json")
         self.vocab_size = config.get("vocab_size", sys.maxsize)
-        self.max_positions = config.get("max_position_embeddings", 2048)
+        self.max_positions = config.get("max_position_embeddings", sys.maxsize)
         settings = self.settings("tokenizer_config.json")
         if "added_tokens_decoder" not in settings:  # as transformers does
             settings |= self.settings("special_tokens_map.json")
-        special = {}
+        self.special = {}
         for name in SPECIAL_TOKENS:
             if value := settings.get(name):
-                special[name] = value["content"] if isinstance(value, dict) else value
-        self.special = special
+                self.special[name] = value["content"] if isinstance(value, dict) else value
         own = own_templates(self.directory, settings.get("chat_template"))
         self.template = choose_template(self.directory, own, run.chat_template, own_template)
         self.write = self.compile(run)
-        self.find_end(special.get("eos_token"))
+        self.find_end(self.special.get("eos_token"))
         self.find_opening()
 
     def settings(self, name: str) -> dict:
@@ -120,6 +120,7 @@ class Chat:
                 self.opening, self.lead = prompt, before.removeprefix(prompt)
 
     def encode(self, text: str) -> list[int]:
+        """Token ids, of special tokens too; InputError for one that the model does not have."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if max(ids, default=0) >= self.vocab_size:
             beyond = {self.tokenizer.id_to_token(i) for i in ids if i >= self.vocab_size}
@@ -128,6 +129,7 @@ class Chat:
         return ids
 
     def render(self, messages: list[dict], open_response: bool, where: str = "") -> str:
+        """A conversation as text. InputError, with `where`, if the template refuses it."""
         try:
             return self.write(messages, open_response)
         except Exception as error:  # templates are users' code
@@ -164,6 +166,7 @@ class Chat:
         return self.tokenizer.decode([i for i in ids if i not in self.stop_token_ids])
 
     def raw_text(self, ids: list[int]) -> str:
+        """Text with all tokens, special ones too."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 

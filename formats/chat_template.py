@@ -1,6 +1,7 @@
 """Chat templates of Hugging Face checkpoints, rendered as transformers renders them."""
 
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
 
@@ -48,7 +49,7 @@ def compile_template(template: str, variables: dict, day: str = "") -> Callable[
 
 def today_of(template: str, day: str = "") -> str:
     """What a template takes for today; "" if it does not ask, or has a default of its own."""
-    has_default = "strftime_now is defined" in " ".join(template.split())
+    has_default = re.search(r"strftime_now\s+is\s+(not\s+)?(un)?defined", template)
     if "strftime_now" not in template or (has_default and not day):
         return ""
     return day or FIXED_DAY

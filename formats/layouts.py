@@ -37,7 +37,7 @@ def normalise(row: dict) -> dict:
         raise ValueError("its conversations differ before the response")
     prompt = row.pop("prompt", None)
     asked = [turn["content"].strip() for turn in found[0] if turn["role"] == "user"]
-    if prompt is not None and prompt.strip() not in asked:
+    if prompt is not None and str(prompt).strip() not in asked:
         raise ValueError("its prompt is not in its messages")
     return {**row, "messages": found[0]}
 

@@ -67,8 +67,9 @@ def values_of(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
     line = 1
     counted = 0  # characters whose line ends are in `line`
     place = text.index("[") + 1
+    between = re.compile(r"[\s,]*")
     while True:
-        place = re.compile(r"[\s,]*").match(text, place).end()
+        place = between.match(text, place).end()
         if text[place] == "]":
             return
         line += text.count("\n", counted, place)
@@ -79,13 +80,15 @@ def values_of(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
 
 def check_record(value, fields: tuple[str, ...], where: str) -> Record:
     """A JSON value as a record of the project's own layout; InputError if it cannot be one."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not an object, {{...}}; fix or delete the line")
     try:
-        row = Record(normalise(value) if isinstance(value, dict) else {})
+        row = Record(normalise(value))
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         problem = "half of a surrogate pair in a text, such as \\ud83d"
         raise InputError(f"{where}: {problem}; write the character or delete it") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{where}: {error}; fix or delete the line") from None
     row.where = where
     for field in fields:

@@ -103,15 +103,6 @@ def presented(rows: list[dict], first: int, last: int, seed: int) -> list[tuple[
     return found
 
 
-def fitting(rows: list[dict], chat: Chat, longest: int, source: Path) -> list[dict]:
-    """The records whose prompts leave room for a token of a response. longest: tokens of both."""
-    usable = [row for row in rows if len(chat.prompt_ids(row)) < longest]
-    if not usable:
-        problem = f"no prompt leaves room for a response in max-length {longest}"
-        raise InputError(f"{source}: {problem}; raise it")
-    return usable
-
-
 def in_batches(items: list, size: int) -> list[list]:
     """One batch after the other, in their order."""
     return [items[i : i + size] for i in range(0, len(items), size)]

@@ -30,7 +30,6 @@ from formats.records import read_jsonl
 from methods.online import (
     Round,
     export_policy,
-    fitting,
     forget,
     in_batches,
     make_rounds,
@@ -41,7 +40,7 @@ from plumbing.files import InputError, write_jsonl
 from plumbing.options import Count
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
-from sample import SampleOptions, sample
+from sample import SampleOptions, fitting, sample
 from scorers.load import load_scorer
 from train import Example, TrainOptions, make_sequence
 
@@ -113,7 +112,8 @@ def prompts_of_steps(
     if stage.done:
         return out
     rows = read_jsonl(x, "prompt")
-    usable = fitting(rows, Chat(model, o.run), o.max_length, x)
+    chat = Chat(model, o.run)
+    usable = fitting(rows, chat, chat.longest(o.max_length), x)
     first, last = (step * o.batch // o.samples for step in steps)
     asked = []
     for place, row in presented(usable, first, last, o.run.seed):

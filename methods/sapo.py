@@ -62,7 +62,6 @@ from methods.checks import refuse
 from methods.online import (
     Round,
     export_policy,
-    fitting,
     forget,
     in_batches,
     make_rounds,
@@ -74,7 +73,7 @@ from plumbing.files import InputError, rng, write_jsonl
 from plumbing.options import Count, RunOptions, cli, plugin_files
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
-from sample import SampleOptions, sample
+from sample import SampleOptions, fitting, sample
 
 # what a record of segments.jsonl has and a pair has not
 REQUEST = {

@@ -119,10 +119,13 @@ def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int =
 
 
 class LocalModel:
-    """A checkpoint directory to score with. load(directory, dtype, device) runs at first use."""
+    """A checkpoint directory to score with. load(directory, dtype, device) runs at first use.
 
-    def __init__(self, directory: str | Path, run: RunOptions, load=load):
-        self.chat = Chat(directory, run, own_template=True)
+    own_template: a reward model or a judge is asked in its own template, whatever --chat-template.
+    """
+
+    def __init__(self, directory: str | Path, run: RunOptions, load=load, own_template=True):
+        self.chat = Chat(directory, run, own_template)
         self.dtype = run.torch_dtype
         self.load = load
 

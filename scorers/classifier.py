@@ -132,7 +132,7 @@ def train_reward(
 
     # both conversations of every pair; one that is too long has no last token to score: left out
     chat = Chat(model, o.run)
-    longest = min(o.max_length, load_config(model).max_positions)
+    longest = chat.longest(o.max_length)
     rows = read_jsonl(pairs, "prompt", "chosen", "rejected")
     examples = []
     for row in rows:

@@ -31,7 +31,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import load_config
 from formats.chat import Chat
 from formats.records import read_jsonl
 from plumbing.files import InputError, digest, read_text, write_jsonl
@@ -203,7 +202,6 @@ class Judge:
         self.place = base_url(o)
         if self.local:
             self.chat = Chat(o.judge, o.run, own_template=True)
-            self.max_positions = load_config(o.judge).max_positions
             self.name = on_rank0(fingerprint, o.judge)
             self.place = [o.run.dtype, self.chat.template]
         self.malformed = on_rank0(self.open)
@@ -282,7 +280,7 @@ class Judge:
     def sample(self, bodies: dict[str, dict]) -> None:
         """Replies of a local model into the cache; prompts that fill the context get none."""
         rows = [{"id": key, "messages": body["messages"]} for key, body in bodies.items()]
-        fitting = [row for row in rows if len(self.chat.prompt_ids(row)) < self.max_positions]
+        fitting = [row for row in rows if len(self.chat.prompt_ids(row)) < self.chat.max_positions]
         replies = {key: {"finish": "too_long"} for key in bodies}
 
         # the folder is named by the requests: chunks of an interrupted call serve no others

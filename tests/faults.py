@@ -524,8 +524,8 @@ FAULTS = [
     Fault(
         "likelihood-sum",
         "scorers/likelihood.py",
-        old="logps.mean().item()",
-        new="logps.sum().item()",
+        old="next(found).mean().item()",
+        new="next(found).sum().item()",
         tests=("core/test_scorers.py::test_likelihood_is_the_mean_logp_of_response_and_end",),
     ),
     Fault(
@@ -996,9 +996,23 @@ FAULTS = [
     Fault(
         "long-draft-is-an-error",
         "improve.py",
-        old="if len(chat.prompt_ids(request)) < chat.max_positions:",
-        new="if True:",
+        old="return fitting(requests, chat, chat.max_positions, source)",
+        new="return requests",
         tests=("core/test_improve.py::test_drafts_that_do_not_fit_are_left_out",),
+    ),
+    Fault(
+        "likelihood-in-another-template",
+        "scorers/likelihood.py",
+        old="LocalModel(directory, run, own_template=False)",
+        new="LocalModel(directory, run)",
+        tests=("core/test_scorers.py::test_likelihood_reads_the_template_of_the_policy",),
+    ),
+    Fault(
+        "long-question-is-settled",
+        "scorers/likelihood.py",
+        old="0.0 if value is None",
+        new="1.0 if value is None",
+        tests=("core/test_scorers.py::test_what_does_not_fit_is_not_settled",),
     ),
     # eval/ and bench/
     Fault(

@@ -11,7 +11,8 @@ from test_chat import LLAMA3, PLAIN, TALK, chat_directory
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.utils import chat_template_utils
 
-from formats.chat import Chat
+from formats.chat import Chat, say
+from formats.chat_template import FIXED_DAY, today_of
 from formats.records import read_jsonl
 from plumbing.options import RunOptions
 from sample import SampleOptions, make_request
@@ -114,6 +115,7 @@ def test_a_template_gets_its_arguments(tmp_path):
 
 
 def test_today_is_a_fixed_day_unless_one_is_given(tmp_path, capsys):
+    say.cache_clear()  # it prints a line once in a process
     asks = Chat(chat_directory(tmp_path / "asks", FEATURES["a date"]))
     assert asks.render(QUESTION, True).startswith("2024-07-26")
     assert "2024-07-26" in capsys.readouterr().out
@@ -124,6 +126,15 @@ def test_today_is_a_fixed_day_unless_one_is_given(tmp_path, capsys):
     assert other.render(QUESTION, True).startswith("Today: 09 Mar 2025")
     message = refusal(Chat, tmp_path / "asks", given(chat_template_date="soon"))
     assert message.startswith("--chat-template-date soon: ")
+
+
+@pytest.mark.parametrize("asked", ["is defined", "is  not\ndefined", "is undefined"])
+def test_a_template_with_a_default_day_is_left_to_it(asked):
+    template = "{% if strftime_now " + asked + " %}{{ strftime_now('%d') }}{% endif %}"
+    assert today_of(template) == ""
+    assert today_of(template, "2025-03-09") == "2025-03-09"
+    assert today_of("{{ strftime_now('%d') }}") == FIXED_DAY
+    assert today_of("{{ messages }}", "2025-03-09") == ""
 
 
 # ------------------------------------------------------------------------------ where they lie

@@ -191,12 +191,17 @@ def test_what_is_not_computed_is_refused_by_name(changes, named):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_left_out_have_the_defaults_of_transformers(name):
-    raw = llama_config(architectures=[f"{name}ForCausalLM"], max_position_embeddings=None)
+    raw = llama_config(architectures=[f"{name}ForCausalLM"])
     config = transformers.AutoConfig.for_model(**raw)
     ours = parse_config(raw)
-    assert ours.max_positions == config.max_position_embeddings
     assert ours.head_dim == getattr(config, "head_dim", None) or 16
     assert ours.sliding_window == getattr(config, "sliding_window", None)
+
+
+def test_a_config_must_say_how_many_positions_there_are():
+    """Chat reads the same setting: a default in either place could differ from the other's."""
+    said = refusal(parse_config, llama_config(max_position_embeddings=None), "DIR/config.json")
+    assert said.startswith("DIR/config.json: max_position_embeddings is missing")
 
 
 # ------------------------------------------------------------------------------------- training

@@ -4,12 +4,10 @@ import pytest
 from conftest import read_rows, write_rows
 
 import improve
-from formats.chat import Chat
 from improve import (
     TEMPLATE,
     ImproverOptions,
     RewriteOptions,
-    fitting,
     gold_and_draft,
     main,
     rewrite,
@@ -239,13 +237,17 @@ def most_words(monkeypatch):
     return bases
 
 
-def test_drafts_that_do_not_fit_are_left_out(tiny, capsys):
-    chat = Chat(tiny)
-    short, long = {"id": "a", "response": "b"}, {"id": "c", "response": "d"}
-    prompts = ["x", "x" * 600]  # of 512 positions
-    assert fitting([short, long], prompts, chat) == ([short], [{"id": "a", "prompt": "x"}])
-    with pytest.raises(InputError, match="record c: no draft fits the 512 positions"):
-        fitting([long], prompts[1:], chat)
+def test_drafts_that_do_not_fit_are_left_out(rewritten, monkeypatch):
+    """One of 600 tokens, where the model has 512 positions."""
+    first, second = ANSWERS
+    monkeypatch.setitem(second, "response", "x" * 600)
+    rows = rewritten([("one", "stop")], [("two", "stop")])
+    assert [row["id"] for row in rows] == [first["id"]]
+    assert [row["id"] for row in rewritten.requests] == [first["id"]]
+    assert (rewritten.counts["drafts"], rewritten.counts["too_long"]) == (2, 1)
+    monkeypatch.setitem(first, "response", "x" * 600)
+    with pytest.raises(InputError, match=r"drafts\.jsonl: no prompt leaves room .* 512 tokens"):
+        rewritten([("one", "stop")], [("two", "stop")])
 
 
 def test_one_rewrite_is_taken_as_it_is(rewritten):

@@ -135,6 +135,9 @@ def test_alpacas_input_follows_its_instruction(tmp_path):
             "part of type 'image_url'",
         ),
         ({"question": "Why?", "answer": "Because."}, "it has question, answer"),
+        (["a", "b"], "not an object"),
+        ({"instruction": "Why?", "output": "b", "history": 5}, "not iterable"),
+        ({"prompt": 7, "messages": [QUESTION, GOLD]}, "not in its messages"),
     ],
 )
 def test_a_record_that_contradicts_itself_is_refused_with_its_line(tmp_path, row, part):

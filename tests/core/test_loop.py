@@ -973,7 +973,7 @@ BAD = {
     ),
     "not a record": (
         seeds_with('["a", "b"]'),
-        "seeds.jsonl: line 3: field 'prompt' is .*; fix or delete",
+        "seeds.jsonl: line 3: not an object.*; fix or delete",
     ),
     "long prompt": (
         seeds_with(LONG),

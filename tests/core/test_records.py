@@ -36,7 +36,7 @@ TALK = [
         (f'{GOOD}\n{{"prompt": " \\n", "response": "b"}}', ["line 2", "'prompt'", "empty"]),
         (f'{GOOD}\n{{"prompt": 7, "response": "b"}}', ["line 2", "'prompt'", "not text"]),
         (f'{GOOD}\n{{"prompt": "a", "response": ["b"]}}', ["line 2", "'response'", "not text"]),
-        (f'{GOOD}\n["a", "b"]', ["line 2", "'prompt'"]),
+        (f'{GOOD}\n["a", "b"]', ["line 2", "not an object"]),
         (f'{GOOD}\n{{"messages": [], "response": "b"}}', ["line 2", "'prompt'"]),
         (f'{GOOD}\n{{"messages": "hi", "response": "b"}}', ["line 2", "'messages'"]),
         (

@@ -357,7 +357,7 @@ def test_losses_without_a_reference_train_too(world, tmp_path):
     [
         (["--sapo.decay", "1"], "--sapo.decay 1.0: give a number from 0 to below 1"),
         (["--data", "fresh"], "--data fresh: not for this method"),
-        (["--policy.max-length", "4"], "leaves room for a response in max-length 4"),
+        (["--policy.max-length", "4"], "leaves room for a response in 4 tokens"),
     ],
 )
 def test_what_sapo_cannot_do_gets_one_line(world, tmp_path, given, problem):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,10 +138,25 @@ def test_settled_asks_with_the_records_fields_and_the_users_feedback(tiny, tmp_p
         settled(tiny, FP32, Revision(template=template))([row])
 
 
-def test_settled_names_records_beyond_the_context(tiny):
-    long = {"id": "long", "prompt": "x", "response": "y" * 600}
+def test_what_does_not_fit_is_not_settled(tiny):
+    """A rewrite of the pipeline's own must not end the run; the likelihood of a user's may."""
+    long = {"id": "long", "prompt": "x", "response": "y" * 600}  # of 512 positions
+    scores = settled(tiny, FP32, ASK)([long, ROWS[0], long])
+    assert scores == [0.0, *settled(tiny, FP32, ASK)(ROWS[:1]), 0.0]
+    prompt = {"id": "long", "prompt": "x" * 600, "response": "y"}
     with pytest.raises(InputError, match="record long: its prompt fills the context"):
-        settled(tiny, FP32, ASK)([ROWS[0], long])
+        likelihood(tiny, FP32)([ROWS[0], prompt])
+
+
+def test_likelihood_reads_the_template_of_the_policy(tiny, tmp_path):
+    """--chat-template FILE is for M_0, too, as if it were its own."""
+    template = "{% for m in messages %}Q {{ m.content }}<|end|>{% endfor %}A "
+    (tmp_path / "mine.jinja").write_text(template)
+    given = RunOptions(dtype="float32", chat_template=str(tmp_path / "mine.jinja"))
+    copied = shutil.copytree(tiny, tmp_path / "copied")
+    (copied / "chat_template.jinja").write_text(template)
+    assert likelihood(tiny, given)(ROWS) == likelihood(copied, FP32)(ROWS)
+    assert likelihood(tiny, given)(ROWS) != likelihood(tiny, FP32)(ROWS)
 
 
 # ---------------------------------------------------------------------------------- reward models

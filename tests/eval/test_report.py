@@ -280,7 +280,7 @@ def test_examples_are_spread_evenly(tmp_path, capsys, count, shown):
 
 def test_options_that_differ_are_listed_with_their_help(tmp_path):
     def rows(*flags: str) -> dict:
-        o = parse_options(loop.Options, [*flags, "--out", "runs/demo"])
+        o = parse_options(loop.Options, [*flags, "--out", "runs/synpo"])
         return {row[0]: row[1:] for row in changed(o)}
 
     found = rows("--iters", "7", "--policy.beta", "0.25")
