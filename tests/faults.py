@@ -247,6 +247,13 @@ FAULTS = [
         tests=("core/test_sample.py::test_stop_text_ends_the_response",),
     ),
     Fault(
+        "special-stop-unseen",
+        "sample.py",
+        old="stop in self.chat.raw_text(r.output[",
+        new="stop in self.chat.text(r.output[",
+        tests=("core/test_sample.py::test_stop_text_ends_the_response",),
+    ),
+    Fault(
         "samples-alike",
         "sample.py",
         old='seed_of(o.run.seed, purpose, row["id"], row.get("sample", 0))',
@@ -946,7 +953,7 @@ FAULTS = [
         ),
     ),
     Fault(
-        "blank-lines-not-counted",
+        "lines-of-an-array-not-counted",
         "formats/records.py",
         old="line += text.count(",
         new="line = text.count(",

@@ -709,6 +709,7 @@ def test_ignore_eos_goes_on_to_the_limit_and_several_tokens_stop(tmp_path):
         ("The sampler writes", "ple", "The sampler"),  # complete inside a token, which stays whole
         ("Voilà 終わり。 more", "終わり。", "Voilà 終わり。"),  # characters of several tokens each
         ("Voilà é more", "é", "Voilà é"),
+        ("mine<|user|>yours", "<|user|>", "mine"),  # a special token
     ],
 )
 def test_stop_text_ends_the_response(tiny, monkeypatch, text, stop, kept):
