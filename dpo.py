@@ -28,9 +28,11 @@ import torch
 from checkpoint import Checkpoint, load
 from formats.chat import Chat
 from formats.records import read_jsonl
-from losses import Loss, differences, loss_defaults, pair_logps, preference_of, resolve_loss
+from losses import Loss, differences, loss_flags, pair_logps, preference_of, resolve_loss
 from plumbing.files import InputError, digest, write_jsonl
-from plumbing.options import Count, cli, plugin_files
+from plumbing.options import cli, plugin_files
+from plumbing.progress import Progress
+from plumbing.ranges import Count, NotNegative, Positive
 from plumbing.ranks import DEVICE, RANK, WORLD, gather, on_rank0, print0
 from plumbing.stage import Stage, fingerprint
 from train import (
@@ -50,11 +52,11 @@ from train import (
 class PolicyOptions(TrainOptions):
     loss: str = "dpo"  # a name in losses.py, or FILE.py:FUNCTION; shows its flags with --help
     loss_parameters: dict[str, float] = field(
-        default_factory=dict, metadata={"entries": ("loss", loss_defaults)}
+        default_factory=dict, metadata={"entries": ("loss", loss_flags)}
     )
-    nll: float = 0.0  # weight of the chosen response's mean negative log-prob, added to the loss
-    lr: float = 5e-7  # peak learning rate
-    epochs: int = 1  # passes over the pairs
+    nll: NotNegative = 0.0  # weight of the chosen response's mean negative log-prob in the loss
+    lr: Positive = 5e-7  # peak learning rate
+    epochs: Count = 1  # passes over the pairs
     batch: Count = 128  # pairs per optimizer step, over all processes
     second_reference: Checkpoint | None = None  # for mrpo
     self_samples: Path | None = None  # responses by id, for selm and xpo
@@ -85,15 +87,13 @@ def make_example(
     chat: Chat, row: dict, sample: dict | None, loss: Loss, o: PolicyOptions
 ) -> Example | None:
     """A pair as chosen, rejected and, where the loss reads one, a self-sample; None if one of them
-    does not fit, or if max_length leaves no difference between the two.
+    does not fit.
     """
     texts = [row["chosen"], row["rejected"]]
     if sample:
         texts.append(sample["response"])
     sequences = [make_sequence(chat, row, text, o) for text in texts]
     if None in sequences:
-        return None
-    if sequences[0] == sequences[1] and row["chosen"] != row["rejected"]:
         return None
     example = Example(row["id"], sequences)
     if "preference" in loss.reads:
@@ -178,8 +178,11 @@ def reference_logps(
     if missing:
         net = load(model, o.run.torch_dtype, DEVICE)
         blocks = [missing[i : i + block] for i in range(0, len(missing), block)]
-        for some in blocks[RANK::WORLD]:
-            write_block(folder, net, some, per_token)
+        mine = blocks[RANK::WORLD]
+        with Progress("reference log-probs", "block", len(mine)) as progress:
+            for some in mine:
+                write_block(folder, net, some, per_token)
+                progress.update()
         del net
         gc.collect()
         gather(None)  # waits for all ranks: all blocks are written
@@ -304,12 +307,18 @@ def make_examples(
     examples = []
     for row in rows:
         example = make_example(chat, row, samples.get(row["id"]), loss, o)
-        if example is not None:
+        if example is not None and not made_equal(example, row):
             examples.append(example)
     if not examples:
         raise InputError(f"{stage.out}: no pair fits --max-length {o.max_length}; raise it")
     truncated = sum(any(ids[-1] != chat.end for ids, _ in e.sequences) for e in examples)
     return examples, truncated
+
+
+def made_equal(example: Example, row: dict) -> bool:
+    """Whether max_length leaves no difference between chosen and rejected."""
+    chosen, rejected = example.sequences[:2]
+    return chosen == rejected and row["chosen"] != row["rejected"]
 
 
 def read_self_samples(path: Path, pairs: list[dict]) -> dict[str, dict]:

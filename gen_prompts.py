@@ -32,6 +32,7 @@ from ops.meters import keyword_use
 from plumbing.files import STOP_WORDS, InputError, digest, rng, write_jsonl
 from plumbing.novelty import Novelty
 from plumbing.options import cli, load_function, plugin_files
+from plumbing.ranges import Count, Share, Whole
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from sample import SampleOptions, generate
@@ -59,11 +60,11 @@ MISSING_INPUT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorOptions(TrainOptions):
-    keywords: int = 3  # words in a list
-    noise: int = 1  # how many of them come from another seed's prompt in training; 0: none
-    draws: int = 1  # training examples per seed, each with keywords of its own
+    keywords: Count = 3  # words in a list
+    noise: Whole = 1  # how many of them come from another seed's prompt in training; 0: none
+    draws: Count = 1  # training examples per seed, each with keywords of its own
     template: str = TEMPLATE  # what G reads; {keywords} stands for the list
-    max_length: int = 8000  # tokens of template and target; what is longer loses its end
+    max_length: Count = 8000  # tokens of template and target; what is longer loses its end
 
     @property
     def reads(self) -> dict:
@@ -73,12 +74,12 @@ class GeneratorOptions(TrainOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(SampleOptions):
-    lists: int = 64_000  # keyword lists per iteration, each from one paragraph of the corpus
+    lists: Count = 64_000  # keyword lists per iteration, each from one paragraph of the corpus
     source: str = "generator"  # or JSONL of prompts, or FILE.py:FUNCTION: iteration -> records
-    max_prompts: int = 50_000  # keep at most N new prompts per iteration
-    min_words: int = 3  # of a prompt
-    max_words: int = 150  # of a prompt
-    near_duplicate: float = 0.7  # similarity from which two prompts count as one; 0: exact repeats
+    max_prompts: Count = 50_000  # keep at most N new prompts per iteration
+    min_words: Whole = 3  # of a prompt
+    max_words: Count = 150  # of a prompt
+    near_duplicate: Share = 0.7  # similarity from which two prompts count as one; 0: exact repeats
     keep: str = ""  # FILE.py:FUNCTION of a new prompt's record that says whether to keep it
     stop: str = "</question>"  # stop sampling once the text contains this
 
@@ -115,6 +116,8 @@ def training_rows(seeds: list[dict], o: GeneratorOptions) -> list[dict]:
 
     # seeds with enough keywords of their own
     own = o.keywords - o.noise
+    if own < 0:
+        raise InputError(f"--generator.noise {o.noise}: only {o.keywords} are keywords; give fewer")
     usable = [i for i, words in enumerate(found) if len(words) >= own]
     if len(usable) < 2:
         problem = f"only {len(usable)} of {len(seeds)} have {own} keywords"

@@ -25,7 +25,8 @@ from checkpoint import Checkpoint
 from formats.chat import Chat
 from formats.records import read_jsonl
 from plumbing.files import InputError, digest, write_jsonl
-from plumbing.options import Count, RunOptions, cli
+from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count, Whole
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from sample import SampleOptions, fitting, generate, repeat, sample
@@ -49,12 +50,12 @@ Rewritten answer:"""
 
 @dataclass(frozen=True, kw_only=True)
 class ImproverOptions(TrainOptions):
-    drafts: int = 1  # sampled responses per seed to train on; 0: the drafts that seeds bring
+    drafts: Whole = 1  # sampled responses per seed to train on; 0: the drafts that seeds bring
     threshold: float = 0.0  # train only where score(gold) - score(draft) exceeds this
     scorer: str = "none"  # of that rule; none keeps all; see scorers/load.py
     template: str = TEMPLATE  # what R reads: {prompt}, {draft}, or any other field of a record
     feedback: str = ""  # FILE.py:FUNCTION from drafts to more fields, such as a checker's words
-    max_length: int = 6000  # tokens of template and gold response; what is longer loses its end
+    max_length: Count = 6000  # tokens of template and gold response; what is longer loses its end
 
     @property
     def revision(self) -> Revision:

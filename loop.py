@@ -48,7 +48,6 @@ from ops.meters import time_left
 from pairs import PairOptions, make_pairs
 from plumbing.files import InputError, load_json, write_json, write_jsonl
 from plumbing.options import (
-    Count,
     RunOptions,
     as_dict,
     changed,
@@ -57,6 +56,7 @@ from plumbing.options import (
     option_differences,
     peek,
 )
+from plumbing.ranges import Count, Whole
 from plumbing.ranks import on_rank0, print0
 from plumbing.stage import Refusal, discard
 from sample import SampleOptions, make_request, sample
@@ -71,12 +71,12 @@ class Options:
     prepare: str = ""  # FILE.py:FUNCTION that makes model, seeds, corpus and held-out data first
     model: Checkpoint | None = None  # M_0: checkpoint directory or Hub id of a chat model
     seeds: Path | None = None  # JSONL of {"prompt", "response"}
-    seeds_limit: int = 0  # use only the first N; 0: all
+    seeds_limit: Whole = 0  # use only the first N; 0: all
     corpus: Path | None = None  # text for keywords, see docs/data.md; default: the seeds' texts
     heldout: Path | None = None  # JSONL of {"prompt", "response"} to evaluate on
-    heldout_limit: int = 0  # use only the first N; 0: all
+    heldout_limit: Whole = 0  # use only the first N; 0: all
     evaluate: str = ""  # FILE.py:FUNCTION that scores responses to --heldout
-    heldout_samples: int = 8  # with --evaluate: responses per held-out prompt, for the best of n
+    heldout_samples: Count = 8  # with --evaluate: responses per held-out prompt, for the best of n
     eval: str = ""  # benchmarks to run on M_0 and every M_t, such as alpaca_eval,ifeval
     eval_options: str = ""  # JSON file of their options, by name: see eval/benchmark.py
     iters: Count = 4  # T
@@ -86,7 +86,7 @@ class Options:
     more_pairs: str = ""  # FILE.py:FUNCTION from (run, t) to a list of further files of pairs
     one_shot: bool = False  # one iteration with the keyword lists, prompts and pairs of all --iters
     keep_improvers: bool = False  # do not delete an improver's weights after use
-    show: int = 3  # examples to print at the end
+    show: Whole = 3  # examples to print at the end
     generator: GeneratorOptions = GeneratorOptions()  # G
     prompts: PromptOptions = PromptOptions()  # sampling from G
     answers: SampleOptions = SampleOptions()  # sampling from M_0 and M_{t-1}

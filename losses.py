@@ -15,6 +15,7 @@ Defaults are the published values or, where a paper names none, those of its aut
 """
 
 import inspect
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 
 from plumbing.files import STOP_WORDS, InputError
 from plumbing.options import load_function
+from plumbing.ranges import Noise, NotNegative, Positive
 
 ls = F.logsigmoid
 
@@ -170,7 +172,7 @@ def differences(chat, chosen: list[int], rejected: list[int]) -> tuple[list[bool
 # ------------------------------------------------------------------------------ the two to read
 
 
-def dpo(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> torch.Tensor:
+def dpo(p: PairLogps, *, beta: Positive = 0.1, label_smoothing: Noise = 0.0) -> torch.Tensor:
     """DPO, arXiv 2305.18290 equation 7: -ls(beta h).
 
     With label_smoothing e it is cDPO, for labels of which a share e is wrong:
@@ -184,7 +186,7 @@ def dpo(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> tor
     return -(1 - label_smoothing) * ls(beta * p.margin) - label_smoothing * ls(-beta * p.margin)
 
 
-def simpo(p: PairLogps, *, beta: float = 2.0, gamma: float = 1.6) -> torch.Tensor:
+def simpo(p: PairLogps, *, beta: Positive = 2.0, gamma: float = 1.6) -> torch.Tensor:
     """SimPO, arXiv 2405.14734 equation 6: -ls(beta (mc - mr) - gamma). The loss of SynPO's paper.
 
     Needs: token counts, no reference.
@@ -202,7 +204,7 @@ def simpo(p: PairLogps, *, beta: float = 2.0, gamma: float = 1.6) -> torch.Tenso
 # ------------------------------------------------------------------------------ of the margin h
 
 
-def hinge(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
+def hinge(p: PairLogps, *, beta: Positive = 0.1) -> torch.Tensor:
     """Hinge on DPO's margin, arXiv 2309.06657: max(0, 1 - beta h).
 
     Needs: the reference.
@@ -211,7 +213,7 @@ def hinge(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
     return F.relu(1 - beta * p.margin)
 
 
-def robust(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> torch.Tensor:
+def robust(p: PairLogps, *, beta: Positive = 0.1, label_smoothing: Noise = 0.1) -> torch.Tensor:
     """Robust DPO, arXiv 2403.00409: [-(1 - e) ls(beta h) + e ls(-beta h)] / (1 - 2e).
 
     e is the share of flipped labels, below 0.5.
@@ -224,7 +226,7 @@ def robust(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> 
     return (-(1 - e) * ls(beta * p.margin) + e * ls(-beta * p.margin)) / (1 - 2 * e)
 
 
-def ipo(p: PairLogps, *, tau: float = 0.005) -> torch.Tensor:
+def ipo(p: PairLogps, *, tau: Positive = 0.005) -> torch.Tensor:
     """IPO, arXiv 2310.12036, on sums: (h - 1 / (2 tau))^2.
 
     Needs: the reference.
@@ -235,7 +237,7 @@ def ipo(p: PairLogps, *, tau: float = 0.005) -> torch.Tensor:
     return (p.margin - 1 / (2 * tau)) ** 2
 
 
-def ipo_mean(p: PairLogps, *, tau: float = 0.1) -> torch.Tensor:
+def ipo_mean(p: PairLogps, *, tau: Positive = 0.1) -> torch.Tensor:
     """IPO, arXiv 2310.12036, per token as in TRL: (uc / nc - ur / nr - 1 / (2 tau))^2.
 
     Needs: the reference, token counts.
@@ -247,7 +249,7 @@ def ipo_mean(p: PairLogps, *, tau: float = 0.1) -> torch.Tensor:
     return (chosen - rejected - 1 / (2 * tau)) ** 2
 
 
-def exo(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> torch.Tensor:
+def exo(p: PairLogps, *, beta: Positive = 0.1, label_smoothing: Noise = 1e-3) -> torch.Tensor:
     """EXO for pairs, arXiv 2402.00856: q log(q / (1 - e)) + (1 - q) log((1 - q) / e).
 
     The KL divergence from q = sigmoid(beta h) to the label smoothed by e.
@@ -260,7 +262,7 @@ def exo(p: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> to
     return h.sigmoid() * (ls(h) - torch.log1p(-e)) + (-h).sigmoid() * (ls(-h) - e.log())
 
 
-def discopop(p: PairLogps, *, beta: float = 0.1, tau: float = 0.05) -> torch.Tensor:
+def discopop(p: PairLogps, *, beta: Positive = 0.1, tau: Positive = 0.05) -> torch.Tensor:
     """DiscoPOP, arXiv 2406.08414: (1 - m) (-ls(z)) + m e^-z, z = beta h and m = sigmoid(z / tau).
 
     Needs: the reference.
@@ -272,7 +274,7 @@ def discopop(p: PairLogps, *, beta: float = 0.1, tau: float = 0.05) -> torch.Ten
     return -ls(z) * (-z / tau).sigmoid() + (ls(z / tau) - z).exp()
 
 
-def soft_dpo(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
+def soft_dpo(p: PairLogps, *, beta: Positive = 0.1) -> torch.Tensor:
     """DPO with a probability q as its label, derived here: -q ls(beta h) - (1 - q) ls(-beta h).
 
     No paper is followed.
@@ -285,7 +287,7 @@ def soft_dpo(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
 # ------------------------------------------------------------------------------ of uc and ur apart
 
 
-def nca(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
+def nca(p: PairLogps, *, beta: Positive = 0.1) -> torch.Tensor:
     """NCA for pairs, arXiv 2402.05369: -ls(beta uc) - ls(-beta uc) / 2 - ls(-beta ur) / 2.
 
     Needs: the reference.
@@ -297,7 +299,7 @@ def nca(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
     return -ls(beta * p.ratio_chosen) - pulled - 0.5 * ls(-beta * p.ratio_rejected)
 
 
-def bco(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
+def bco(p: PairLogps, *, beta: Positive = 0.1) -> torch.Tensor:
     """BCO for pairs, arXiv 2404.04656: -ls(beta uc) - ls(-beta ur).
 
     Without the paper's running shift of the rewards, as in TRL 1.
@@ -308,7 +310,7 @@ def bco(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
     return -ls(beta * p.ratio_chosen) - ls(-beta * p.ratio_rejected)
 
 
-def sppo(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
+def sppo(p: PairLogps, *, beta: Positive = 0.1) -> torch.Tensor:
     """SPPO with hard labels, arXiv 2405.00675: (uc - 1 / (2 beta))^2 + (ur + 1 / (2 beta))^2.
 
     Needs: the reference.
@@ -318,7 +320,7 @@ def sppo(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
     return (p.ratio_chosen - 0.5 / beta) ** 2 + (p.ratio_rejected + 0.5 / beta) ** 2
 
 
-def apo_zero(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
+def apo_zero(p: PairLogps, *, beta: Positive = 0.1) -> torch.Tensor:
     """APO-zero, arXiv 2408.06266: 1 - sigmoid(beta uc) + sigmoid(beta ur).
 
     Chosen up, rejected down: for chosen responses that are better than the model's own.
@@ -329,7 +331,7 @@ def apo_zero(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
     return 1 - (beta * p.ratio_chosen).sigmoid() + (beta * p.ratio_rejected).sigmoid()
 
 
-def apo_down(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
+def apo_down(p: PairLogps, *, beta: Positive = 0.1) -> torch.Tensor:
     """APO-down, arXiv 2408.06266: sigmoid(beta uc) + 1 - sigmoid(beta h).
 
     Both down, rejected further: for chosen responses that are worse than the model's own.
@@ -340,7 +342,7 @@ def apo_down(p: PairLogps, *, beta: float = 0.1) -> torch.Tensor:
     return (beta * p.ratio_chosen).sigmoid() + 1 - (beta * p.margin).sigmoid()
 
 
-def rpo(p: PairLogps, *, beta: float = 0.01, alpha: float = 0.005) -> torch.Tensor:
+def rpo(p: PairLogps, *, beta: Positive = 0.01, alpha: float = 0.005) -> torch.Tensor:
     """RPO, arXiv 2405.16436: -ls(beta h) - alpha beta uc. DPO with the summed NLL of chosen.
 
     The constant rc in uc only makes that term 0 at the reference. Also the offline form of VPO,
@@ -373,7 +375,7 @@ def log_odds(mean_logp: torch.Tensor) -> torch.Tensor:
     return m - torch.where(m > -0.69, (-torch.expm1(m)).log(), torch.log1p(-m.exp()))
 
 
-def orpo(p: PairLogps, *, weight: float = 0.1) -> torch.Tensor:
+def orpo(p: PairLogps, *, weight: NotNegative = 0.1) -> torch.Tensor:
     """ORPO, arXiv 2403.07691: -mc - weight ls(lo(mc) - lo(mr)). weight is the paper's lambda.
 
     Needs: token counts, no reference.
@@ -384,7 +386,7 @@ def orpo(p: PairLogps, *, weight: float = 0.1) -> torch.Tensor:
     return -p.mean_chosen - weight * ls(log_odds(p.mean_chosen) - log_odds(p.mean_rejected))
 
 
-def asft(p: PairLogps, *, weight: float = 1.0, beta: float = 1.0) -> torch.Tensor:
+def asft(p: PairLogps, *, weight: NotNegative = 1.0, beta: Positive = 1.0) -> torch.Tensor:
     """ASFT, arXiv 2409.10571: -mc - weight [ls(beta lo(mc)) + ls(-beta lo(mr))].
 
     weight is the paper's lambda.
@@ -401,7 +403,7 @@ def asft(p: PairLogps, *, weight: float = 1.0, beta: float = 1.0) -> torch.Tenso
 # ------------------------------------------------------------------------------ of more than sums
 
 
-def dpo_bmc(p: PairLogps, *, beta: float = 0.01, delta: float = 2.0) -> torch.Tensor:
+def dpo_bmc(p: PairLogps, *, beta: Positive = 0.01, delta: Positive = 2.0) -> torch.Tensor:
     """DPO-BMC, arXiv 2408.07471: DPO on sums of weighted token log-probs.
 
     A token weighs 1 + min(1 / p_t, delta) where the responses differ, else 1; p_t is the policy's
@@ -424,7 +426,9 @@ def dpo_bmc(p: PairLogps, *, beta: float = 0.01, delta: float = 2.0) -> torch.Te
     return -ls(beta * (chosen - rejected))
 
 
-def mrpo(p: PairLogps, *, beta: float = 0.1, alpha: float = -1.0, eta: float = 0.1) -> torch.Tensor:
+def mrpo(
+    p: PairLogps, *, beta: Positive = 0.1, alpha: float = -1.0, eta: NotNegative = 0.1
+) -> torch.Tensor:
     """MRPO with two references, arXiv 2405.16388 by its authors' code.
 
     DPO against the reference 1 / (a / pi_ref + (1 - a) / pi_ref2), where a is alpha or, if that is
@@ -458,7 +462,7 @@ def mrpo(p: PairLogps, *, beta: float = 0.1, alpha: float = -1.0, eta: float = 0
     return -ls(beta * ((p.chosen - p.rejected) - mixed))
 
 
-def selm(p: PairLogps, *, beta: float = 0.01, alpha: float = 1e-3) -> torch.Tensor:
+def selm(p: PairLogps, *, beta: Positive = 0.01, alpha: float = 1e-3) -> torch.Tensor:
     """SELM, arXiv 2405.19332 equation 4.2: -ls(beta h) + alpha beta (log pi(y) - log pi_ref(y)).
 
     y is the greedy response of the model to start from. With a response of another model it is the
@@ -471,7 +475,7 @@ def selm(p: PairLogps, *, beta: float = 0.01, alpha: float = 1e-3) -> torch.Tens
     return -ls(beta * p.margin) + alpha * beta * (p.sample - p.ref_sample)
 
 
-def xpo(p: PairLogps, *, beta: float = 0.1, alpha: float = 1e-5) -> torch.Tensor:
+def xpo(p: PairLogps, *, beta: Positive = 0.1, alpha: float = 1e-5) -> torch.Tensor:
     """XPO, arXiv 2405.21046 as in TRL: -ls(beta h) + alpha log pi(y), y a sample of the reference.
 
     Needs: the reference, and --self-samples.
@@ -530,13 +534,13 @@ def resolve_loss(spec: str, parameters: dict | None = None) -> Loss:
     read first, then decide.
     """
     function = find_function(spec)
-    chosen = {**defaults_of(spec, function), **(parameters or {})}
+    chosen = {**loss_defaults(spec), **(parameters or {})}
     return Loss(function, chosen, fields_read(spec, function, chosen))
 
 
 def loss_defaults(spec: str) -> dict[str, float]:
     """The parameters of the loss that --loss names, with their defaults: {name: default}."""
-    return defaults_of(spec, find_function(spec))
+    return {name: default for name, (_, default) in loss_flags(spec).items()}
 
 
 def find_function(spec: str) -> Callable[..., torch.Tensor]:
@@ -547,20 +551,23 @@ def find_function(spec: str) -> Callable[..., torch.Tensor]:
     raise InputError(f"--loss {spec}: give FILE.py:FUNCTION, or one of {', '.join(LOSSES)}")
 
 
-def defaults_of(spec: str, function: Callable[..., torch.Tensor]) -> dict[str, float]:
-    defaults = {}
-    parameters = [*inspect.signature(function).parameters.values()]
+def loss_flags(spec: str) -> dict[str, tuple]:
+    """{name: (type, default)} of those parameters; a type of ranges.py limits what a flag takes."""
+    flags = {}
+    parameters = [*inspect.signature(find_function(spec)).parameters.values()]
     for parameter in parameters[1:]:  # the first is p
-        name, default = parameter.name, parameter.default
+        name, default, kind = parameter.name, parameter.default, parameter.annotation
         if not isinstance(default, bool | int | float | str):
             raise InputError(
                 f"--loss {spec}: parameter {name} needs a number as its default; "
                 f"write {name}: float = 0.1"
             )
-        if type(default) is int and parameter.annotation in (float, "float"):
+        if type(default) is int and kind in (float, "float"):
             default = float(default)  # beta: float = 1
-        defaults[name] = default
-    return defaults
+        if typing.get_origin(kind) is not typing.Annotated:
+            kind = type(default)
+        flags[name] = (kind, default)
+    return flags
 
 
 @dataclass(frozen=True, kw_only=True)

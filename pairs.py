@@ -27,6 +27,7 @@ from checkpoint import Checkpoint
 from formats.records import conversation_text, read_jsonl, where_of
 from plumbing.files import InputError, JsonlPath, digest, rng, write_jsonl
 from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count, Share, Whole
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from scorers.base import NO_REVISION, Revision, Scorer, preference_by, quantiles, score_pairs
@@ -38,10 +39,10 @@ class PairOptions:
     run: RunOptions = RunOptions()
     scorer: str = "likelihood"  # see scorers/load.py
     threshold: float = 0.0  # keep pairs with a larger score gap (paper: 0.20 PairRM, 0.02 ArmoRM)
-    max_repetition: float = 0.5  # share of repeated word trigrams allowed in either text
-    min_own_words: int = 0  # of the chosen text: words that its prompt does not have
+    max_repetition: Share = 0.5  # share of repeated word trigrams allowed in either text
+    min_own_words: Whole = 0  # of the chosen text: words that its prompt does not have
     keep_cut_off: bool = False  # keep pairs whose chosen text ended at the token limit
-    max_pairs: int = 10_000  # keep at most N pairs, sampled uniformly
+    max_pairs: Count = 10_000  # keep at most N pairs, sampled uniformly
 
 
 def make_pairs(
@@ -50,7 +51,7 @@ def make_pairs(
     out: JsonlPath,  # JSONL of pairs to write
     o: PairOptions,
     base: Checkpoint | None = None,  # M_0: the model that `likelihood` and `settled` score under
-    t: int = 1,  # iteration: recorded in the pairs
+    t: Count = 1,  # iteration: recorded in the pairs
     revision: Revision = NO_REVISION,  # how the improver is asked, for `settled`
 ) -> Path:
     """D += (x, chosen, rejected) where the filter agrees; counts say why others were dropped."""

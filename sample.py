@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checkpoint import Checkpoint, load
 from formats.chat import Chat
@@ -39,31 +38,29 @@ from ops.attention import Cache, Decode, Prefill
 from ops.cuda_graph import Graph
 from ops.pack import pack
 from plumbing.files import InputError, JsonlPath, digest, write_jsonl
-from plumbing.options import Count, RunOptions, cli, peek
-from plumbing.ranks import DEVICE, RANK, gather, on_rank0, print0, work_queue
-from plumbing.stage import Stage
+from plumbing.options import RunOptions, cli, peek
+from plumbing.progress import Progress
+from plumbing.ranges import Count, Mass, Temperature
+from plumbing.ranks import DEVICE, gather, on_rank0, print0, work_queue
+from plumbing.stage import Stage, name_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     run: RunOptions = RunOptions()
-    temperature: float = 0.7  # 0 is greedy
-    top_p: float = 1.0  # nucleus: the fewest tokens with this probability; below 1 costs a sort
+    temperature: Temperature = 0.7  # 0 is greedy
+    top_p: Mass = 1.0  # nucleus: the fewest tokens with this probability; below 1 costs a sort
     max_new_tokens: Count = 512  # limit per response; a record's own max_new_tokens wins
     ignore_eos: bool = False  # go on to the limit
     stop: str = ""  # also end a response once it contains this text
     slots: Count = 128  # max batch size; reduced if the KV cache would exceed half of free memory
     chunk: Count = 256  # consecutive requests per unit of work
-    prefill_tokens: int = 2048  # prompts are read in packed micro-batches of about this size
+    prefill_tokens: Count = 2048  # prompts are read in packed micro-batches of about this size
     cuda_graph: bool = False  # GPU: replay the recorded decode step (not yet measured)
 
     def __post_init__(self):
         if self.cuda_graph and DEVICE.type != "cuda":
             raise InputError("--cuda-graph: there is no GPU; leave it out")
-        if self.temperature < 0:
-            raise InputError(f"--temperature must be at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p must be in (0, 1], got {self.top_p}")
 
 
 # --------------------------------------------------------------------------------- drawing a token
@@ -327,8 +324,7 @@ def generate(
     )
     engine = None
     fresh = 0  # tokens that this call wrote
-    silent = RANK > 0 or not pending
-    with tqdm(desc=out.stem, unit=" tok", leave=False, disable=silent) as progress:
+    with Progress(name_of(out), "token", silent=not pending) as progress:
         for start in work_queue(pending):
             if engine is None:
                 engine = Engine(pack(load(model, o.run.torch_dtype, DEVICE)), chat, o, progress)

@@ -22,7 +22,6 @@ data.jsonl {prompt | messages, response} -> DIR: an HF checkpoint in --dtype and
 """
 
 import gc
-import heapq
 import math
 import shutil
 import time
@@ -38,7 +37,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from tqdm import tqdm
 
 from checkpoint import Checkpoint, load_config, load_weights, save
 from formats.chat import Chat
@@ -46,26 +44,29 @@ from formats.records import read_jsonl
 from model import Model
 from ops.attention import Packed
 from ops.meters import keep_metrics, log, speed
+from ops.micro_batches import pack_micro_batches
 from plumbing.files import InputError, rng, write_text
-from plumbing.options import Count, RunOptions, cli
+from plumbing.options import RunOptions, cli
+from plumbing.progress import Progress
+from plumbing.ranges import Count, NotNegative, Positive, Share, Whole
 from plumbing.ranks import DEVICE, LOCAL_WORLD, RANK, WORLD, gather, on_rank0
-from plumbing.stage import Stage
+from plumbing.stage import Stage, name_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     run: RunOptions = RunOptions()
-    lr: float = 1e-6  # peak learning rate
-    epochs: int = 3  # passes over the data
+    lr: Positive = 1e-6  # peak learning rate
+    epochs: Count = 3  # passes over the data
     batch: Count = 32  # examples (responses, or pairs) per optimizer step, over all processes
-    max_length: int = 2048  # tokens of prompt and response; what is longer loses its end
-    micro_batch_tokens: int = 4096  # per process; bounds memory, changes no more than rounding
-    warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
-    weight_decay: float = 0.0  # AdamW's
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    max_length: Count = 2048  # tokens of prompt and response; what is longer loses its end
+    micro_batch_tokens: Count = 4096  # per process; bounds memory, changes no more than rounding
+    warmup_ratio: Share = 0.1  # share of the steps in which the learning rate rises
+    weight_decay: NotNegative = 0.0  # AdamW's
+    max_grad_norm: NotNegative = 1.0  # gradients are clipped to this norm; 0: not clipped
     loss_on_prompt: bool = False  # train on the prompt's tokens too
     activation_checkpointing: bool = field(default=False, compare=False)  # less memory, 1/3 slower
-    save_every: int = field(default=0, compare=False)  # steps between saves to resume from; 0: none
+    save_every: Whole = field(default=0, compare=False)  # steps between saves to resume; 0: none
 
 
 # Token ids, and how many of them precede the first scored one: the loss mask, which is always a
@@ -138,28 +139,6 @@ def score_sequences(
     return results
 
 
-def pack_micro_batches(sizes: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Spread items of the given token counts over rounds of one micro-batch a rank: [round][rank]
-    -> indices.
-
-    Largest first, each into the emptiest micro-batch: as few rounds as the budget allows, nearly
-    equal loads. Every rank gets equally many micro-batches, as sharded training must; some may be
-    empty. An item over budget stands alone.
-    """
-    total = sum(min(size, budget) for size in sizes)
-    rounds = max(1, math.ceil(total / (ranks * budget)))
-    while True:
-        loads = [(0, i) for i in range(rounds * ranks)]
-        bins: list[list[int]] = [[] for _ in loads]
-        for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            load, emptiest = heapq.heappop(loads)
-            bins[emptiest].append(item)
-            heapq.heappush(loads, (load + sizes[item], emptiest))
-        if all(len(one) <= 1 or sum(sizes[i] for i in one) <= budget for one in bins):
-            return [bins[r * ranks : (r + 1) * ranks] for r in range(rounds)]
-        rounds += 1
-
-
 # -------------------------------------------------------------------------------- sharded training
 
 
@@ -199,7 +178,6 @@ def shard(start: str | Path, o: TrainOptions) -> torch.nn.Module:
     return model.train()
 
 
-BAR = {"unit": " step", "leave": False, "disable": RANK > 0}
 # (examples, their log-probs by example and sequence) -> (sum of losses, sums of metrics)
 LossFn = Callable[[list[Example], list[list[torch.Tensor]]], tuple[torch.Tensor, dict[str, float]]]
 
@@ -264,15 +242,14 @@ def train_steps(
 
     Yields (steps done, metrics) after each, so that the caller may save, watch or change the model.
     """
-    with tqdm(total=steps, initial=first, desc=stage.out.name, **BAR) as bar:
+    with Progress(name_of(stage.out), "step", steps, first) as progress:
         for step, batch in enumerate(batches, first):
             metrics = one_step(batch, o.lr * lr_schedule(step, steps, o.warmup_ratio))
             line = {"step": step + 1, **metrics}
             refuse_non_finite(line, batch, stage)
             log(stage.scratch, line)
             yield step + 1, line
-            bar.update()
-            bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+            progress.update(note=f"loss {line['loss']:.3f}")
 
 
 def make_batches(examples: list, o: TrainOptions) -> list[list]:
@@ -330,7 +307,7 @@ def train_step(
         # FSDP averages gradients over ranks; the mean wanted is over the global count, hence WORLD
         (loss * WORLD / total).backward()
 
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     merged: Counter = Counter()

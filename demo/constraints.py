@@ -25,7 +25,8 @@ from eval.answers import guarded
 from eval.stats import mean, standard_error
 from formats.records import read_jsonl
 from plumbing.files import InputError, digest, rng, write_jsonl
-from plumbing.options import Count, RunOptions, cli
+from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count
 from plumbing.ranks import on_rank0, print0
 from sample import SampleOptions, sample
 

@@ -45,6 +45,7 @@ from eval.stats import bootstrap, logistic, mean, sigmoid, standard_error
 from eval.table import table
 from plumbing.files import InputError, load_json, write_json, write_jsonl, write_text
 from plumbing.options import cli
+from plumbing.ranges import Count, Whole
 from plumbing.ranks import on_rank0, print0
 from scorers.llm_judge import Judge, pairwise
 
@@ -62,8 +63,8 @@ class Options(JudgedOptions):
     model: Checkpoint | None = None  # checkpoint directory
     data: Path | None = None  # JSON list of {"instruction", "output"}: prompts, baseline's answers
     out: Path | None = None  # directory to write; empty: MODEL/eval/alpaca_eval
-    limit: int = 0  # use only the first N prompts; 0: all
-    max_new_tokens: int = 2048  # limit per answer
+    limit: Whole = 0  # use only the first N prompts; 0: all
+    max_new_tokens: Count = 2048  # limit per answer
     difficulty: Path | None = None  # CSV of index, difficulty of each prompt; adds the psi term
     annotations: Path | None = None  # CSV (.gz): model, index, preference, len_1, len_2; see --help
     leaderboard: Path | None = None  # CSV of published figures; see --help

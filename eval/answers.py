@@ -8,6 +8,7 @@ from eval.stats import mean
 from formats.records import read_jsonl
 from pairs import own_words, repetition
 from plumbing.files import InputError, read_text
+from plumbing.ranges import Temperature
 from plumbing.stage import Stage
 from sample import SampleOptions, generate
 from scorers.llm_judge import JudgeOptions
@@ -21,7 +22,7 @@ MAX_REPETITION = 0.5  # repeats a smaller share of its word trigrams
 class JudgedOptions(SampleOptions, JudgeOptions):
     """Options of a benchmark with a judge: of the sampler that answers, and of the judge."""
 
-    temperature: float = SampleOptions.temperature  # of answers; 0 is greedy
+    temperature: Temperature = SampleOptions.temperature  # of answers; 0 is greedy
 
 
 def place(o, name: str) -> Path:
@@ -58,8 +59,6 @@ def read_lines(path: Path, *fields: str) -> list[dict]:
 
 def first(rows: list, limit: int) -> list:
     """The first `limit` rows; all for 0."""
-    if limit < 0:
-        raise InputError(f"--limit must be at least 0 (all), got {limit}")
     return rows[:limit] if limit else rows
 
 

@@ -38,6 +38,7 @@ from eval.table import table
 from formats.records import read_jsonl
 from plumbing.files import InputError, digest, write_json, write_jsonl
 from plumbing.options import cli
+from plumbing.ranges import Count, Temperature, Whole
 from plumbing.ranks import on_rank0, print0
 from scorers.llm_judge import Judge, pairwise
 
@@ -58,10 +59,10 @@ class Options(JudgedOptions):
     data: Path | None = None  # JSONL of questions {"uid", "prompt"}
     baseline: Path | None = None  # JSONL of the baseline's answers to them
     out: Path | None = None  # directory to write; empty: MODEL/eval/arena_hard
-    limit: int = 0  # use only the first N prompts; 0: all
-    temperature: float = 0.0  # 0 is greedy
-    max_new_tokens: int = 4096  # limit per answer
-    judge_tokens: int = 4096  # max tokens of a verdict with reasons
+    limit: Whole = 0  # use only the first N prompts; 0: all
+    temperature: Temperature = 0.0  # 0 is greedy
+    max_new_tokens: Count = 4096  # limit per answer
+    judge_tokens: Count = 4096  # max tokens of a verdict with reasons
 
 
 # ---------------------------------------------------------------------------------- statistics

@@ -29,6 +29,7 @@ from eval.table import table
 from formats.records import read_jsonl
 from plumbing.files import InputError, load_json, read_text, rng, write_json
 from plumbing.options import RunOptions, cli
+from plumbing.ranges import Whole
 from plumbing.ranks import DEVICE, on_rank0, print0
 from plumbing.stage import Stage, counts_of
 
@@ -38,7 +39,7 @@ class Options:
     run: RunOptions = RunOptions()
     prompts: str = ""  # files joined by commas: JSONL of {"prompt"}, or one prompt a line
     out: Path | None = None  # directory to write; empty: diversity beside the first file
-    limit: int = 1000  # max prompts of a source, sampled uniformly; 0: all
+    limit: Whole = 1000  # max prompts of a source, sampled uniformly; 0: all
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ from eval.table import table
 from formats.records import conversation_text, read_jsonl
 from plumbing.files import InputError, write_json, write_jsonl
 from plumbing.options import cli
+from plumbing.ranges import Whole
 from plumbing.ranks import on_rank0, print0
 from scorers.base import score_pairs
 from scorers.llm_judge import Judge, pairwise
@@ -37,7 +38,7 @@ class Options(JudgedOptions):
     against: Checkpoint | None = None  # checkpoint directory of the other model
     data: Path | None = None  # JSONL of {"prompt"} or {"messages"}
     out: Path | None = None  # directory to write; empty: MODEL/eval/head_to_head
-    limit: int = 0  # use only the first N prompts; 0: all
+    limit: Whole = 0  # use only the first N prompts; 0: all
     scorer: str = ""  # instead of --judge: a scorer, such as likelihood or a reward-model directory
     base: Checkpoint | None = None  # model under which `likelihood` scores; empty: --against
 

@@ -42,6 +42,7 @@ from eval.table import table
 from formats.records import read_jsonl
 from plumbing.files import InputError, write_jsonl
 from plumbing.options import cli
+from plumbing.ranges import Count, Temperature, Whole
 from plumbing.ranks import on_rank0, print0
 from plumbing.stage import Stage
 from sample import SampleOptions
@@ -64,10 +65,10 @@ class Options(SampleOptions):
     data: Path | None = None  # IFEval's input_data.jsonl
     against: Checkpoint | None = None  # another checkpoint, to compare with
     out: Path | None = None  # directory to write; empty: MODEL/eval/ifeval
-    limit: int = 0  # use only the first N prompts; 0: all
+    limit: Whole = 0  # use only the first N prompts; 0: all
     nltk_data: str = ""  # directory of NLTK's data, with tokenizers/punkt_tab; empty: NLTK_DATA
-    temperature: float = 0.0  # 0 is greedy
-    max_new_tokens: int = OFFICIAL_LIMIT  # limit per answer
+    temperature: Temperature = 0.0  # 0 is greedy
+    max_new_tokens: Count = OFFICIAL_LIMIT  # limit per answer
 
 
 def read_prompts(path: Path | None, limit: int) -> list[dict]:

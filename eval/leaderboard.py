@@ -37,6 +37,7 @@ from eval.stats import mean
 from eval.table import table
 from plumbing.files import InputError, write_json, write_jsonl, write_text
 from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count, Whole
 from plumbing.ranks import on_rank0, print0
 from plumbing.stage import Stage, counts_of
 
@@ -82,10 +83,10 @@ class Options:
     data: Path | None = None  # directory of the tasks' JSONL files; empty: lm_eval downloads them
     out: Path | None = None  # directory to write; empty: MODEL/eval/leaderboard
     tasks: str = ""  # names joined by commas; empty: all six
-    limit: int = 0  # use only the first N questions of a task (MMLU: of a subject); 0: all
+    limit: Whole = 0  # use only the first N questions of a task (MMLU: of a subject); 0: all
     chat: bool = False  # put questions into the chat template; the leaderboard does not
-    batch_tokens: int = 4096  # per packed forward pass
-    slots: int = 128  # max batch size of generation
+    batch_tokens: Count = 4096  # per packed forward pass
+    slots: Count = 128  # max batch size of generation
 
 
 # ---------------------------------------------------------------------------------- data

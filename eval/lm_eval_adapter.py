@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checkpoint import load
 from formats.chat import Chat
@@ -32,7 +31,8 @@ from ops.attention import Packed
 from ops.pack import pack
 from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.ranks import DEVICE, RANK, gather, work_queue
+from plumbing.progress import Progress
+from plumbing.ranks import DEVICE, gather, work_queue
 from sample import Engine, Request, SampleOptions
 
 try:
@@ -214,12 +214,13 @@ class Harness(TemplateLM):
         # each micro-batch on the rank that is free
         results = {}
         batches = micro_batches(asked, self.batch_tokens)
-        bar = {"total": len(batches), "leave": False, "disable": disable_tqdm or RANK > 0}
-        for batch in tqdm(work_queue(batches), "log-likelihoods", **bar):
-            members = [asked[ids] for ids in batch]
-            continuations = [[requests[i][2] for i in several] for several in members]
-            scores = score(self.model, batch, continuations)
-            results.update(zip(chain(*members), scores, strict=True))
+        with Progress("log-likelihoods", "batch", len(batches), silent=disable_tqdm) as progress:
+            for batch in work_queue(batches):
+                members = [asked[ids] for ids in batch]
+                continuations = [[requests[i][2] for i in several] for several in members]
+                scores = score(self.model, batch, continuations)
+                results.update(zip(chain(*members), scores, strict=True))
+                progress.update()
         return in_order(results)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -233,8 +234,7 @@ class Harness(TemplateLM):
 
         # each chunk on the rank that is free
         texts = {}
-        silent = disable_tqdm or RANK > 0
-        with tqdm(desc="answers", unit=" tok", leave=False, disable=silent) as progress:
+        with Progress("answers", "token", silent=disable_tqdm) as progress:
             for i, chunk in work_queue(chunks):
                 texts[i] = self.write([context for context, _ in chunk], chunk[0][1], progress)
         return ordered.get_original(list(chain(*in_order(texts))))

@@ -29,6 +29,7 @@ from eval.stats import mean, standard_error
 from eval.table import table
 from plumbing.files import InputError, digest, write_json, write_jsonl
 from plumbing.options import cli
+from plumbing.ranges import Count, Whole
 from plumbing.ranks import on_rank0, print0
 from scorers.llm_judge import Judge, Request, fill_in
 
@@ -54,10 +55,10 @@ class Options(JudgedOptions):
     model: Checkpoint  # checkpoint directory
     data: Path | None = None  # directory of three official files, see above
     out: Path | None = None  # directory to write; empty: MODEL/eval/mt_bench
-    limit: int = 0  # use only N questions, evenly spread over the categories; 0: all
+    limit: Whole = 0  # use only N questions, evenly spread over the categories; 0: all
     temperature: float = -1.0  # of all answers; below 0: the official one of each category
-    max_new_tokens: int = 1024  # limit per answer
-    judge_tokens: int = 2048  # max tokens of a verdict with reasons
+    max_new_tokens: Count = 1024  # limit per answer
+    judge_tokens: Count = 2048  # max tokens of a verdict with reasons
 
     def __post_init__(self):
         # below 0 is no temperature of the sampler; answer() checks its options once more

@@ -50,7 +50,8 @@ from methods.checks import refuse
 from methods.rlsf import RlsfOptions, check_rlsf, reinforce
 from pairs import words
 from plumbing.files import InputError, write_jsonl
-from plumbing.options import Count, RunOptions, cli
+from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage, discard
 from sample import SampleOptions, sample

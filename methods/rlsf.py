@@ -37,7 +37,7 @@ from methods.online import (
     train_round,
 )
 from plumbing.files import InputError, write_jsonl
-from plumbing.options import Count
+from plumbing.ranges import Count, NotNegative, Positive
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from sample import SampleOptions, fitting, sample
@@ -49,13 +49,13 @@ from train import Example, TrainOptions, make_sequence
 class RlsfOptions(TrainOptions):
     """epochs and save_every do not count: rounds are saved."""
 
-    lr: float = 1e-6  # peak learning rate
+    lr: Positive = 1e-6  # peak learning rate
     batch: Count = 128  # answers per optimizer step, over all processes
     steps: Count = 25  # optimizer steps per iteration
     refresh: Count = 8  # steps between two samplings
     samples: Count = 4  # answers per prompt
-    kl: float = 0.05  # weight of the divergence from the reference in the reward
-    clip: float = 0.2  # ratios are clipped to 1 - clip .. 1 + clip
+    kl: NotNegative = 0.05  # weight of the divergence from the reference in the reward
+    clip: Positive = 0.2  # ratios are clipped to 1 - clip .. 1 + clip
     max_new_tokens: Count = 512  # limit per answer
 
 

@@ -26,7 +26,8 @@ from loop import Run, boost, new_prompts, prepare
 from methods.checks import need_several, refuse
 from methods.ranking import rank_pairs
 from plumbing.files import InputError
-from plumbing.options import Count, RunOptions, cli
+from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count
 from sample import sample
 from scorers.load import load_scorer
 

@@ -51,7 +51,7 @@ from dpo import (
     PolicyOptions,
     add_reference_logps,
     check_start,
-    make_examples,
+    make_example,
     policy_loss,
     preference_loss,
 )
@@ -70,7 +70,8 @@ from methods.online import (
 )
 from pairs import words
 from plumbing.files import InputError, rng, write_jsonl
-from plumbing.options import Count, RunOptions, cli, plugin_files
+from plumbing.options import RunOptions, cli, plugin_files
+from plumbing.ranges import Count, Share
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from sample import SampleOptions, fitting, sample
@@ -93,7 +94,7 @@ class SapoOptions:
     run: RunOptions = RunOptions()
     steps: Count = 108  # optimizer steps per iteration; about the paper's epoch
     segment: Count = 256  # tokens that are written anew
-    decay: float = 0.5  # of the EMA: its own share in the new average
+    decay: Share = 0.5  # of the EMA: its own share in the new average
     reference: Count = 108  # steps after which the reference becomes the EMA
     buffer: Count = 16_000  # pairs in the replay buffer
     refresh: Count = 8  # steps between two samplings; 1: as in the paper
@@ -333,9 +334,11 @@ def train_on_pairs(r: Round, D: Path, reference: Path, o: Options, cache: Path) 
         return r.average
     loss = policy_loss(o.policy)
     rows = read_jsonl(D, "prompt", "chosen")
-    examples, _ = make_examples(r.start, rows, loss, stage, o.policy)
+    # also those whose rejected response is the chosen one again
+    chat = Chat(r.start, o.run)
+    examples = [make_example(chat, row, None, loss, o.policy) for row in rows]
     batches = in_batches(examples, o.policy.batch)
-    assert len(examples) == len(rows), "cut_segments has left out what does not fit"
+    assert None not in examples, "cut_segments has left out what does not fit"
     check = None
     reads = [name for name in loss.reads if name.startswith("ref_")]
     if reads:

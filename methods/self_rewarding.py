@@ -44,7 +44,8 @@ from loop import Run, boost, new_prompts, prepare
 from methods.checks import need_several, refuse
 from methods.ranking import RECORDED, rank_pairs
 from plumbing.files import InputError, digest, write_jsonl
-from plumbing.options import Count, RunOptions, cli
+from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from sample import SampleOptions, sample

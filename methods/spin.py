@@ -42,7 +42,8 @@ from loop import Run, boost, prepare
 from methods.checks import refuse
 from pairs import PairOptions, make_pairs
 from plumbing.files import InputError
-from plumbing.options import Count, RunOptions, cli
+from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count
 from sample import sample
 
 

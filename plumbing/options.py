@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from plumbing.files import InputError, flatten, load_json, read_text
+from plumbing.ranges import EVERY, NotNegative, read_number
 from plumbing.ranks import RANK, WORLD, distributed, on_rank0, print0
 from plumbing.stage import ROOT, counts_of
 
@@ -50,20 +51,11 @@ class RunOptions:
     chat_template: str = ""  # a jinja file, or NAME of the tokenizer's; if it has none: default
     chat_template_args: str = ""  # JSON object for the template, such as {"enable_thinking": false}
     chat_template_date: str = ""  # YYYY-MM-DD that a template takes for today; default: a fixed day
-    peak_tflops: float = field(default=0.0, compare=False)  # peak of a process; given, MFU is shown
+    peak_tflops: NotNegative = field(default=0.0, compare=False)  # of a process; for MFU
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
-
-
-class Count(int):
-    """A whole number of at least 1, on a command line."""
-
-    def __new__(cls, text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-        return super().__new__(cls, text)
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -80,15 +72,20 @@ class Flag:
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         # how argparse reads a value of this type
-        how: dict = {"type": self.kind}
-        if self.kind is bool:
+        kind, allowed = self.kind, EVERY
+        if typing.get_origin(kind) is typing.Annotated:
+            kind, allowed = typing.get_args(kind)
+        how: dict = {"type": kind}
+        if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(self.kind) is typing.Literal:
-            how = {"choices": typing.get_args(self.kind)}
-        elif typing.get_origin(self.kind) is list:
-            how = {"type": typing.get_args(self.kind)[0], "nargs": "+"}
-        elif issubclass(self.kind, Path):
-            how = {"type": partial(read_path, self.kind)}
+        elif typing.get_origin(kind) is typing.Literal:
+            how = {"choices": typing.get_args(kind)}
+        elif typing.get_origin(kind) is list:
+            how = {"type": typing.get_args(kind)[0], "nargs": "+"}
+        elif kind in (int, float):
+            how = {"type": partial(read_number, kind, allowed)}
+        elif issubclass(kind, Path):
+            how = {"type": partial(read_path, kind)}
 
         text = self.help.replace("%", "%%")
         if self.default not in (REQUIRED, None, ""):
@@ -121,21 +118,21 @@ def flags_of(source, argv: list[str], prefix: str = "") -> list[Flag]:
             chooser, find = defaults_of
             chosen = peek(argv, prefix + chooser, getattr(source, chooser))
             text = f"parameter of {chooser} {chosen}"
-            for entry, value in find(chosen).items():
+            for entry, (kind, value) in find(chosen).items():
                 if entry in source.__dataclass_fields__:
                     problem = f"its parameter {entry} has the name of another option; rename it"
                     raise InputError(f"{flag_name(prefix + chooser)} {chosen}: {problem}")
-                flags.append(Flag(prefix + entry, type(value), value, text))
+                flags.append(Flag(prefix + entry, kind, value, text))
     return flags
 
 
 def parameters(source):
     """(name, type, default, entries) of each parameter but RunOptions.
 
-    entries: (another option's name, function from its value to {name: default}), or None; from the
-    metadata of a dataclass's field.
+    entries: (another option's name, function from its value to {name: (type, default)}), or None;
+    from the metadata of a dataclass's field.
     """
-    hints = typing.get_type_hints(source)
+    hints = typing.get_type_hints(source, include_extras=True)
     known = getattr(source, "__dataclass_fields__", {})
     for name, parameter in inspect.signature(source).parameters.items():
         kind = hints[name]

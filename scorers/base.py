@@ -21,10 +21,10 @@ from formats.chat import Chat
 from formats.records import conversation_text
 from model import Model
 from ops.attention import Packed
+from ops.micro_batches import pack_micro_batches
 from plumbing.files import InputError, digest, load_json, write_json
 from plumbing.options import RunOptions, load_function, plugin_files
 from plumbing.ranks import DEVICE, gather, work_queue
-from train import pack_micro_batches
 
 Scorer = Callable[..., list[float]]
 

@@ -24,6 +24,7 @@ from formats.chat import Chat
 from formats.records import messages_of, read_jsonl
 from plumbing.files import InputError, load_json, write_json
 from plumbing.options import RunOptions, cli
+from plumbing.ranges import Count, Positive
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from scorers.base import LocalModel, Scorer, in_micro_batches, packed
@@ -63,10 +64,10 @@ def classifier(directory: str | Path, run: RunOptions) -> Scorer:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions(TrainOptions):
-    lr: float = 1e-5  # peak learning rate
-    epochs: int = 1  # passes over the pairs; more of them fit the noise in the labels
-    batch: int = 64  # pairs per optimizer step, over all processes
-    max_length: int = 2048  # tokens of a conversation; longer ones are left out, and counted
+    lr: Positive = 1e-5  # peak learning rate
+    epochs: Count = 1  # passes over the pairs; more of them fit the noise in the labels
+    batch: Count = 64  # pairs per optimizer step, over all processes
+    max_length: Count = 2048  # tokens of a conversation; longer ones are left out, and counted
     loss_on_prompt: bool = False  # not supported: a reward model is scored at the last token only
 
 

@@ -35,6 +35,7 @@ from formats.chat import Chat
 from formats.records import read_jsonl
 from plumbing.files import InputError, digest, read_text, write_jsonl
 from plumbing.options import RunOptions
+from plumbing.ranges import Count, NotNegative, Positive, Whole
 from plumbing.ranks import on_rank0
 from plumbing.stage import fingerprint
 from sample import SampleOptions, generate
@@ -48,16 +49,16 @@ class JudgeOptions:
     base_url: str = ""  # of an OpenAI-compatible endpoint; empty: OPENAI_BASE_URL, or OpenAI's own
     judge_prompt: str = ""  # file with {question}, {answer_a}, {answer_b}, or official names
     judge_cache: str = ""  # JSONL of verdicts to share between runs; empty: verdicts.jsonl in --out
-    judge_tokens: int = 1024  # max tokens of a verdict with reasons
+    judge_tokens: Count = 1024  # max tokens of a verdict with reasons
     judge_request: str = ""  # JSON object of more request fields; null removes one: {"seed": null}
-    attempts: int = 3  # max attempts to get a parsable verdict
-    retries: int = 8  # of a request after transient failures; pauses double from 0.5 to 8 seconds
-    request_timeout: float = 180.0  # seconds
-    concurrency: int = 8  # max concurrent requests
-    requests_per_minute: float = 0.0  # rate limit; 0: none
-    budget: float = 0.0  # max USD that all verdicts in the cache may cost; 0: no limit
-    price_in: float = 0.0  # USD per million tokens of requests
-    price_out: float = 0.0  # USD per million tokens of replies
+    attempts: Count = 3  # max attempts to get a parsable verdict
+    retries: Whole = 8  # of a request after transient failures; pauses double from 0.5 to 8 seconds
+    request_timeout: Positive = 180.0  # seconds
+    concurrency: Count = 8  # max concurrent requests
+    requests_per_minute: NotNegative = 0.0  # rate limit; 0: none
+    budget: NotNegative = 0.0  # max USD that all verdicts in the cache may cost; 0: no limit
+    price_in: NotNegative = 0.0  # USD per million tokens of requests
+    price_out: NotNegative = 0.0  # USD per million tokens of replies
 
 
 @dataclass(frozen=True)
@@ -311,31 +312,12 @@ class Judge:
         }
 
 
-# Lower bounds of options.
-LEAST = {
-    "attempts": 1,
-    "concurrency": 1,
-    "judge_tokens": 1,
-    "retries": 0,
-    "requests_per_minute": 0,
-    "budget": 0,
-}
-
-
 def check_options(o: JudgeOptions) -> None:
     """Raise InputError on options that cannot work."""
     if not o.judge:
         choice = "a model at the endpoint --base-url, or the directory of a local chat model"
         raise InputError(f"--judge: name {choice}")
 
-    # ranges
-    for name, least in LEAST.items():
-        value = getattr(o, name)
-        if value < least:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} must be at least {least}, got {value:g}")
-    if o.request_timeout <= 0:
-        raise InputError(f"--request-timeout must be above 0, got {o.request_timeout:g}")
     if o.budget and not (o.price_in or o.price_out):
         raise InputError("--budget: needs prices; give --price-in and --price-out")
 

@@ -18,9 +18,9 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from tqdm import tqdm
 
 from plumbing.files import InputError
+from plumbing.progress import Progress
 
 # Fields of a reply. finish: how it ended; top: log-prob by token for the first token; in, out:
 # numbers of tokens.
@@ -120,7 +120,7 @@ class Endpoint:
         """Get a reply to every body. On an error, pending replies are still awaited and cached."""
         budget = self.o.budget or float("inf")
         running = {}  # future -> USD that it may cost
-        bar = tqdm(total=len(bodies), desc=f"judge {self.o.judge}", unit=" replies", leave=False)
+        bar = Progress(f"judge {self.o.judge}", "reply", len(bodies))
         with bar, ThreadPoolExecutor(self.o.concurrency) as pool:
             for key, body in bodies.items():
                 cost = self.max_cost(body)
@@ -135,13 +135,12 @@ class Endpoint:
             while running:
                 self.collect(running, bar)
 
-    def collect(self, running: dict, bar: tqdm) -> None:
+    def collect(self, running: dict, bar: Progress) -> None:
         """Wait for a reply and remove its future; raises what stopped it."""
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             del running[future]
             future.result()
-            bar.update()
-        bar.set_postfix_str(f"{self.cache.usd:.4f} USD")
+            bar.update(note=f"{self.cache.usd:.4f} USD")
 
     def max_cost(self, body: dict) -> float:
         """Upper bound of a request's cost in USD: an English token is about 4 bytes, here 3."""

@@ -144,6 +144,11 @@ def test_draws_are_several_and_repeatable():
     assert len(set(of_one_seed)) > 1
 
 
+def test_more_noise_than_keywords_is_refused():
+    with pytest.raises(InputError, match=r"--generator\.noise 4: only 3 are keywords; give fewer"):
+        training_rows(SEEDS, options(keywords=3, noise=4))
+
+
 @pytest.mark.parametrize("keywords", [2, 3])
 def test_no_noise(keywords):
     rows = training_rows(SEEDS, options(keywords=keywords, noise=0))

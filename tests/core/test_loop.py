@@ -1019,7 +1019,7 @@ BAD = {
     "unknown option of a section": (config_with(policy={"rate": 1}), "--policy.rate.*see --help"),
     "wrong choice in a config": (config_with(start="middle"), "start.*middle"),
     "no config file": (given("--config", "nowhere.json"), "nowhere.json: no such file"),
-    "no iterations": (given("--iters", "0"), "--iters: must be at least 1, got 0"),
+    "no iterations": (given("--iters", "0"), "--iters: must be a whole number, at least 1, got 0"),
     "evaluate without heldout": (given("--heldout", ""), "--evaluate .* give --heldout"),
     # names
     "no such evaluation": (given("--evaluate", "alpaka"), "alpaka.*no such file"),

@@ -24,7 +24,7 @@ from eval import scorer_accuracy
 from eval.benchmark import BENCHMARKS
 from losses import LOSSES, loss_defaults
 from methods import controls
-from plumbing import options
+from plumbing import options, ranges
 from plumbing.files import InputError, write_json
 from plumbing.options import (
     RunOptions,
@@ -418,6 +418,67 @@ def test_every_option_has_help_which_shows_its_default(name, capsys):
         if flag.default not in (options.REQUIRED, None, ""):
             help_text = f"{flag.help} (default: {flag.default})"
             assert "".join(help_text.split()) in text, shown
+
+
+# What takes every finite number: gaps of scores, seeds, and what a loss may set to either sign.
+FREE = {"seed", "threshold", "gamma", "alpha"}
+OUTSIDE = {
+    ranges.Count: ("0", "-1", "1.5", "many", "nan", "9" * 5000),
+    ranges.Whole: ("-1", "0.5", "inf"),
+    ranges.Positive: ("0", "-1e-9", "nan", "inf"),
+    ranges.NotNegative: ("-1e-9", "nan", "inf"),
+    ranges.Share: ("-0.1", "1.1", "nan"),
+    ranges.Noise: ("-0.1", "0.5", "nan"),
+    ranges.Mass: ("0", "1.1", "nan"),
+    ranges.Temperature: ("-1", "1e-38", "inf"),
+}
+INSIDE = {
+    ranges.Count: ("1", "1000000"),
+    ranges.Whole: ("0",),
+    ranges.Positive: ("1e-30",),
+    ranges.NotNegative: ("0",),
+    ranges.Share: ("0", "1"),
+    ranges.Noise: ("0", "0.49"),
+    ranges.Mass: ("1e-9", "1"),
+    ranges.Temperature: ("0", "0.001", "100"),
+}
+
+
+def parser_of(flag: options.Flag) -> options.Parser:
+    parser = options.Parser()
+    flag.add_to(parser)
+    return parser
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_has_a_range(name):
+    # where below 0 means the official temperatures
+    free = FREE | {"temperature"} if name == "eval.mt_bench" else FREE
+    for flag in flags_of(COMMANDS[name], []):
+        if flag.kind in (int, float):
+            assert flag.name.rpartition(".")[2] in free, flag.name
+        if flag.kind in OUTSIDE and flag.default is not options.REQUIRED:
+            # the default is a value that may be given
+            parser_of(flag).parse_args([f"{flag_name(flag.name)}={flag.default}"])
+
+
+@pytest.mark.parametrize("kind", OUTSIDE, ids=lambda kind: typing.get_args(kind)[1].words)
+def test_numbers_outside_their_range_are_refused(kind):
+    parser = parser_of(options.Flag("x", kind, 0, ""))
+    words = typing.get_args(kind)[1].words
+    for text in OUTSIDE[kind]:
+        with pytest.raises(InputError, match=f"argument --x: must be .*{words}, got {text[:9]}"):
+            parser.parse_args([f"--x={text}"])
+    for text in INSIDE[kind]:
+        assert parser.parse_args([f"--x={text}"]).x == float(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "one"])
+def test_any_other_number_must_be_finite(text):
+    parser = parser_of(options.Flag("x", float, 0.0, ""))
+    with pytest.raises(InputError, match="--x: must be a finite number, got"):
+        parser.parse_args([f"--x={text}"])
+    assert parser.parse_args(["--x=-3.5"]).x == -3.5
 
 
 @pytest.mark.parametrize("loss", LOSSES)

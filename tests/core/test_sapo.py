@@ -255,6 +255,20 @@ def test_one_training_goes_on_through_all_rounds(whole, world):
     assert kept.parent.parent.name == "round9"
 
 
+def test_a_rejected_response_of_the_same_tokens_is_trained_on(world, tmp_path):
+    """Texts may differ where tokens do not, such as in a space that the tokenizer takes away."""
+    o = parse_options(sapo.Options, flags(world, tmp_path, *OWN))
+    end = Chat(o.model, o.run).end_text
+    rows = []
+    for i in range(o.policy.batch):
+        row = {"id": f"{i}", "prompt": "p", "chosen": "a b", "rejected": f"a b{end if i else 'c'}"}
+        rows.append({**row, "prompt": f"p {i}"})
+    D = write_rows(tmp_path / "drawn.jsonl", rows)
+    r = online.Round(o.model, tmp_path / "round0", None, 0, 1, 5)
+    sapo.train_on_pairs(r, Path(D), o.model, o, tmp_path / "cache")
+    assert counts(r.average)["pairs"] == o.policy.batch
+
+
 @pytest.mark.slow
 def test_drawn_pairs_are_gold_against_gold_with_a_segment(whole):
     gold = {row["id"]: row["response"] for row in read_rows(whole / "seeds.jsonl")}

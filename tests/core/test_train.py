@@ -31,6 +31,7 @@ import train
 from checkpoint import load_config
 from formats.chat import Chat
 from ops.meters import forward_flop
+from ops.micro_batches import pack_micro_batches
 from plumbing.files import InputError
 from plumbing.options import RunOptions
 from plumbing.stage import counts_of
@@ -41,7 +42,6 @@ from train import (
     lr_schedule,
     make_batches,
     make_sequence,
-    pack_micro_batches,
     response_logps,
     sft_loss,
     train_step,
@@ -266,6 +266,14 @@ def test_steps_equal_plain_torch_on_a_transformers_model(tiny, trained):
         assert norm > 1  # else clipping is not tested
     expected = {name: p.detach() for name, p in reference.named_parameters()}
     assert distance(weights(trained), expected) < 1e-4  # a tenth of a step
+
+
+def test_a_norm_of_0_clips_nothing(tiny, tmp_path):
+    for name, norm in (("off", 0), ("large", 1e6), ("small", 1e-3)):
+        tune(tiny, tmp_path / name, max_grad_norm=norm)
+    off, large, small = (weights(tmp_path / name) for name in ("off", "large", "small"))
+    assert distance(off, large) == 0
+    assert distance(off, small) > 0
 
 
 def test_weight_decay_reaches_the_optimizer(tiny, trained, tmp_path):
