@@ -1037,6 +1037,20 @@ FAULTS = [
         tests=("eval/test_llm_judge.py::test_both_orders_are_asked_and_turned_the_right_way",),
     ),
     Fault(
+        "cut-off-thoughts-judge",
+        "scorers/llm_judge.py",
+        old='None if text.lstrip().startswith("<think>") else text',
+        new="text",
+        tests=("eval/test_llm_judge.py::test_a_reply_cut_off_is_no_verdict_and_asked_for_again",),
+    ),
+    Fault(
+        "one-letter-cut-off",
+        "scorers/llm_judge.py",
+        old='(reply["finish"] == "length" and not choice)',
+        new='reply["finish"] == "length"',
+        tests=("eval/test_llm_judge.py::test_one_letter_ends_at_its_limit_and_is_a_verdict",),
+    ),
+    Fault(
         "length-not-controlled",
         "eval/alpaca_eval.py",
         old="sigmoid(X[:, 1:] @ b[1:])",
