@@ -1061,6 +1061,13 @@ FAULTS = [
         ),
     ),
     Fault(
+        "unannotated-unsaid",
+        "eval/alpaca_eval.py",
+        old="            absent.append(name)\n",
+        new="",
+        tests=("eval/test_alpaca_eval.py::test_reproducing_says_what_is_missing",),
+    ),
+    Fault(
         "improver-score-lost",
         "eval/report.py",
         old='files[f"R_{t}"] = run / f"iter{t}/eval_improver.json"',
