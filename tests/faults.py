@@ -922,6 +922,20 @@ FAULTS = [
         tests=("core/test_stage.py::test_two_processes_cannot_write_the_same_result",),
     ),
     Fault(
+        "windows-fails-later",
+        "plumbing/files.py",
+        old='if sys.platform == "win32":',
+        new='if sys.platform == "windows":',
+        tests=("core/test_platforms.py::test_on_windows_every_command_ends_with_one_line",),
+    ),
+    Fault(
+        "bytes-taken-for-kib",
+        "ops/meters.py",
+        old='1 if sys.platform == "darwin" else 1024',
+        new="1024",
+        tests=("core/test_platforms.py::test_peak_memory_is_counted_in_the_units_of_the_system",),
+    ),
+    Fault(
         "error-stays-on-rank-0",
         "plumbing/ranks.py",
         old="if error is not None:",
