@@ -10,7 +10,6 @@ to resume. As many variants run at once as there are cores: for a model as small
 is faster than one variant on all cores.
 """
 
-import fcntl
 import os
 import re
 import subprocess
@@ -23,7 +22,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import mean, stdev
 
-from bench.command import ROOT, finish, make_parser
+from bench.command import ROOT, finish, make_parser, wait_for
 from bench.tables import add_json_flag, write_figures
 from eval.table import table
 from plumbing.files import load_json, write_json
@@ -286,7 +285,7 @@ def main(o: Namespace) -> dict:
     o.out.mkdir(parents=True, exist_ok=True)
     jobs = [(name, seed) for name in o.variants for seed in o.seeds]
     with open(o.out / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for runs that a killed command left running
+        wait_for(lock)
         done, failed = run_all(jobs, o, lock)
 
     # figures by row and seed, in the order of VARIANTS

@@ -50,6 +50,13 @@ def run_peer(python: str, part: str, arguments: dict) -> dict:
     return run_part([python, "-I", str(PEERS)], part, arguments, cwd=PEERS.parent)
 
 
+def wait_for(lock) -> None:
+    """Lock a file, after runs that a killed command left running have ended."""
+    import fcntl  # here, as Windows has none and plumbing/files.py must say so first
+
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+
 def answer(parts: dict) -> None:
     """Do what run_part() asks for and end, if this process was started by it."""
     if sys.argv[1:2] == ["--part"]:

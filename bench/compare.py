@@ -22,7 +22,6 @@ Killed at any time, rerun the same command to resume.
 """
 
 import argparse
-import fcntl
 import os
 import re
 import shlex
@@ -34,7 +33,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from bench.ablations import cell, link, mean_and_deviation, numbers, run_command
-from bench.command import ROOT, finish, make_parser
+from bench.command import ROOT, finish, make_parser, wait_for
 from bench.tables import add_json_flag, write_figures
 from eval.report import KINDS, finished_stages
 from eval.stats import mean, standard_error
@@ -395,7 +394,7 @@ def add_models_trained_once(rows: Figures, o: argparse.Namespace) -> None:
 def main(o: argparse.Namespace) -> dict:
     o.out.mkdir(parents=True, exist_ok=True)
     with open(o.out / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for runs that a killed command left running
+        wait_for(lock)
         done, failed = run_all(o, lock)
     rows = by_row(done, o)
     if not rows:

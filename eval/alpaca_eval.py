@@ -135,13 +135,14 @@ def reproduce(o: Options) -> dict[str, float]:
     annotations = [row for row in annotations if row["preference"] not in ("", "nan")]
     difficulty = read_difficulty(o.difficulty)
     rows = []
+    absent = []
     for published in read_csv(o.leaderboard, *PUBLISHED):
         # our numbers for one model; published preferences are between 1 and 2
         name = next(iter(published.values()))
         mine = [[float(row[c]) for c in ANNOTATED] for row in annotations if row["model"] == name]
         if not mine:
-            problem = f"holds no annotations of {name}, which {o.leaderboard} lists"
-            raise InputError(f"{o.annotations}: {problem}")
+            absent.append(name)
+            continue
         index, preference, theirs, ours = np.array(mine).T
         s = statistics(preference - 1, ours, theirs, [difficulty[i] for i in index])
 
@@ -159,7 +160,14 @@ def reproduce(o: Options) -> dict[str, float]:
             "error": s["score"] - lc,
         }
         rows.append(row)
+    if not rows:
+        problem = f"holds annotations of none of the models of {o.leaderboard}"
+        raise InputError(f"{o.annotations}: {problem}; give files of the same models")
     print0(table(rows))
+    if absent:
+        shown = absent if len(absent) <= 5 else [*absent[:5], "..."]
+        why = f"as {o.annotations} has no annotations of them ({len(absent)})"
+        print0(f"left out, {why}: {', '.join(shown)}")
     lc = [abs(row["error"]) for row in rows]
     return {
         "models": len(rows),

@@ -7,8 +7,8 @@ Models are written in plain PyTorch. One decorator line over a function names it
         return F.silu(gate) * up
 
 The plain function runs where the twin does not take the arguments: a GPU tensor, a width that is
-not a multiple of 32, a machine without GCC 12+. The two agree to rounding; the twin is faster and
-keeps less for the backward pass.
+not a multiple of 32, a machine without GCC 12+, such as a Mac with its own compiler. The two agree
+to rounding; the twin is faster and keeps less for the backward pass.
 
 SYNPO_KERNELS=0 turns the twins off. SYNPO_KERNELS_ARCH sets GCC's -march: the default "native" uses
 every instruction of this CPU; "x86-64-v3" compiles the same code for all CPUs with AVX2.
@@ -16,6 +16,7 @@ every instruction of this CPU; "x86-64-v3" compiles the same code for all CPUs w
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from torch.autograd import Function
 
 from plumbing.files import cache_folder, digest
 from plumbing.ranks import DEVICE
-from plumbing.stage import MACHINE_PARTS
+from plumbing.stage import MACHINE_PARTS, cpuinfo
 
 SOURCE = Path(__file__).with_name("cpu.c")
 ARCH = os.environ.get("SYNPO_KERNELS_ARCH", "native")
@@ -128,8 +129,8 @@ def library(dtype: torch.dtype, *flags: str) -> ctypes.CDLL | None:
 def compile_source(flags: tuple[str, ...]) -> Path:
     """The shared library in the user's cache folder, named by a hash of what it is made from."""
     # the CPU too: "native" means something else on each machine that shares this home
-    with open("/proc/cpuinfo") as lines:
-        cpu = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+    lines = cpuinfo().splitlines(keepends=True) or [f"Features: {platform.machine()}"]
+    cpu = [line for line in lines if line.startswith(("flags", "Features"))][:1]
     folder = cache_folder()
     path = folder / f"kernels-{digest(SOURCE.read_text(), COMPILE, LINK, flags, cpu)}.so"
     if path.is_file():

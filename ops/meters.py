@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def peak_memory() -> float:
     """Peak memory so far in GB: of the GPU, else of the process."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def log(folder: Path, line: dict) -> None:

@@ -8,8 +8,13 @@ import hashlib
 import json
 import os
 import random
+import sys
 import tempfile
 from pathlib import Path
+
+# Every command imports this file before those that lock files and measure memory as Unix does.
+if sys.platform == "win32":
+    sys.exit("error: this program needs Linux or macOS; on Windows use WSL")
 
 STOP_WORDS = frozenset((Path(__file__).parents[1] / "stop_words.txt").read_text("utf-8").split())
 

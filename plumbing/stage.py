@@ -54,6 +54,7 @@ DECIDING = (
 )
 LARGE = 1 << 20  # bytes; hashes of larger files are kept in the cache folder
 LOCKS: dict = {}  # scratch folder -> its open lock file, of this process
+CPUINFO = Path("/proc/cpuinfo")  # on Linux
 # Functions that find further parts of machine(), by name; ops/cpu.py adds the kernels in use.
 MACHINE_PARTS: dict = {}
 
@@ -332,12 +333,15 @@ def clear(scratch: Path) -> None:
 # ------------------------------------------------------------------ what is recorded, not compared
 
 
+def cpuinfo() -> str:
+    """What Linux says of the CPU; empty on other systems."""
+    return CPUINFO.read_text() if CPUINFO.is_file() else ""
+
+
 @cache
 def machine() -> dict:
     """What the last bits of a result depend on beside its inputs and options."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    model = re.search(r"model name\s*: (.*)", text)
+    model = re.search(r"model name\s*: (.*)", cpuinfo())
     return {
         "cpu": model[1] if model else platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",

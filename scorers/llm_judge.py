@@ -6,11 +6,11 @@ asks an endpoint.
 
 Every reply is cached in a JSONL file under the hash of its request as soon as it arrives: rerun the
 same command to ask, and pay, only for what is missing. A reply without a verdict (nonsense, a
-refusal, filtered or empty content) is kept in verdicts.malformed.jsonl with its request, and asked
-for again with another seed at temperature 0.7. If the last of --attempts has none either, the
-verdict is None, which each benchmark counts and treats as its official code does. Transient
-failures (429, 5xx, time-outs, cut or invalid bodies) are retried after a pause; others (400, 401,
-404) stop at once.
+refusal, filtered or empty content, reasons or thoughts cut off) is kept in
+verdicts.malformed.jsonl with its request, and asked for again with another seed at temperature 0.7.
+If the last of --attempts has none either, the verdict is None, which each benchmark counts and
+treats as its official code does. Transient failures (429, 5xx, time-outs, cut or invalid bodies)
+are retried after a pause; others (400, 401, 404) stop at once.
 
 A pairwise verdict has two forms. "choice" asks for one letter, m for the first answer or M for the
 second; where the endpoint gives log-probs it is the probability of m against M. "verdict" asks for
@@ -175,6 +175,18 @@ def read_verdict(reply: dict) -> float | None:
     return VERDICTS.get(found[-1]) if found else None
 
 
+def final_text(reply: dict, choice: bool) -> str | None:
+    """What a reply says after a reasoning model's thoughts; None where that holds no verdict.
+
+    A verdict inside reasons that were cut off is one that the judge may have been about to change.
+    One letter always ends at its limit.
+    """
+    if reply["finish"] in NO_VERDICT or (reply["finish"] == "length" and not choice):
+        return None
+    text = re.sub(r"^.*</think>", "", reply["text"], flags=re.DOTALL)
+    return None if text.lstrip().startswith("<think>") else text
+
+
 FORMS = {"choice": (CHOICE, read_choice), "verdict": (VERDICT, read_verdict)}
 
 
@@ -242,9 +254,8 @@ class Judge:
             replies = self.complete([self.body(requests[i], attempt) for i in left])
             again = []
             for i, reply in zip(left, replies, strict=True):
-                if reply["finish"] not in NO_VERDICT:
-                    # a reasoning model's thoughts are no verdict
-                    text = re.sub(r"^.*</think>", "", reply["text"], flags=re.DOTALL)
+                text = final_text(reply, requests[i].choice)
+                if text is not None:
                     values[i] = read({**reply, "text": text})
                 if values[i] is None:
                     key = reply["key"]

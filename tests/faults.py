@@ -922,6 +922,20 @@ FAULTS = [
         tests=("core/test_stage.py::test_two_processes_cannot_write_the_same_result",),
     ),
     Fault(
+        "windows-fails-later",
+        "plumbing/files.py",
+        old='if sys.platform == "win32":',
+        new='if sys.platform == "windows":',
+        tests=("core/test_platforms.py::test_on_windows_every_command_ends_with_one_line",),
+    ),
+    Fault(
+        "bytes-taken-for-kib",
+        "ops/meters.py",
+        old='1 if sys.platform == "darwin" else 1024',
+        new="1024",
+        tests=("core/test_platforms.py::test_peak_memory_is_counted_in_the_units_of_the_system",),
+    ),
+    Fault(
         "error-stays-on-rank-0",
         "plumbing/ranks.py",
         old="if error is not None:",
@@ -1072,6 +1086,20 @@ FAULTS = [
         tests=("eval/test_llm_judge.py::test_both_orders_are_asked_and_turned_the_right_way",),
     ),
     Fault(
+        "cut-off-thoughts-judge",
+        "scorers/llm_judge.py",
+        old='None if text.lstrip().startswith("<think>") else text',
+        new="text",
+        tests=("eval/test_llm_judge.py::test_a_reply_cut_off_is_no_verdict_and_asked_for_again",),
+    ),
+    Fault(
+        "one-letter-cut-off",
+        "scorers/llm_judge.py",
+        old='(reply["finish"] == "length" and not choice)',
+        new='reply["finish"] == "length"',
+        tests=("eval/test_llm_judge.py::test_one_letter_ends_at_its_limit_and_is_a_verdict",),
+    ),
+    Fault(
         "length-not-controlled",
         "eval/alpaca_eval.py",
         old="sigmoid(X[:, 1:] @ b[1:])",
@@ -1080,6 +1108,13 @@ FAULTS = [
             "eval/test_alpaca_eval.py::"
             "test_length_controlled_win_rate_takes_out_a_planted_effect_of_length",
         ),
+    ),
+    Fault(
+        "unannotated-unsaid",
+        "eval/alpaca_eval.py",
+        old="            absent.append(name)\n",
+        new="",
+        tests=("eval/test_alpaca_eval.py::test_reproducing_says_what_is_missing",),
     ),
     Fault(
         "improver-score-lost",

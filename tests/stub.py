@@ -191,7 +191,10 @@ class Stub:
         if fault and fault != "cut":
             return FAULTS[fault]
         answer = self.reply(body)
-        return 200, {}, completion(answer) if isinstance(answer, str) else answer
+        if isinstance(answer, str):
+            # a reply to a request for one token ends by its limit, as real endpoints say
+            answer = completion(answer, finish="length" if body.get("max_tokens") == 1 else "stop")
+        return 200, {}, answer
 
     def send(self, handler: Handler, status: int, headers: dict, answer, cut: bool) -> None:
         raw = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -210,7 +213,7 @@ class Stub:
 def always_first(body: dict) -> str | dict:
     """The judge that prefers whatever stands first, in either form."""
     if body.get("logprobs"):
-        return completion("m", top={"m": -0.1, "M": -2.4})
+        return completion("m", finish="length", top={"m": -0.1, "M": -2.4})
     return "I see. [[A>B]]"
 
 

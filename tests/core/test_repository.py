@@ -509,6 +509,15 @@ def dead_links(tree: Tree) -> list[str]:
     return found
 
 
+def absent_in_notice(tree: Tree) -> list[str]:
+    """Files that NOTICE speaks of and that are not there, and what it must speak of."""
+    text = tree.get("NOTICE", "")
+    named = re.findall(r"[\w/-]+\.(?:txt|md|py|toml)\b", text)
+    found = [f"NOTICE: {name} is not there" for name in named if name not in tree]
+    needed = ("LICENSE", "stop_words.txt")
+    return found + [f"NOTICE: nothing on {name}" for name in needed if name not in text]
+
+
 def leftovers(tree: Tree) -> list[str]:
     """Machine paths and unfinished work."""
     # in pieces, so that this file does not hold what it looks for
@@ -542,6 +551,7 @@ RULES = (
     reading_path,
     absent_commands,
     dead_links,
+    absent_in_notice,
     leftovers,
 )
 
@@ -599,6 +609,8 @@ PLANTED = [
     (absent_commands, {"README.md": "python -m eval.a, python -m torch.b\n", "eval/b.py": ""}),
     (dead_links, {"README.md": "see [a](docs/a.md) and [b](b.py)\n", "b.py": ""}),
     (dead_links, {"docs/a.md": "see [b](../b.py), [c](https://c.org)\n"}),
+    (absent_in_notice, {"NOTICE": "LICENSE, stop_words.txt, docs/a.md\n", "stop_words.txt": ""}),
+    (absent_in_notice, {"NOTICE": "stop_words.txt\n", "stop_words.txt": ""}),
     (leftovers, {"docs/a.md": "x\nTO" + "DO: y\n"}),
     (leftovers, {"a.py": "path = '/wor" + "k/main'\n"}),
 ]

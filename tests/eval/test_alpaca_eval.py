@@ -73,7 +73,7 @@ def test_published_numbers_are_reproduced(shared_data):
     assert errors["lc_error_max"] < 2.0
 
 
-def test_reproducing_says_what_is_missing(tmp_path):
+def test_reproducing_says_what_is_missing(tmp_path, capsys):
     path, board = tmp_path / "a.csv.gz", tmp_path / "b.csv"
     header = ["model", "index", "preference", "len_1", "len_2"]
     with gzip.open(path, "wt") as file:
@@ -82,9 +82,19 @@ def test_reproducing_says_what_is_missing(tmp_path):
     columns = ",win_rate,standard_error,length_controlled_winrate\n"
     board.write_text(f"{columns}x,70.0,20.0,70.0\n")
     assert alpaca_eval.main(o)["win_rate_error_max"] == 0
+
+    # models that were not annotated are left out, on one line
+    names = ("x", *"pqrstuv")
+    rows = "".join(f"{name},70.0,20.0,70.0\n" for name in names)
+    board.write_text(columns + rows)
+    capsys.readouterr()
+    assert alpaca_eval.main(o)["models"] == 1
+    left_out = f"left out, as {path} has no annotations of them (7): p, q, r, s, t, ...\n"
+    assert left_out in capsys.readouterr().out
     board.write_text(f"{columns}y,70.0,20.0,70.0\n")
-    with pytest.raises(InputError, match="no annotations of y"):
+    with pytest.raises(InputError, match=r"a.csv.gz: .* none of the models of .*b.csv") as caught:
         alpaca_eval.main(o)
+    assert "\n" not in str(caught.value)
     board.write_text(",win_rate\nx,70\n")
     with pytest.raises(InputError, match=r"b.csv: has no rows with the column 'standard_error'"):
         alpaca_eval.main(o)

@@ -97,6 +97,11 @@ def requests(n: int, more: str = "") -> list[Request]:
     return [Request([{"role": "user", "content": f"Question {i}?{more}"}]) for i in range(n)]
 
 
+def letters(n: int) -> list[Request]:
+    """Requests for one letter: what the tiny model writes to its limit may be a verdict."""
+    return [replace(request, choice=True) for request in requests(n)]
+
+
 def ask(stub: Stub, out, n: int = 3, **changes) -> list:
     return Judge(options(stub, **changes), out).ask(requests(n), read_verdict)
 
@@ -285,6 +290,65 @@ def test_a_judge_without_a_single_verdict_is_an_error(text, tmp_path):
     with Stub(lambda body: text) as stub:
         with pytest.raises(InputError, match="no verdict in any of 3 replies"):
             ask(stub, tmp_path)
+
+
+# a verdict among thoughts that were cut off, among reasons that were, and before
+@pytest.mark.parametrize(
+    ("text", "finish"),
+    [
+        ("<think>Perhaps [[B>A]], but", "length"),
+        ("\n<think>Perhaps [[B>A]], but", "stop"),
+        ("Which is [[B>A]] if length counts. As it", "length"),
+        ("<think>[[B>A]]</think> Both are", "length"),
+    ],
+)
+def test_a_reply_cut_off_is_no_verdict_and_asked_for_again(text, finish, tmp_path):
+    def reply(body: dict) -> str | dict:
+        first = "1?" in content(body) and body["temperature"] == 0
+        return completion(text, finish=finish) if first else numbered(body)
+
+    with Stub(reply) as stub:
+        assert ask(stub, tmp_path) == NUMBERED
+    assert [content(body)[9] for body in stub.bodies] == ["0", "1", "2", "1"]
+    assert stub.bodies[1]["seed"] != stub.bodies[3]["seed"]
+    [malformed] = read_rows(tmp_path / "verdicts.malformed.jsonl")
+    assert (malformed["text"], malformed["finish"]) == (text, finish)
+
+    # the last attempt is cut off too: None, and counted
+    def cut(body: dict) -> str | dict:
+        return completion(text, finish=finish) if "1?" in content(body) else numbered(body)
+
+    with Stub(cut) as stub:
+        judge = Judge(options(stub), tmp_path / "cut")
+        assert judge.ask(requests(3), read_verdict) == [1.0, None, 0.25]
+        assert judge.usage()["malformed"] == 1
+        assert len(stub.bodies) == 2 + judge.o.attempts
+
+
+def test_reasons_may_name_the_tag_of_thoughts(tmp_path):
+    with Stub(lambda body: "A has a stray <think>. [[B>A]]") as stub:
+        assert ask(stub, tmp_path) == [0.25] * 3
+        assert len(stub.bodies) == 3
+
+
+def test_one_letter_ends_at_its_limit_and_is_a_verdict(tmp_path):
+    """As an endpoint replies to a request for one token: it ends by length."""
+
+    def letter(body: dict) -> dict:
+        assert body["max_tokens"] == 1
+        return completion("m", finish="length", top={"m": math.log(0.9), "M": math.log(0.1)})
+
+    with Stub(letter) as stub:
+        values = Judge(options(stub), tmp_path / "a").ask(letters(2), read_choice)
+        assert values == pytest.approx([0.9, 0.9])
+        assert len(stub.bodies) == 2
+
+    # a reasoning model's only token opens its thoughts: its log-probs say nothing of the letter
+    thoughts = {"<think>": -0.01, "m": -9.0}
+    with Stub(lambda body: completion("<think>", finish="length", top=thoughts)) as stub:
+        with pytest.raises(InputError, match="no verdict in any of 2 replies"):
+            Judge(options(stub), tmp_path / "b").ask(letters(2), read_choice)
+        assert len(stub.bodies) == 2 * 3
 
 
 # ---------------------------------------------------------------------------------- paid once
@@ -579,7 +643,8 @@ def test_a_score_is_the_mean_over_both_orders_and_a_missing_verdict_a_draw(tmp_p
 
     def reply(body):
         if "One?" in content(body):
-            return completion("m", top={"m": math.log(0.9), "M": math.log(0.1)})
+            top = {"m": math.log(0.9), "M": math.log(0.1)}
+            return completion("m", finish="length", top=top)
         return longer_is_better(body)
 
     with Stub(reply) as stub:
@@ -664,25 +729,26 @@ def length(reply: dict) -> float | None:
 
 def test_a_local_judge_writes_greedily_and_only_once(tiny, tmp_path, monkeypatch):
     o = local(tiny)
-    values = Judge(o, tmp_path / "a").ask(requests(3), length)
+    values = Judge(o, tmp_path / "a").ask(letters(3), length)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["verdicts.jsonl"]
 
     # the same texts from the sampler
     rows = [{"id": str(i), "messages": r.messages} for i, r in enumerate(requests(3))]
-    greedy = SampleOptions(run=FP32, temperature=0.0, max_new_tokens=12)
+    greedy = SampleOptions(run=FP32, temperature=0.0, max_new_tokens=16)
     generate(tiny, rows, tmp_path / "direct.jsonl", greedy, tmp_path / "scratch")
     direct = [row["response"] for row in read_rows(tmp_path / "direct.jsonl")]
     assert values == [len(text) for text in direct]
     assert len(set(direct)) > 1
 
-    # a letter needs no more than 16 tokens
-    letters = [replace(request, choice=True) for request in requests(3)]
-    Judge(replace(o, judge_tokens=32), tmp_path / "b").ask(letters, length)
-    assert max(row["out"] for row in read_rows(tmp_path / "b/verdicts.jsonl")) == 16
+    # a letter needs no more than 16 tokens; reasons, here all cut off, may have --judge-tokens
+    assert max(row["out"] for row in read_rows(tmp_path / "a/verdicts.jsonl")) == 16
+    with pytest.raises(InputError, match="no verdict in any of 3 replies"):
+        Judge(replace(o, judge_tokens=32), tmp_path / "b").ask(requests(3), length)
+    assert max(row["out"] for row in read_rows(tmp_path / "b/verdicts.jsonl")) == 32
 
     monkeypatch.setattr(llm_judge, "generate", lambda *_, **__: pytest.fail("was cached"))
     again = Judge(o, tmp_path / "a")
-    assert again.ask(requests(3), length) == values
+    assert again.ask(letters(3), length) == values
     assert again.usage() == {"malformed": 0, "judge_replies": 3, "judge_usd": 0}
 
 
@@ -696,23 +762,23 @@ def test_an_interrupted_local_judge_resumes(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(llm_judge, "generate", interrupted)
     for n in (2, 3):
         with pytest.raises(KeyboardInterrupt):
-            Judge(local(tiny), tmp_path).ask(requests(n), length)
+            Judge(local(tiny), tmp_path).ask(letters(n), length)
     assert len(list(tmp_path.glob("verdicts.*.partial"))) == 2
     monkeypatch.undo()
-    expected = Judge(local(tiny), tmp_path / "other").ask(requests(3), length)
+    expected = Judge(local(tiny), tmp_path / "other").ask(letters(3), length)
     monkeypatch.setattr("sample.Engine", lambda *_: pytest.fail("was sampled"))
-    assert Judge(local(tiny), tmp_path).ask(requests(3), length) == expected
+    assert Judge(local(tiny), tmp_path).ask(letters(3), length) == expected
 
 
 def test_a_changed_local_judge_is_asked_anew(tmp_path):
     cache = tmp_path / "a" / "verdicts.jsonl"
     model = tiny_checkpoint(tmp_path / "model")
-    Judge(local(model), tmp_path / "a").ask(requests(2), length)
+    Judge(local(model), tmp_path / "a").ask(letters(2), length)
     tiny_checkpoint(tmp_path / "model", seed=5)
-    Judge(local(model), tmp_path / "a").ask(requests(2), length)
+    Judge(local(model), tmp_path / "a").ask(letters(2), length)
     assert len(read_rows(cache)) == 4
     bf16 = RunOptions(dtype="bfloat16")
-    Judge(local(model, run=bf16), tmp_path / "a").ask(requests(2), length)
+    Judge(local(model, run=bf16), tmp_path / "a").ask(letters(2), length)
     assert len(read_rows(cache)) == 6
 
 
@@ -727,15 +793,15 @@ def test_any_name_will_do_for_the_cache(name, tiny, tmp_path):
         return None if reply["key"] == first else 0.5
 
     for n in (2, 3):
-        assert Judge(o, tmp_path).ask(requests(n), none_for_the_first).count(0.5) == 2
+        assert Judge(o, tmp_path).ask(letters(n), none_for_the_first).count(0.5) == 2
         first = first or read_rows(path)[0]["key"]
         assert len(read_rows(path)) == n
 
 
 def test_what_does_not_fit_a_local_judge_is_malformed_and_the_rest_judged(tiny, tmp_path):
-    long = Request([{"role": "user", "content": "word " * 600}])
+    long = Request([{"role": "user", "content": "word " * 600}], choice=True)
     judge = Judge(local(tiny), tmp_path)
-    values = judge.ask([requests(1)[0], long], length)
+    values = judge.ask([*letters(1), long], length)
     assert values[0] > 0
     assert values[1] is None
     assert judge.usage()["malformed"] == 1

@@ -105,7 +105,16 @@ def test_the_second_turn_follows_the_first_by_temperature(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_local_model_judges_a_benchmark(tiny, tmp_path, monkeypatch):
-    """Its replies are noise, so what reads them is replaced: a longer reply is a better grade."""
+    """Its replies are noise that no end token ends, so they are given an end, and what reads them
+    is replaced: a longer reply is a better grade.
+    """
+    generate = llm_judge.generate
+
+    def ended(model, rows, out, *more):
+        generate(model, rows, out, *more)
+        write_rows(out, [{**row, "finish_reason": "stop"} for row in read_rows(out)])
+
+    monkeypatch.setattr(llm_judge, "generate", ended)
     monkeypatch.setattr(mt_bench, "read_grade", lambda reply: 1 + len(reply["text"]) % 10)
     out = tmp_path / "out"
     o = mt_bench.Options(
