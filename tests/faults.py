@@ -1037,9 +1037,10 @@ FAULTS = [
     ),
     Fault(
         "same-tokens-left-out",
-        "methods/sapo.py",
-        old="examples = [make_example(chat, row, None, loss, o.policy) for row in rows]",
-        new="examples = [make_example(chat, row, None, loss, o.policy) for row in rows[:1]]",
+        "dpo.py",
+        old='    example = Example(row["id"], sequences)',
+        new="    if sequences[0] == sequences[1]:\n        return None\n"
+        '    example = Example(row["id"], sequences)',
         tests=("core/test_sapo.py::test_a_rejected_response_of_the_same_tokens_is_trained_on",),
     ),
     Fault(
