@@ -71,6 +71,8 @@ def make_pairs(
     # join both sides and score them
     scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", revision=revision)
     pairs = join(read_jsonl(chosen, "prompt"), read_jsonl(rejected, "prompt"))
+    if not pairs:
+        raise InputError(f"{chosen}: none of its ids occurs in {rejected}; give matching files")
     scores = score_pairs(scorer, [good for good, _ in pairs], [bad for _, bad in pairs])
     return keep_pairs(stage, pairs, scores, scorer, o, t)
 
@@ -139,8 +141,6 @@ def join(chosen: list[dict], rejected: list[dict]) -> list[tuple[dict, dict]]:
                 raise InputError(f"{where_of(good)}: {problem} {good['id']!r}; give matching files")
             if "sample" not in good or pair_id(good) == pair_id(bad):
                 pairs.append((good, bad))
-    if not pairs:
-        raise InputError(f"{where_of(chosen[0])}: no id of this file is in {where_of(rejected[0])}")
     return pairs
 
 

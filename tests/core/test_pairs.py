@@ -283,7 +283,7 @@ def test_nothing_left_says_what_the_gaps_are(make):
 def test_answers_to_other_prompts_are_not_joined(make):
     chosen = answers(["a b", "a b c"])
     unknown = answers(["x"], id="unknown")
-    problem = r"chosen1.jsonl: line 1: no id of this file is in .*rejected1.jsonl: line 1"
+    problem = r"chosen1.jsonl: none of its ids occurs in .*rejected1.jsonl; give"
     with pytest.raises(InputError, match=problem):
         make(chosen, unknown)
     # two files that were numbered from 0, of different prompts
