@@ -256,6 +256,9 @@ def estimate(setup: Setup) -> dict:
         "RANK": "0",
         "WORLD_SIZE": str(setup.processes),
         "LOCAL_WORLD_SIZE": str(min(setup.node_gpus, setup.processes)),
+        # nobody is asked there
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
         # on a GPU there is flash-attn, and PyTorch for the rest
         "SYNPO_KERNELS": "0" if setup.device == "gpu" else "1",
     }

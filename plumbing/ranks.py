@@ -1,6 +1,7 @@
 """Ranks: torchrun's processes, or one process that runs the same code as a world of size one."""
 
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
@@ -8,6 +9,11 @@ from itertools import count
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+# What torchrun sets. Some of it alone is left over from another program.
+TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+if os.environ.keys() & {"RANK", "WORLD_SIZE"} and not TORCHRUN <= os.environ.keys():
+    sys.exit("error: RANK or WORLD_SIZE is set, by another program? unset both, or use torchrun")
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))

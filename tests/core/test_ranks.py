@@ -141,3 +141,21 @@ def test_rank_0_says_its_error_however_late(tmp_path):
     assert code != 0
     assert re.search(r"(?<!\[rank 1\] )error: fix it\n", errors), errors
     assert 'late.py", line' not in errors, "a traceback"
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"RANK": "0"}, True),
+        ({"WORLD_SIZE": "2"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}, True),
+        ({"MASTER_PORT": "29500"}, False),  # another program's, and harmless
+    ],
+)
+def test_variables_of_another_program_end_with_one_line(given, refused):
+    asked = [sys.executable, "-c", "import plumbing.ranks"]
+    done = subprocess.run(
+        asked, cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True
+    )
+    problem = "error: RANK or WORLD_SIZE is set, by another program? unset both, or use torchrun\n"
+    assert (done.returncode, done.stderr) == ((1, problem) if refused else (0, ""))
