@@ -30,7 +30,7 @@ from plumbing.ranges import Count, Whole
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from sample import SampleOptions, fitting, generate, repeat, sample
-from scorers.base import Revision, Scorer, quantiles, score_pairs
+from scorers.base import Revision, Scorer, quantiles, score_gaps, score_pairs
 from scorers.load import load_scorer, scorer_files
 from train import TrainOptions, sft
 
@@ -93,8 +93,8 @@ def train_improver(
     scorer = load_scorer(o.scorer, model, o.run, revision=o.revision)
     gold = read_jsonl(seeds, "prompt", "response")
     pairs = gold_and_draft(gold, read_drafts(drafts))
-    rows = training_rows(pairs, scorer, o)
-    counts = {"drafts": len(pairs), "kept": len(rows)}
+    rows, not_scored = training_rows(pairs, scorer, o)
+    counts = {"drafts": len(pairs), "not_scored": not_scored, "kept": len(rows)}
     return stage.finish(**counts, **sft(model, rows, stage, o))
 
 
@@ -120,14 +120,20 @@ def gold_and_draft(seeds: list[dict], answers: list[dict]) -> list[tuple[dict, d
 
 def training_rows(
     pairs: list[tuple[dict, dict]], scorer: Scorer | None, o: ImproverOptions
-) -> list[dict]:
+) -> tuple[list[dict], int]:
     """R's examples, where the gold response scores higher than the draft by more than the
-    threshold.
+    threshold, and how many pairs the scorer could not read.
     """
+    not_scored = 0
     if scorer:
         scores = score_pairs(scorer, [seed for seed, _ in pairs], [draft for _, draft in pairs])
-        gaps = [gold - draft for gold, draft in zip(*scores, strict=True)]
-        pairs = [pair for pair, gap in zip(pairs, gaps, strict=True) if gap > o.threshold]
+        gaps = score_gaps(scores)
+        not_scored = gaps.count(None)
+        pairs = [
+            pair
+            for pair, gap in zip(pairs, gaps, strict=True)
+            if gap is not None and gap > o.threshold
+        ]
         if not pairs:
             problem = f"no seed's gold response beats its draft by {o.threshold}"
             fix = "lower --improver.threshold"
@@ -137,7 +143,7 @@ def training_rows(
     for (seed, draft), prompt in zip(pairs, asked, strict=True):
         name = digest(seed["id"], draft.get("sample", 0))
         rows.append({"id": name, "prompt": prompt, "response": seed["response"]})
-    return rows
+    return rows, not_scored
 
 
 # --------------------------------------------------------------------------------------- rewriting
@@ -181,11 +187,12 @@ def rewrite(
     # pick the best of each draft's candidates
     scores = stage.scratch / "scores"
     scorer = load_scorer(o.scorer, base, o.run, scores, single=True, revision=revision)
-    best = pick(rows, read_jsonl(candidates), scorer, o)
+    best, not_scored = pick(rows, read_jsonl(candidates), scorer, o)
     on_rank0(write_jsonl, out, best)
     return stage.finish(
         drafts=len(every),
         too_long=len(every) - len(rows),
+        not_scored=not_scored,
         rewrites=len(best),
         unchanged=sum(row["response"].split() == row["draft"].split() for row in best),
         cut_off=sum(row["finish_reason"] == "length" for row in best),
@@ -209,9 +216,9 @@ def candidates_of(rewrites: Path) -> Path:
 
 def pick(
     drafts: list[dict], rewrites: list[dict], scorer: Scorer | None, o: RewriteOptions
-) -> list[dict]:
+) -> tuple[list[dict], int]:
     """Records {id, prompt | messages, draft, response, finish_reason}: the best candidate of each
-    draft.
+    draft; and how many candidates the scorer could not read.
     """
     # a draft's candidates stand together, rewrites first
     place = {row["id"]: i for i, row in enumerate(drafts)}
@@ -225,16 +232,17 @@ def pick(
         candidate |= {name: row[name] for name in ("response", "finish_reason")}
         candidates.append(candidate)
 
-    # the first of the best: an empty or cut-off text only where there is no other
-    scores = scorer(candidates) if scorer else [0.0] * len(candidates)
+    # the first of the best: one without a score, an empty or a cut-off one only where there is no
+    # other
+    scores = list(scorer(candidates)) if scorer else [0.0] * len(candidates)
     best = {}
     for candidate, score in zip(candidates, scores, strict=True):
         complete = candidate["finish_reason"] == "stop"
-        rank = (bool(candidate["response"]), complete, score)
+        rank = (score is not None, bool(candidate["response"]), complete, score)
         highest, _ = best.get(candidate["id"], ((), None))
         if rank > highest:
             best[candidate["id"]] = (rank, candidate)
-    return [candidate for _, candidate in best.values()]
+    return [candidate for _, candidate in best.values()], scores.count(None)
 
 
 # ------------------------------------------------------------------------------------- the command

@@ -30,7 +30,16 @@ from plumbing.options import RunOptions, cli
 from plumbing.ranges import Count, Share, Whole
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
-from scorers.base import NO_REVISION, Revision, Scorer, preference_by, quantiles, score_pairs
+from scorers.base import (
+    NO_REVISION,
+    Revision,
+    Scorer,
+    known,
+    preference_by,
+    quantiles,
+    score_gaps,
+    score_pairs,
+)
 from scorers.load import load_scorer, scorer_files
 
 
@@ -90,11 +99,11 @@ def keep_pairs(
     further counts.
     """
     good, bad = scores
-    gaps = [a - b for a, b in zip(good, bad, strict=True)] if scorer else []
+    gaps = score_gaps(scores)
     kept = []
     dropped: Counter = Counter()
     for i, pair in enumerate(pairs):
-        reason = reason_to_drop(*pair, gaps[i] if scorer else None, o)
+        reason = reason_to_drop(*pair, gaps[i], o)
         if reason:
             dropped[reason] += 1
         else:
@@ -107,7 +116,7 @@ def keep_pairs(
     kept = draw(kept, o, t)
     on_rank0(write_jsonl, stage.out, kept)
     counts = {"candidates": len(pairs), **dropped, "valid": valid, "pairs": len(kept)}
-    return stage.finish(**counts, mean_gap=mean(gaps), **words(kept), **more)
+    return stage.finish(**counts, mean_gap=mean(known(gaps)), **words(kept), **more)
 
 
 def draw(pairs: list[dict], o: PairOptions, t: int) -> list[dict]:
@@ -152,7 +161,7 @@ def pair_id(row: dict) -> str:
 
 
 def reason_to_drop(good: dict, bad: dict, gap: float | None, o: PairOptions) -> str:
-    """Why a pair is not used; empty if it is. gap: of scores, None without a scorer."""
+    """Why a pair is not used; empty if it is. gap: of scores, None where there are none."""
     texts = (good["response"], bad["response"])
     if texts[0].split() == texts[1].split():
         return "identical"
@@ -164,7 +173,11 @@ def reason_to_drop(good: dict, bad: dict, gap: float | None, o: PairOptions) -> 
         return "repetitive"
     if own_words(good) < o.min_own_words:
         return "echo"
-    if gap is not None and not gap > o.threshold:
+    if o.scorer == "none":
+        return ""
+    if gap is None:
+        return "not_scored"
+    if not gap > o.threshold:
         return "small_gap"
     return ""
 

@@ -25,7 +25,7 @@ from loop import Options, Run
 from plumbing.files import InputError
 from plumbing.options import load_function, parse_options
 from plumbing.ranks import distributed
-from scorers.base import Scorer
+from scorers.base import Scorer, need_scores
 from scorers.classifier import RewardOptions, train_reward
 from scorers.load import load_scorer
 
@@ -76,9 +76,8 @@ def better_and_worse(scored: list) -> list[Pair]:
 
 def accuracy(scorer: Scorer, pairs: list[Pair]) -> str:
     """Share of pairs whose better text scores higher, and its 95 % interval."""
-    better = [pair[0] for pair in pairs]
-    worse = [pair[1] for pair in pairs]
-    right = wins(scorer(better), scorer(worse))
+    sides = [[pair[i] for pair in pairs] for i in (0, 1)]
+    right = wins(*(need_scores(scorer(side), side) for side in sides))
     low, high = wilson(sum(right), len(right))
     return f"{mean(right):.3f} ({low:.3f} to {high:.3f})"
 

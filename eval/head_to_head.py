@@ -3,7 +3,8 @@
 score is the win rate in percent, a draw counts one half. With a judge (--judge) both orders of
 each pair are compared, a slight win counts as much as a large one, and a comparison without a
 verdict is a draw, counted as malformed; with a scorer (--scorer, as in pairs.py) the answer with
-the higher score wins. Both models are sampled with the same random numbers.
+the higher score wins, and a pair that it cannot read is a draw, counted as not_scored. Both models
+are sampled with the same random numbers.
 
 prompts.jsonl {prompt | messages} -> answers.jsonl, against.jsonl, games.jsonl, verdicts.jsonl,
 result.json in --out
@@ -69,11 +70,13 @@ def main(o: Options) -> dict:
         questions = [conversation_text(row) for row in ours]
         games = pairwise(judge, questions, *texts, "verdict")
         shares = [(win(a) + win(b)) / 2 for a, b in games]
+        more = judge.usage()
     else:
         names = ("score", "other_score")
         scores = score_pairs(scorer, ours, theirs)
         games = zip(*scores, strict=True)
         shares = wins(*scores)
+        more = {"not_scored": scores[0].count(None)}
     rows = []
     for row, (a, b) in zip(ours, games, strict=True):
         rows.append({"id": row["id"], names[0]: a, names[1]: b})
@@ -89,7 +92,7 @@ def main(o: Options) -> dict:
         "losses": sum(share < 0.5 for share in shares),
         "words": words(texts[0]),
         "other_words": words(texts[1]),
-        **(judge.usage() if judge else {}),
+        **more,
     }
     show(f"{o.model.name} against {o.against.name}", result)
     on_rank0(write_json, out / "result.json", result)

@@ -22,6 +22,7 @@ from plumbing.files import write_json
 from plumbing.options import RunOptions, load_function, plugin_files
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
+from scorers.base import need_scores
 from scorers.load import load_scorer
 
 NOTE = "Neither number is a measure of helpfulness (eval/heldout.py)."
@@ -45,13 +46,14 @@ def evaluate(
         raise ValueError("answers and base_answers must hold the same records in the same order")
     # both models' responses under M_0
     under_base = load_scorer("likelihood", base, run)
-    win_rate = mean(wins(under_base(answers), under_base(base_answers)))
+    scores = need_scores(under_base(answers), answers)
+    win_rate = mean(wins(scores, under_base(base_answers)))
     words = mean([len(row["response"].split()) for row in answers])
     result = {"win_rate": win_rate, "words": words}
 
     # the gold responses under the model
     if model:
-        gold = load_scorer("likelihood", model, run)(heldout)
+        gold = need_scores(load_scorer("likelihood", model, run)(heldout), heldout)
         result = {"score": mean(gold), "se": standard_error(gold), **result}
     return result
 

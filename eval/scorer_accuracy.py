@@ -19,7 +19,7 @@ from improve import TEMPLATE
 from plumbing.files import InputError, digest, read_text
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import print0
-from scorers.base import Revision, Scorer, score_pairs
+from scorers.base import Revision, Scorer, need_scores, score_pairs
 from scorers.load import load_scorer
 
 LLMBAR = "a list of {input, output_1, output_2, label: 1 or 2}"
@@ -76,7 +76,8 @@ def accuracy(data: Path, scorer: Scorer | None) -> dict:
         raise InputError("--scorer none scores nothing; name another")
     pairs = read_labelled(data)
     better, worse = map(list, zip(*pairs, strict=True))
-    right = wins(*score_pairs(scorer, better, worse))
+    scores, others = score_pairs(scorer, better, worse)
+    right = wins(need_scores(scores, better), others)
     share = mean(right)
     low, high = wilson(sum(right), len(pairs))
 

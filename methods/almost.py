@@ -243,7 +243,9 @@ def is_bad(row: dict, plain: bool = False) -> bool:
 
 
 def favourites(samples: Path, reward_model: Path, out: Path, o: AlmostOptions) -> Path:
-    """Stage: each prompt's answer with the highest reward; empty and cut-off ones take no part."""
+    """Stage: each prompt's answer with the highest reward. Empty and cut-off ones take no part, nor
+    do those beyond the reward model's context.
+    """
     stage = Stage(out, run=o.run, samples=samples, scorer=reward_model)
     if stage.done:
         return out
@@ -252,17 +254,23 @@ def favourites(samples: Path, reward_model: Path, out: Path, o: AlmostOptions) -
     complete = [row for row in rows if row["response"] and row["finish_reason"] == "stop"]
     scorer = load_scorer(str(reward_model), None, o.run, stage.scratch / "scores", True)
     by_prompt = defaultdict(list)
-    for row, reward in zip(complete, scorer(complete), strict=True):
+    rewards = scorer(complete)
+    for row, reward in zip(complete, rewards, strict=True):
         lesson = {name: value for name, value in row.items() if name != "sample"}
-        by_prompt[row["id"]].append({**lesson, "reward": reward})
+        if reward is not None:
+            by_prompt[row["id"]].append({**lesson, "reward": reward})
     if not by_prompt:
         problem = f"{len(cut_off)} of {len(rows)} answers are cut off, the others empty"
         fix = "raise --sampling.max-new-tokens, with another --out"
         raise InputError(f"{samples}: {problem}; {fix}")
     best = [max(several, key=lambda row: row["reward"]) for several in by_prompt.values()]
     on_rank0(write_jsonl, out, best)
-    counts = {"cut_off": len(cut_off), "complete": len(complete)}
-    return stage.finish(records=len(best), **counts)
+    return stage.finish(
+        records=len(best),
+        cut_off=len(cut_off),
+        complete=len(complete),
+        not_scored=rewards.count(None),
+    )
 
 
 def main(o: Options) -> dict:

@@ -1,9 +1,10 @@
 """Preference pairs out of several responses to a prompt: the best against the worst.
 
 The first of the best and the last of the worst are taken, so that equal scores give two texts and
-the strict threshold drops them. An empty response takes no part. One that the token limit cut off
+the strict threshold drops them. An empty response takes no part, nor does one that the scorer
+cannot read. One that the token limit cut off
 may be rejected; the filter drops the pair where it would be chosen, as in pairs.py. The stage's
-counts say how many responses were empty, and how many prompts had fewer than two that were not.
+counts say how many responses these were, and how many prompts had fewer than two others.
 """
 
 from pathlib import Path
@@ -49,11 +50,16 @@ def rank_pairs(
         raise InputError(f"{samples}: every response is empty; look at the model that wrote them")
 
     # the best and the worst of each prompt
-    ranked = best_and_worst(rows, scorer(rows))
+    values = list(scorer(rows))
+    ranked = best_and_worst(rows, values)
     pairs = [(good, bad) for (_, good), (_, bad) in ranked]
     scores = [[score for score, _ in side] for side in zip(*ranked, strict=True)] or [[], []]
     prompts = {row["id"] for row in every}
-    left_out = {"empty_responses": len(every) - len(rows), "lonely": len(prompts) - len(pairs)}
+    left_out = {
+        "empty_responses": len(every) - len(rows),
+        "unscored_responses": values.count(None),
+        "lonely": len(prompts) - len(pairs),
+    }
     return keep_pairs(stage, pairs, scores, scorer, o, t, **left_out)
 
 
@@ -61,12 +67,13 @@ def recorded(rows: list[dict]) -> list[float]:
     return [row["score"] for row in rows]
 
 
-def best_and_worst(rows: list[dict], scores: list[float]) -> list[tuple[Scored, Scored]]:
-    """The first of the best and the last of the worst, for each prompt with two or more."""
+def best_and_worst(rows: list[dict], scores: list[float | None]) -> list[tuple[Scored, Scored]]:
+    """The first of the best and the last of the worst, for each prompt with two scores or more."""
     by_prompt: dict[str, list[Scored]] = {}
     for row, score in zip(rows, scores, strict=True):
         response = {name: value for name, value in row.items() if name != "sample"}
-        by_prompt.setdefault(row["id"], []).append((score, response))
+        if score is not None:
+            by_prompt.setdefault(row["id"], []).append((score, response))
     ranked = []
     for scored in by_prompt.values():
         if len(scored) > 1:

@@ -15,6 +15,9 @@ cut at --rlsf.max-length. One that has ended is followed by the template's end t
 cut off is not, unless it has no text at all. The reward model reads a cut-off answer as if it had
 ended. Equal answers of a batch are scored once for pi_old, so that in bf16 the first ratio is 1 but
 for rounding.
+
+An answer beyond the reward model's context has no reward. It leaves its prompt out: all answers to
+it have advantage 0. In the logged mean reward such an answer counts as 0.
 """
 
 from collections import defaultdict
@@ -41,6 +44,7 @@ from plumbing.ranges import Count, NotNegative, Positive
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from sample import SampleOptions, fitting, sample
+from scorers.base import known
 from scorers.load import load_scorer
 from train import Example, TrainOptions, make_sequence
 
@@ -123,7 +127,7 @@ def prompts_of_steps(
 
 
 def score_answers(answers: Path, reward_model: Path, out: Path, o: RlsfOptions) -> Path:
-    """Stage: answers with `reward`."""
+    """Stage: answers with `reward`, None where the reward model cannot read one."""
     stage = Stage(out, run=o.run, answers=answers, scorer=reward_model)
     if stage.done:
         return out
@@ -133,7 +137,12 @@ def score_answers(answers: Path, reward_model: Path, out: Path, o: RlsfOptions) 
     scored = [{**row, "reward": reward} for row, reward in zip(rows, rewards, strict=True)]
     on_rank0(write_jsonl, out, scored)
     empty = sum(not row["response"] for row in rows)
-    return stage.finish(answers=len(rows), empty=empty, reward=round(mean(rewards), 4))
+    return stage.finish(
+        answers=len(rows),
+        empty=empty,
+        not_scored=rewards.count(None),
+        reward=round(mean(known(rewards)), 4),
+    )
 
 
 def train_on_answers(r: Round, scored: Path, reference: Path, o: RlsfOptions, cache: Path) -> Path:
@@ -175,14 +184,17 @@ def make_answer(chat: Chat, row: dict, o: RlsfOptions) -> Example:
     return Example(row["id"], [(ids, start)], extra={"reward": row["reward"]})
 
 
-def total_reward(example: Example, weight: float) -> float:
-    """R of an answer; keeps its divergence from the reference as extra["kl"]."""
+def total_reward(example: Example, weight: float) -> float | None:
+    """R of an answer, None without a reward; keeps its divergence from the reference as
+    extra["kl"].
+    """
     old, reference = example.extra["old"][0], example.extra["reference"][0]
     example.extra["kl"] = sum(old) - reference
-    return example.extra["reward"] - weight * example.extra["kl"]
+    reward = example.extra["reward"]
+    return None if reward is None else reward - weight * example.extra["kl"]
 
 
-def advantages(rewards: list[float], k: int) -> list[float]:
+def advantages(rewards: list[float | None], k: int) -> list[float]:
     """Rewards of k answers to each prompt in a row -> advantages with standard deviation 1; 0 where
     all are equal.
     """
@@ -193,8 +205,12 @@ def advantages(rewards: list[float], k: int) -> list[float]:
     return [one / deviation if deviation else 0.0 for one in raw]
 
 
-def leave_one_out(rewards: list[float]) -> list[float]:
-    """Each reward less the mean of the others, exactly 0 where all are equal."""
+def leave_one_out(rewards: list[float | None]) -> list[float]:
+    """Each reward less the mean of the others, exactly 0 where all are equal, or where one is
+    None.
+    """
+    if None in rewards:
+        return [0.0] * len(rewards)
     others = len(rewards) - 1
     return [sum(reward - other for other in rewards) / others for reward in rewards]
 
@@ -211,7 +227,7 @@ def clipped_loss(clip: float):
             ratio = (new - old).exp()
             clipped = ratio.clamp(1 - clip, 1 + clip)
             losses.append(-torch.minimum(ratio * advantage, clipped * advantage).sum())
-            sums["reward"] += example.extra["reward"]
+            sums["reward"] += example.extra["reward"] or 0.0
             sums["kl"] += example.extra["kl"]
             sums["clipped"] += (ratio != clipped).float().mean().item()
         return torch.stack(losses).sum(), dict(sums)

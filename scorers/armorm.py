@@ -83,6 +83,6 @@ def armorm(directory: str | Path, run: RunOptions) -> Scorer:
             hidden = model.network(tokens, context, torch.cat([context.last, gates]))  # (2 B, C)
             return model.network.scores(*hidden.chunk(2))
 
-        return in_micro_batches(sequences, forward)
+        return in_micro_batches(model, sequences, forward)
 
     return score

@@ -3,7 +3,8 @@
 A scorer is a function: records {prompt | messages, response} -> one float each, higher is better.
 One that compares has an attribute `pairwise` that is true; it takes two lists of records and
 returns P(the first is better) by position, or, if its attribute `logits` is true, the logit of P.
-Every rank calls a scorer with all records.
+None stands for the score of what does not fit the context of the scorer's model. Every rank calls a
+scorer with all records.
 """
 
 import math
@@ -18,7 +19,7 @@ import torch
 
 from checkpoint import load
 from formats.chat import Chat
-from formats.records import conversation_text
+from formats.records import conversation_text, where_of
 from model import Model
 from ops.attention import Packed
 from ops.micro_batches import pack_micro_batches
@@ -26,7 +27,7 @@ from plumbing.files import InputError, digest, load_json, write_json
 from plumbing.options import RunOptions, load_function, plugin_files
 from plumbing.ranks import DEVICE, gather, work_queue
 
-Scorer = Callable[..., list[float]]
+Scorer = Callable[..., list[float | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +87,18 @@ def in_logits(scorer: Scorer) -> bool:
     return getattr(scorer, "logits", False)
 
 
-def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int = 128) -> Scorer:
-    """Score in blocks, distributed over ranks and optionally cached on disk.
+def blockwise(
+    score: Scorer,
+    key: list,
+    scratch: Path | None = None,
+    size: int = 128,
+    directory: str | Path = "the scorer's model",
+) -> Scorer:
+    """Score in blocks, distributed over ranks and optionally cached on disk. Raises InputError if
+    there are records and none has a score.
 
     key: what the scores follow from besides the records. scratch: a folder for the scores of
-    finished blocks, from which an interrupted call resumes.
+    finished blocks, from which an interrupted call resumes. directory: the model's, for the error.
     """
 
     def scorer(*sides):
@@ -111,7 +119,13 @@ def blockwise(score: Scorer, key: list, scratch: Path | None = None, size: int =
 
         # every rank gets all scores, in the order of the records
         scores = ChainMap(*gather(done))
-        return [value for number in range(len(blocks)) for value in scores[number]]
+        values = [value for number in range(len(blocks)) for value in scores[number]]
+        if set(values) == {None}:
+            raise InputError(
+                f"none of {len(values)} records fits the context of {directory}; shorten them, or "
+                "name another scorer"
+            )
+        return values
 
     scorer.pairwise = is_pairwise(score)
     scorer.logits = in_logits(score)
@@ -133,14 +147,6 @@ class LocalModel:
     def network(self) -> Model:
         return self.load(self.chat.directory, self.dtype, DEVICE)
 
-    def fitting(self, row: dict, ids: list[int]) -> list[int]:
-        """The token ids of a record. Raises InputError if they exceed the model's context."""
-        limit = self.network.config.max_positions
-        if len(ids) > limit:
-            problem = f"{len(ids)} tokens, the context of {self.chat.directory} is {limit}"
-            raise InputError(f"record {row['id']}: {problem}; remove it")
-        return ids
-
 
 def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, Packed]:
     """Tokens (N,) of sequences end to end, and their context."""
@@ -149,15 +155,21 @@ def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, Packed]:
 
 
 @torch.no_grad()
-def in_micro_batches(sequences: list[list[int]], forward: Callable) -> list[float]:
-    """A value for each sequence, from packed micro-batches of about 8192 tokens.
+def in_micro_batches(
+    model: LocalModel, sequences: list[list[int]], forward: Callable
+) -> list[float | None]:
+    """A value for each sequence, from packed micro-batches of about 8192 tokens; None for those
+    beyond the model's context.
 
     forward(indices of B sequences, their tokens (N,), context) -> (B,).
     """
-    values = [0.0] * len(sequences)
-    if not sequences:
+    values = [None] * len(sequences)
+    limit = model.network.config.max_positions
+    fitting = [i for i, ids in enumerate(sequences) if len(ids) <= limit]
+    if not fitting:
         return values
-    for [micro] in pack_micro_batches([len(ids) for ids in sequences], 1, 8192):
+    for [places] in pack_micro_batches([len(sequences[i]) for i in fitting], 1, 8192):
+        micro = [fitting[place] for place in places]
         outputs = forward(micro, *packed([sequences[i] for i in micro]))
         for i, value in zip(micro, outputs.tolist(), strict=True):
             values[i] = value
@@ -167,17 +179,38 @@ def in_micro_batches(sequences: list[list[int]], forward: Callable) -> list[floa
 def score_pairs(
     scorer: Scorer | None, good: list[dict], bad: list[dict]
 ) -> tuple[list[float | None], list[float | None]]:
-    """Scores of both sides. A pairwise scorer's are P and 1 - P, or the logit and its negative;
-    without a scorer they are None.
+    """Scores of both sides. A pairwise scorer's are P and 1 - P, or the logit and its negative.
+    Without a scorer they are None, as are both where it cannot read one.
     """
     if scorer is None:
         return [None] * len(good), [None] * len(bad)
     if is_pairwise(scorer):
-        better = scorer(good, bad)
-        if in_logits(scorer):
-            return better, [-logit for logit in better]
-        return better, [1 - p for p in better]
-    return scorer(good), scorer(bad)
+        total = 0 if in_logits(scorer) else 1
+        better = list(scorer(good, bad))
+        return better, [None if score is None else total - score for score in better]
+    pairs = [
+        (None, None) if None in pair else pair
+        for pair in zip(scorer(good), scorer(bad), strict=True)
+    ]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def score_gaps(scores: tuple[list, list]) -> list[float | None]:
+    """How much higher the first side's scores are; None for a pair without."""
+    return [None if a is None else a - b for a, b in zip(*scores, strict=True)]
+
+
+def known(values: list) -> list:
+    """The values that are not None."""
+    return [value for value in values if value is not None]
+
+
+def need_scores(scores: list[float | None], rows: list[dict]) -> list[float]:
+    """The scores of a user's own records. Raises InputError at the first that has none."""
+    if None in scores:
+        row = rows[scores.index(None)]
+        raise InputError(f"{where_of(row)}: beyond the context of the scorer's model; remove it")
+    return scores
 
 
 def preference_by(scorer: Scorer | None, score: float | None) -> float | None:
@@ -189,10 +222,10 @@ def preference_by(scorer: Scorer | None, score: float | None) -> float | None:
     return score
 
 
-def quantiles(values: list[float]) -> str:
+def quantiles(values: list[float | None]) -> str:
     """Minimum, lower quartile, median, upper quartile and maximum, for error messages."""
-    if not values:
+    ordered = sorted(known(values))
+    if not ordered:
         return "none"
-    ordered = sorted(values)
     last = len(ordered) - 1
     return " ".join(f"{ordered[round(q * last)]:.3g}" for q in (0, 0.25, 0.5, 0.75, 1))

@@ -40,9 +40,8 @@ def conversation(chat: Chat, row: dict, response: str) -> list[int]:
 
 
 def conversations(model: LocalModel, rows: list[dict]) -> list[list[int]]:
-    """Token ids of records and responses. Raises InputError if one exceeds the model's context."""
-    ids = [conversation(model.chat, row, row["response"]) for row in rows]
-    return list(map(model.fitting, rows, ids))
+    """Token ids of records and responses."""
+    return [conversation(model.chat, row, row["response"]) for row in rows]
 
 
 def classifier(directory: str | Path, run: RunOptions) -> Scorer:
@@ -56,7 +55,7 @@ def classifier(directory: str | Path, run: RunOptions) -> Scorer:
     def reward(_, tokens, context):
         return model.network(tokens, context, context.last).float()[:, 0]  # (B,)
 
-    return lambda rows: in_micro_batches(conversations(model, rows), reward)
+    return lambda rows: in_micro_batches(model, conversations(model, rows), reward)
 
 
 # ---------------------------------------------------------------------------------- training

@@ -38,9 +38,12 @@ def letter_judge(directory: str | Path, run: RunOptions) -> Scorer:
 
     def prompt_ids(first, second):
         turns = [f"{message['role']}: {message['content']}" for message in messages_of(first)]
-        texts = {"a": first["response"], "b": second["response"]}
-        prompt = TEMPLATE.format(conversation="\n\n".join(turns), **texts)
-        return model.fitting(first, model.chat.prompt_ids({"prompt": prompt}))
+        prompt = TEMPLATE.format(
+            conversation="\n\n".join(turns),
+            a=first["response"],
+            b=second["response"],
+        )
+        return model.chat.prompt_ids({"prompt": prompt})
 
     def letter_is_a(_, tokens, context):
         logits = model.network(tokens, context, context.last).float()[:, letters]  # (B, 2)
@@ -51,11 +54,11 @@ def letter_judge(directory: str | Path, run: RunOptions) -> Scorer:
         prompts = []
         for row, other in zip(rows, others, strict=True):
             prompts += [prompt_ids(row, other), prompt_ids(other, row)]
-        p_first = in_micro_batches(prompts, letter_is_a)
+        p_first = in_micro_batches(model, prompts, letter_is_a)
 
         # the mean over both orders
         orders = zip(p_first[::2], p_first[1::2], strict=True)
-        return [(a + 1 - b) / 2 for a, b in orders]
+        return [None if None in (a, b) else (a + 1 - b) / 2 for a, b in orders]
 
     score.pairwise = True
     return score

@@ -9,16 +9,14 @@ import math
 from pathlib import Path
 
 from checkpoint import load_config
-from formats.records import where_of
-from plumbing.files import InputError
 from plumbing.options import RunOptions
-from scorers.base import LocalModel, Revision, Scorer
+from scorers.base import LocalModel, Revision, Scorer, known
 from train import TrainOptions, make_sequence, score_sequences
 
 
-def mean_logps(directory: str | Path, run: RunOptions):
-    """The function records -> mean log-prob of response and end token given the prompt, in nats per
-    token; None where the prompt leaves no room in the model's context.
+def likelihood(directory: str | Path, run: RunOptions) -> Scorer:
+    """Mean log-prob of response and end token given the prompt, in nats per token; None where the
+    prompt fills the model's context.
     """
     # M_0 reads what the policy reads: --chat-template, too
     model = LocalModel(directory, run, own_template=False)
@@ -26,40 +24,25 @@ def mean_logps(directory: str | Path, run: RunOptions):
 
     def score(rows):
         sequences = [make_sequence(model.chat, row, row["response"], o) for row in rows]
-        fitting = [sequence for sequence in sequences if sequence is not None]
-        found = iter(score_sequences(model.network, fitting))
+        found = iter(score_sequences(model.network, known(sequences)))
         return [None if ids is None else next(found).mean().item() for ids in sequences]
-
-    return score
-
-
-def likelihood(directory: str | Path, run: RunOptions) -> Scorer:
-    """Mean log-prob of response and end token given the prompt, in nats per token."""
-    logp = mean_logps(directory, run)
-
-    def score(rows):
-        values = logp(rows)
-        if None in values:
-            problem = f"its prompt fills the context of {directory}"
-            raise InputError(f"{where_of(rows[values.index(None)])}: {problem}; remove it")
-        return values
 
     return score
 
 
 def settled(directory: str | Path, run: RunOptions, revision: Revision) -> Scorer:
     """exp of the mean log-prob per token of a response, given the prompt and that same response as
-    the draft to revise: 1 if the model is certain to leave it as it is, 0 if the question does not
-    fit its context.
+    the draft to revise: 1 if the model is certain to leave it as it is, None if the question fills
+    its context.
 
     revision: how the improver is asked.
     """
-    logp = mean_logps(directory, run)
+    logp = likelihood(directory, run)
 
     def score(rows):
         asked = []
         for row, prompt in zip(rows, revision.prompts(rows), strict=True):
             asked.append({"id": row["id"], "prompt": prompt, "response": row["response"]})
-        return [0.0 if value is None else math.exp(value) for value in logp(asked)]
+        return [None if value is None else math.exp(value) for value in logp(asked)]
 
     return score

@@ -61,9 +61,9 @@ def load_scorer(
                 template = fingerprint(template)
             asked = [template, run.chat_template_args, run.chat_template_date]
             key = [spec, fingerprint(directory), run.dtype, *asked]
-        if scratch and spec == "settled":
-            key += [revision.template, [fingerprint(file) for file in revision.files]]
-        scorer = blockwise(make(directory, run), key, scratch)
+            if spec == "settled":
+                key += [revision.template, [fingerprint(file) for file in revision.files]]
+        scorer = blockwise(make(directory, run), key, scratch, directory=directory)
     if single and is_pairwise(scorer):
         fix = "name one that scores each, such as likelihood"
         raise InputError(f"scorer {spec} compares two answers; {fix}")

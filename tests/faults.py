@@ -598,7 +598,40 @@ FAULTS = [
         new='"prompt": row["prompt"], "response"',
         tests=("core/test_scorers.py::test_settled_is_the_likelihood_of_leaving_a_draft_as_it_is",),
     ),
+    Fault(
+        "beyond-the-context-is-scored",
+        "scorers/base.py",
+        old="if len(ids) <= limit]",
+        new="if ids]",
+        tests=(
+            "core/test_scorers.py::test_a_text_beyond_the_context_has_no_score",
+            "core/test_scorers.py::test_the_last_token_of_the_context_is_read",
+        ),
+    ),
+    Fault(
+        "one-side-without-a-score",
+        "scorers/base.py",
+        old="(None, None) if None in pair else pair",
+        new="pair",
+        tests=("core/test_scorers.py::test_a_pair_has_two_scores_or_none",),
+    ),
+    Fault(
+        "pair-without-scores-kept",
+        "pairs.py",
+        old='return "not_scored"',
+        new='return ""',
+        tests=(
+            "core/test_pairs.py::test_a_pair_that_the_scorer_cannot_read_is_dropped_and_counted",
+        ),
+    ),
     # improve.py and gen_prompts.py
+    Fault(
+        "unscored-rewrite-wins",
+        "improve.py",
+        old="rank = (score is not None, ",
+        new="rank = (score is None, ",
+        tests=("core/test_improve.py::test_a_rewrite_that_the_scorer_cannot_read_does_not_win",),
+    ),
     Fault(
         "improver-refuses-comparisons",
         "loop.py",
@@ -616,8 +649,8 @@ FAULTS = [
     Fault(
         "gold-and-draft-swapped",
         "improve.py",
-        old="gaps = [gold - draft for",
-        new="gaps = [draft - gold for",
+        old="score_pairs(scorer, [seed for seed, _ in pairs], [draft for _, draft in pairs])",
+        new="score_pairs(scorer, [draft for _, draft in pairs], [seed for seed, _ in pairs])",
         tests=(
             "core/test_improve.py::"
             "test_with_scorer_gold_must_beat_the_draft_by_more_than_the_threshold",
@@ -798,8 +831,8 @@ FAULTS = [
     Fault(
         "leaving-the-reference-pays",
         "methods/rlsf.py",
-        old='example.extra["reward"] - weight',
-        new='example.extra["reward"] + weight',
+        old="reward - weight",
+        new="reward + weight",
         tests=("core/test_almost.py::test_leaving_the_reference_costs",),
     ),
     Fault(
@@ -1067,7 +1100,7 @@ FAULTS = [
     Fault(
         "long-question-is-settled",
         "scorers/likelihood.py",
-        old="0.0 if value is None",
+        old="None if value is None",
         new="1.0 if value is None",
         tests=("core/test_scorers.py::test_what_does_not_fit_is_not_settled",),
     ),

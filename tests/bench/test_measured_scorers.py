@@ -8,7 +8,7 @@ from bench_helpers import run_bench
 from conftest import write_rows
 
 from bench import scorers
-from plumbing.files import write_json
+from plumbing.files import InputError, write_json
 
 PLUGIN = """
 def score(rows):
@@ -89,3 +89,14 @@ def test_a_run_without_controls_gets_one_line(tmp_path):
     assert code != 0
     assert errors.count("\n") == 1
     assert "run methods.controls" in errors
+
+
+def test_a_text_that_cannot_be_scored_is_named():
+    def short(rows: list[dict]) -> list[float | None]:
+        return [None if len(row["response"]) > 4 else 1.0 for row in rows]
+
+    pairs = [({"id": "a", "response": "x"}, {"id": "a", "response": "y"})]
+    pairs.append(({"id": "b", "response": "x"}, {"id": "b", "response": "too long"}))
+    for several in (pairs, [pair[::-1] for pair in pairs]):
+        with pytest.raises(InputError, match="record b: beyond the context of the scorer's model"):
+            scorers.accuracy(short, several)

@@ -223,6 +223,44 @@ def test_equal_rewards_move_nothing():
     assert new.grad.tolist() == [0, 0]
 
 
+def test_an_answer_without_a_reward_leaves_its_prompt_out():
+    assert leave_one_out([1.0, None, 4.0]) == [0.0] * 3
+    assert advantages([1.0, None, 2.0, 4.0], 2) == advantages([5.0, 5.0, 2.0, 4.0], 2)
+    example = answer([-1.0], 0.0)
+    example.extra |= {"reward": None, "reference": [-1.0]}
+    assert rlsf.total_reward(example, 0.1) is None
+    loss, sums = clipped_loss(0.2)([example], [[torch.tensor([-2.0])]])
+    assert loss == sums["reward"] == 0
+
+
+@pytest.fixture
+def reward_model(tmp_path) -> Path:
+    changes = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    return tiny_checkpoint(tmp_path / "rm", id2label={"0": "LABEL_0"}, **changes)
+
+
+def test_answers_beyond_the_reward_models_context_are_counted(reward_model, tmp_path):
+    rows = []
+    for i, text in enumerate(["a", "x" * 600, "b c"]):
+        row = {"id": "q", "sample": i, "prompt": "Q?", "response": text, "finish_reason": "stop"}
+        rows.append(row)
+    samples = write_rows(tmp_path / "samples.jsonl", rows)
+    out = rlsf.score_answers(
+        samples, reward_model, tmp_path / "scored.jsonl", RlsfOptions(run=FP32)
+    )
+    rewards = [row["reward"] for row in read_rows(out)]
+    assert [reward is None for reward in rewards] == [False, True, False]
+    assert counts(out)["not_scored"] == 1
+    assert counts(out)["reward"] == pytest.approx((rewards[0] + rewards[2]) / 2, abs=1e-4)
+
+    # the favourite is one of the others
+    o = AlmostOptions(run=FP32)
+    out = almost.favourites(samples, reward_model, tmp_path / "favourites.jsonl", o)
+    best = max((rewards[0], "a"), (rewards[2], "b c"))[1]
+    assert [row["response"] for row in read_rows(out)] == [best]
+    assert counts(out)["not_scored"] == 1
+
+
 def answer(old: list[float], advantage: float) -> Example:
     extra = {"old": [old], "advantage": advantage, "reward": 1.0, "kl": 0.5}
     ids = [0] * (len(old) + 1)

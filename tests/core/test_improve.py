@@ -98,7 +98,7 @@ def test_feedback_adds_fields(tmp_path):
 
 def test_a_seeds_own_draft_takes_the_place_of_sampled_ones():
     seeds = [{**SEEDS[0], "draft": "Because."}, SEEDS[1]]
-    rows = training_rows(gold_and_draft(seeds, DRAFTS), None, options())
+    rows, _ = training_rows(gold_and_draft(seeds, DRAFTS), None, options())
     assert [(row["prompt"], row["response"]) for row in rows] == [
         ("Q: How?\nA: Like this, I think\nBetter:", "Well."),
         ("Q: Why?\nA: Because.\nBetter:", "Because it is so."),
@@ -113,20 +113,20 @@ def test_seeds_with_drafts_need_no_sampled_ones():
 
 
 def test_without_scorer_every_draft_with_text_is_an_example():
-    rows = training_rows(gold_and_draft(SEEDS, DRAFTS), None, options())
+    rows, _ = training_rows(gold_and_draft(SEEDS, DRAFTS), None, options())
     assert [(row["prompt"], row["response"]) for row in rows] == [
         ("Q: Why?\nA: No idea\nBetter:", "Because it is so."),
         ("Q: How?\nA: Like this, I think\nBetter:", "Well."),
     ]
     more = [*DRAFTS, {**DRAFTS[0], "sample": 2}]
-    again = training_rows(gold_and_draft(SEEDS, more), None, options())
+    again, _ = training_rows(gold_and_draft(SEEDS, more), None, options())
     assert len({row["id"] for row in again}) == 3
     assert again[:2] == rows
 
 
 def test_with_scorer_gold_must_beat_the_draft_by_more_than_the_threshold():
     def kept(threshold: float) -> list[str]:
-        rows = training_rows(gold_and_draft(SEEDS, DRAFTS), words, options(threshold=threshold))
+        rows, _ = training_rows(gold_and_draft(SEEDS, DRAFTS), words, options(threshold=threshold))
         return [row["response"] for row in rows]
 
     # gaps are 2 and -3
@@ -139,6 +139,26 @@ def test_with_scorer_gold_must_beat_the_draft_by_more_than_the_threshold():
         kept(2)
 
 
+def at_most_four_words(rows: list[dict]) -> list[float | None]:
+    """A scorer with a small context."""
+    return [None if score > 4 else score for score in words(rows)]
+
+
+def test_an_example_that_the_scorer_cannot_read_is_left_out_and_counted():
+    long = {**DRAFTS[0], "response": "I have no idea at all", "sample": 2}
+    pairs = gold_and_draft(SEEDS, [*DRAFTS, long])
+    rows, not_scored = training_rows(pairs, at_most_four_words, options(threshold=0))
+    assert [row["response"] for row in rows] == ["Because it is so."]
+    assert "No idea" in rows[0]["prompt"]
+    assert not_scored == 1
+    # gold, too, may be beyond its context
+    gold = [{**SEEDS[0], "response": "Because it is so as it is."}, SEEDS[1]]
+    pairs = gold_and_draft(gold, DRAFTS)
+    assert training_rows(pairs, at_most_four_words, options(threshold=-9))[1] == 1
+    with pytest.raises(InputError, match="beats its draft by 0; score gaps -3 -3 -3 -3 -3"):
+        training_rows(pairs, at_most_four_words, options(threshold=0))
+
+
 def test_a_scorer_that_compares_sees_gold_beside_its_draft():
     """P - (1 - P) of gold against its draft; twice the logit where the scorer gives one."""
 
@@ -149,7 +169,8 @@ def test_a_scorer_that_compares_sees_gold_beside_its_draft():
 
     def kept(threshold: float) -> int:
         pairs = gold_and_draft(SEEDS, DRAFTS)
-        return len(training_rows(pairs, better, options(threshold=threshold)))
+        rows, _ = training_rows(pairs, better, options(threshold=threshold))
+        return len(rows)
 
     better.pairwise = True
     assert [kept(-0.1), kept(0), kept(0.49)] == [2, 1, 1]
@@ -167,7 +188,7 @@ def test_stage_counts_drafts_and_examples(tiny, tmp_path, monkeypatch, scorer, k
     seeds = write_rows(tmp_path / "seeds.jsonl", SEEDS)
     drafts = write_rows(tmp_path / "drafts.jsonl", DRAFTS)
     counts = train_improver(tiny, seeds, drafts, tmp_path / "improver", options())
-    assert counts == {"drafts": 2, "kept": kept, "records": kept}
+    assert counts == {"drafts": 2, "not_scored": 0, "kept": kept, "records": kept}
 
 
 # ---------------------------------------------------------------------------------------- rewrites
@@ -300,6 +321,21 @@ def test_scorer_decides_among_the_finished(rewritten, most_words):
     assert [row["response"] for row in rows] == ["a b c", "a b"]
     # `likelihood` is measured under M_0, not under the improver
     assert most_words == [rewritten.base]
+
+
+def test_a_rewrite_that_the_scorer_cannot_read_does_not_win(rewritten, most_words, monkeypatch):
+    """Unless it can read none of that draft's: then the first is taken, as without a scorer."""
+    monkeypatch.setattr(improve, "load_scorer", lambda *_, **__: at_most_four_words)
+    long = "one two three four five"
+    a = [(long, "stop"), ("one", "stop"), ("one two", "stop")]
+    b = [(f"{long} six", "length"), (long, "stop"), (f"{long} seven", "stop")]
+    rows = rewritten(a, b, scorer="words")
+    assert [row["response"] for row in rows] == ["one two", long]
+    assert rewritten.counts["not_scored"] == 4
+    # not even in place of a cut-off one
+    rows = rewritten([(long, "stop"), ("one", "length")], [("a", "stop"), ("b", "stop")])
+    assert [row["response"] for row in rows] == ["one", "a"]
+    assert rewritten.counts["not_scored"] == 1
 
 
 def test_draft_competes_with_its_rewrites(rewritten, most_words):

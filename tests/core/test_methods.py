@@ -8,7 +8,7 @@ from pathlib import Path
 import micro
 import pytest
 import torch
-from conftest import ROOT, last_json, read_rows, refusal, run, write_rows
+from conftest import ROOT, last_json, read_rows, refusal, run, tiny_checkpoint, write_rows
 from cycle import command, counts, flags, inputs, one_line, stamps
 
 from losses import LOSSES, PairLogps
@@ -343,6 +343,24 @@ def test_first_of_the_best_against_last_of_the_worst():
     assert found == {"a": ("a1", 3.0, "a3", 1.0), "b": ("b0", 2.0, "b1", 2.0)}
 
 
+def test_a_response_without_a_score_is_no_candidate():
+    scores = {
+        "a0": None,
+        "a1": 3.0,
+        "a2": 1.0,
+        "a3": None,
+        "b0": None,
+        "b1": 2.0,
+        "c0": None,
+        "c1": None,
+    }
+    rows = []
+    for text in scores:
+        rows.append({"id": text[0], "response": text})
+    [pair] = best_and_worst(rows, list(scores.values()))
+    assert [response["response"] for _, response in pair] == ["a1", "a2"]
+
+
 def write_scored(tmp_path: Path, texts: list[tuple[str, str, str]]) -> tuple[Path, PairOptions]:
     """Samples whose score is the number in the text: (prompt, response, finish_reason)."""
     (tmp_path / "plugin.py").write_text(
@@ -381,6 +399,26 @@ def test_pairs_of_ranked_responses_pass_the_filter(tmp_path):
     found = counts(out)
     assert (found["candidates"], found["cut_off"], found["small_gap"]) == (4, 1, 1)
     assert (found["empty_responses"], found["lonely"]) == (1, 0)
+
+
+def test_responses_that_the_scorer_cannot_read_are_left_out_and_counted(tmp_path):
+    long = "2 " + "y" * 600
+    texts = [
+        ("a", "1 x", "stop"),
+        ("a", long, "stop"),
+        ("a", "3", "stop"),
+        ("b", "1 x", "stop"),
+        ("b", long, "stop"),
+    ]
+    samples, _ = write_scored(tmp_path, texts)
+    reward = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    model = tiny_checkpoint(tmp_path / "rm", **reward, id2label={"0": "LABEL_0"})
+    o = PairOptions(run=RunOptions(dtype="float32"), scorer=str(model), max_repetition=1.0)
+    out = rank_pairs(samples, tmp_path / "pairs.jsonl", o)
+    [pair] = read_rows(out)
+    assert {pair["chosen"], pair["rejected"]} == {"1 x", "3"}
+    found = counts(out)
+    assert (found["candidates"], found["unscored_responses"], found["lonely"]) == (1, 2, 1)
 
 
 def test_what_cannot_be_ranked_gets_one_line(tmp_path):

@@ -355,7 +355,7 @@ def test_the_improver_trains_where_gold_beats_the_draft(ranker):
     gaps[0] = 2 * scorer(ROWS[:1], drafts[:1])[0]
     threshold = sorted(gaps)[2]
     o = ImproverOptions(run=FP32, template="{prompt} {draft}", threshold=threshold + 1e-4)
-    rows = training_rows(gold_and_draft(ROWS, drafts), scorer, o)
+    rows, _ = training_rows(gold_and_draft(ROWS, drafts), scorer, o)
     kept = [row["response"] for row in rows]
     wanted = [row["response"] for row, gap in zip(ROWS, gaps, strict=True) if gap > o.threshold]
     assert kept == wanted

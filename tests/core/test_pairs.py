@@ -203,6 +203,32 @@ def test_pairwise_scores_are_p_and_its_complement(tiny, make):
     assert [preference_of(row) for row in pairs] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_pair_that_the_scorer_cannot_read_is_dropped_and_counted(make, tiny):
+    """Either side may be longer than the context; the rules about texts come first."""
+    texts = ["y" * 600, "a b c", "ok fine", "", "x y z"]
+    rejected = answers(["bad", "y" * 600, "no no", "z" * 600, "a"])
+    counts, pairs = make(answers(texts), rejected, scorer=f"judge:{tiny}", threshold=-1)
+    assert ids(pairs) == ["x2", "x4"]
+    expected = {"candidates": 5, "not_scored": 2, "empty": 1, "valid": 2, "pairs": 2}
+    assert expected.items() <= counts.items()
+    gaps = [row["score_chosen"] - row["score_rejected"] for row in pairs]
+    # of all pairs that have one
+    assert counts["mean_gap"] == pytest.approx(sum(gaps) / 2, abs=1e-4)
+
+
+def short_scorer(rows: list[dict]) -> list[float | None]:
+    """None for texts of more than two words."""
+    lengths = length_scorer(rows)
+    return [length if length < 3 else None for length in lengths]
+
+
+def test_where_no_pair_is_scored_the_error_says_so(make):
+    problem = r"no pair of 2 left \({'not_scored': 2}\); score gaps none"
+    with pytest.raises(InputError, match=problem):
+        scorer = f"{Path(__file__)}:short_scorer"
+        make(answers(["a b c", "a b"]), answers(["x", "x y z"]), scorer=scorer)
+
+
 def test_pairs_of_settled_follow_from_how_the_improver_is_asked(tiny, tmp_path):
     """Another template or feedback is refused; with another scorer it does not count."""
     hints = tmp_path / "hints.py"

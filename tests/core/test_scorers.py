@@ -18,9 +18,23 @@ from plumbing.files import InputError
 from plumbing.options import RunOptions, load_function
 from plumbing.stage import counts_of
 from scorers.armorm import ArmoRM
-from scorers.base import Revision, blockwise, quantiles, score_pairs
-from scorers.classifier import RewardOptions, classifier, start_reward_model, train_reward
-from scorers.letter_judge import TEMPLATE, letter_judge
+from scorers.base import (
+    LocalModel,
+    Revision,
+    blockwise,
+    need_scores,
+    quantiles,
+    score_gaps,
+    score_pairs,
+)
+from scorers.classifier import (
+    RewardOptions,
+    classifier,
+    conversations,
+    start_reward_model,
+    train_reward,
+)
+from scorers.letter_judge import TEMPLATE
 from scorers.likelihood import likelihood, settled
 from scorers.load import load_scorer, scorer_files
 
@@ -139,13 +153,10 @@ def test_settled_asks_with_the_records_fields_and_the_users_feedback(tiny, tmp_p
 
 
 def test_what_does_not_fit_is_not_settled(tiny):
-    """A rewrite of the pipeline's own must not end the run; the likelihood of a user's may."""
+    """Nor does a rewrite of the pipeline's own end the run."""
     long = {"id": "long", "prompt": "x", "response": "y" * 600}  # of 512 positions
     scores = settled(tiny, FP32, ASK)([long, ROWS[0], long])
-    assert scores == [0.0, *settled(tiny, FP32, ASK)(ROWS[:1]), 0.0]
-    prompt = {"id": "long", "prompt": "x" * 600, "response": "y"}
-    with pytest.raises(InputError, match="record long: its prompt fills the context"):
-        likelihood(tiny, FP32)([ROWS[0], prompt])
+    assert scores == [None, *settled(tiny, FP32, ASK)(ROWS[:1]), None]
 
 
 def test_likelihood_reads_the_template_of_the_policy(tiny, tmp_path):
@@ -199,12 +210,39 @@ def test_scores_do_not_depend_on_their_batch(tiny, reward_model):
         assert in_blocks([]) == []
 
 
-def test_texts_beyond_the_context_are_named(tiny, reward_model):
-    long = {"id": "long", "prompt": "x" * 600, "response": "y"}
-    with pytest.raises(InputError, match="record long: its prompt fills the context"):
-        likelihood(tiny, FP32)([ROWS[0], long])
-    with pytest.raises(InputError, match=r"record long: 60\d tokens, the context of .* is 512"):
-        classifier(reward_model, FP32)([ROWS[0], long])
+LONG = {"id": "long", "prompt": "x" * 600, "response": "y"}  # where models have 512 positions
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "reward_model", "armorm"])
+def test_a_text_beyond_the_context_has_no_score(kind, tiny, request):
+    """Not an error, as the pipeline itself may have written it, unless nothing fits."""
+    spec = kind if kind == "likelihood" else request.getfixturevalue(kind)
+    score = load_scorer(str(spec), tiny, FP32)
+    expected = score(ROWS)
+    with_long = score([LONG, *ROWS[:2], LONG, *ROWS[2:]])
+    assert (with_long[0], with_long[3]) == (None, None)
+    assert with_long[1:3] + with_long[4:] == pytest.approx(expected, abs=1e-5)
+    directory = tiny if kind == "likelihood" else spec
+    problem = f"none of 2 records fits the context of {directory}; shorten them, or name another"
+    with pytest.raises(InputError, match=problem):
+        score([LONG, LONG])
+
+
+def test_the_last_token_of_the_context_is_read(reward_model):
+    """512 tokens fit in 512 positions."""
+    [ids] = conversations(LocalModel(reward_model, FP32), [{**LONG, "prompt": ""}])
+    fits = {**LONG, "prompt": "x" * (512 - len(ids))}
+    score = classifier(reward_model, FP32)
+    assert score([fits])[0] is not None
+    assert score([{**fits, "prompt": fits["prompt"] + "x"}]) == [None]
+
+
+def test_a_users_record_without_a_score_is_named():
+    assert need_scores([1.0, 2.0], ROWS[:2]) == [1.0, 2.0]
+    with pytest.raises(
+        InputError, match="record r1: beyond the context of the scorer's model; remove it"
+    ):
+        need_scores([1.0, None], ROWS[:2])
 
 
 # ---------------------------------------------------------------------------------- ArmoRM
@@ -336,9 +374,22 @@ def test_the_letter_judge_reads_both_letters_in_both_orders(tiny):
     assert score(others, rows) == pytest.approx(opposite, abs=1e-5)
     assert score_pairs(score, rows, others) == (got, opposite)
 
-    long = {"id": "long", "prompt": "x" * 999, "response": "y"}
-    with pytest.raises(InputError, match=r"record long: \d+ tokens, the context of .* is"):
-        letter_judge(tiny, FP32)([long], [ROWS[0]])
+
+def test_the_letter_judge_cannot_compare_what_it_cannot_read(tiny):
+    """Whichever of both responses is too long; it is an error only where every pair is."""
+    long = {**ROWS[0], "response": "y" * 600}
+    score = load_scorer(f"judge:{tiny}", "", FP32)
+    first, second = score(ROWS[:2], other_answers("no")[:2])
+    good = [ROWS[0], long, ROWS[0], ROWS[1]]
+    bad = [*other_answers("no")[:1], ROWS[0], long, *other_answers("no")[1:2]]
+    expected = [first, None, None, second]
+    assert score(good, bad) == pytest.approx(expected, abs=1e-5)
+    opposite = [1 - first, None, None, 1 - second]
+    ours, theirs = score_pairs(score, good, bad)
+    assert ours == pytest.approx(expected, abs=1e-5)
+    assert theirs == pytest.approx(opposite, abs=1e-5)
+    with pytest.raises(InputError, match=f"none of 1 records fits the context of {tiny}"):
+        score([long], [ROWS[0]])
 
 
 def test_a_word_start_marker_is_not_the_letter(tiny, monkeypatch):
@@ -440,9 +491,27 @@ def test_scores_of_pairs():
     assert score_pairs(None, better, worse) == ([None, None], [None, None])
 
 
+def test_a_pair_has_two_scores_or_none():
+    def short(rows: list[dict]) -> list[float | None]:
+        return [float(len(row["response"])) if len(row["response"]) < 4 else None for row in rows]
+
+    def compare(better: list[dict], worse: list[dict]) -> list[float | None]:
+        return [None, 0.75, 2.0]
+
+    good = [{"response": text} for text in ("long", "abc", "a")]
+    bad = [{"response": text} for text in ("a", "ab", "too long")]
+    scores = score_pairs(short, good, bad)
+    assert scores == ([None, 3, None], [None, 2, None])
+    assert score_gaps(scores) == [None, 1, None]
+    compare.pairwise = True
+    assert score_pairs(compare, good, bad) == ([None, 0.75, 2], [None, 0.25, -1])
+    compare.logits = True
+    assert score_pairs(compare, good, bad) == ([None, 0.75, 2], [None, -0.75, -2])
+
+
 def test_quantiles():
-    assert quantiles([5, 1, 2, 4, 3]) == "1 2 3 4 5"
-    assert quantiles([]) == "none"
+    assert quantiles([5, 1, None, 2, 4, 3]) == "1 2 3 4 5"
+    assert quantiles([]) == quantiles([None]) == "none"
 
 
 # ------------------------------------------------------------------------------ interrupted scoring
@@ -468,6 +537,19 @@ def test_scoring_resumes_where_it_stopped(tmp_path):
     other = blockwise(score, ["another model"], tmp_path / "scratch", size=4)
     assert other(rows) == list(range(1, 10))
     assert calls[4:] == [4, 4, 1]
+
+
+def test_a_block_without_a_score_is_kept(tmp_path):
+    calls = []
+
+    def score(rows):
+        calls.append(len(rows))
+        return [1.0 if row["response"] == "x" else None for row in rows]
+
+    rows = [{"id": str(i), "response": text} for i, text in enumerate("yyx")]
+    for _ in range(2):
+        assert blockwise(score, [], tmp_path, size=2)(rows) == [None, None, 1.0]
+    assert calls == [2, 1]
 
 
 def test_cached_scores_are_of_one_model(tiny, tmp_path):

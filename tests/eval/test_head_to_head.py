@@ -75,6 +75,15 @@ def test_a_lost_comparison_is_a_draw_and_a_slight_win_counts_as_one(two):
     assert head_to_head.win(None) == 0.5
 
 
+def test_answers_that_the_scorer_cannot_read_are_a_draw_and_counted(two, tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "def first(rows):\n    return [1.0 if '0' in r['prompt'] else None for r in rows]\n"
+    )
+    result = head_to_head.main(by_scorer(two, f"{plugin}:first", limit=3))
+    assert (result["score"], result["draws"], result["not_scored"]) == (50, 3, 2)
+
+
 def test_by_a_scorer(two, tmp_path):
     plugin = tmp_path / "mine.py"
     plugin.write_text("def count(rows):\n    return [float(len(r['response'])) for r in rows]\n")

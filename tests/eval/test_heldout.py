@@ -76,6 +76,17 @@ def test_score_is_the_likelihood_of_gold_under_the_policy(tiny, another):
     assert result["words"] == pytest.approx(words / 5)
 
 
+def test_a_heldout_record_beyond_the_context_is_named(tiny, tmp_path):
+    """Of the policy's context, and of M_0's."""
+    small = tiny_checkpoint(tmp_path / "small", max_position_embeddings=32)
+    answers = rows(TEXTS)
+    answers[3]["prompt"] = "x" * 40
+    problem = "record 3: beyond the context of the scorer's model; remove it"
+    for model, base in ((tiny, small), (small, tiny)):
+        with pytest.raises(InputError, match=problem):
+            evaluate(answers, answers, answers, model, base, FP32)
+
+
 def test_an_improver_has_no_likelihood_of_its_own(tiny):
     answers = rows(TEXTS)
     result = evaluate(answers, answers, answers, None, tiny, FP32)

@@ -70,6 +70,21 @@ def test_other_layouts(tmp_path):
     assert accuracy(write_rows(tmp_path / "talks.jsonl", rows), length)["accuracy"] == 1
 
 
+def test_a_labelled_answer_that_cannot_be_scored_is_named(tmp_path):
+    def short(rows: list[dict]) -> list[float | None]:
+        return [None if len(row["response"]) > 2 else 1.0 for row in rows]
+
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    rows.append({"prompt": "q", "chosen": "a", "rejected": "too long"})
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    name = read_labelled(data)[1][0]["id"]
+    with pytest.raises(
+        InputError,
+        match=f"record {name}: beyond the context of the scorer's model; remove it",
+    ):
+        accuracy(data, short)
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_the_command_with_two_ranks(tmp_path):
