@@ -178,11 +178,7 @@ def reference_logps(
     if missing:
         net = load(model, o.run.torch_dtype, DEVICE)
         blocks = [missing[i : i + block] for i in range(0, len(missing), block)]
-        mine = blocks[RANK::WORLD]
-        with Progress("reference log-probs", "block", len(mine)) as progress:
-            for some in mine:
-                write_block(folder, net, some, per_token)
-                progress.update()
+        write_blocks(folder, net, blocks[RANK::WORLD], per_token)
         del net
         gc.collect()
         gather(None)  # waits for all ranks: all blocks are written
@@ -226,6 +222,13 @@ def read_cache(folder: Path) -> dict[str, float | list[float]]:
         for file in sorted(folder.glob("*.jsonl"))
         for row in read_jsonl(file)
     }
+
+
+def write_blocks(folder: Path, net, blocks: list, per_token: bool) -> None:
+    with Progress("reference log-probs", "block", len(blocks)) as progress:
+        for groups in blocks:
+            write_block(folder, net, groups, per_token)
+            progress.update()
 
 
 @torch.no_grad()

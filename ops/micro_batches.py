@@ -15,12 +15,29 @@ def pack_micro_batches(sizes: list[int], ranks: int, budget: int) -> list[list[l
     total = sum(min(size, budget) for size in sizes)
     rounds = max(1, math.ceil(total / (ranks * budget)))
     while True:
-        loads = [(0, i) for i in range(rounds * ranks)]
-        bins: list[list[int]] = [[] for _ in loads]
-        for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            load, emptiest = heapq.heappop(loads)
-            bins[emptiest].append(item)
-            heapq.heappush(loads, (load + sizes[item], emptiest))
-        if all(len(one) <= 1 or sum(sizes[i] for i in one) <= budget for one in bins):
-            return [bins[r * ranks : (r + 1) * ranks] for r in range(rounds)]
+        bins = spread(sizes, rounds * ranks)
+        if all(fits(items, sizes, budget) for items in bins):
+            break
         rounds += 1
+    return [bins[r * ranks : (r + 1) * ranks] for r in range(rounds)]
+
+
+def spread(sizes: list[int], count: int) -> list[list[int]]:
+    """Indices of items in `count` bins, the largest first, each into the emptiest bin."""
+    bins: list[list[int]] = []
+    loads = []  # a heap of (load, bin)
+    for number in range(count):
+        bins.append([])
+        loads.append((0, number))
+    largest_first = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    for item in largest_first:
+        load, emptiest = loads[0]
+        bins[emptiest].append(item)
+        heapq.heapreplace(loads, (load + sizes[item], emptiest))
+    return bins
+
+
+def fits(items: list[int], sizes: list[int], budget: int) -> bool:
+    if len(items) <= 1:
+        return True
+    return sum(sizes[i] for i in items) <= budget

@@ -33,8 +33,8 @@ FORMATS_TOKENS = 4_000  # users' files; half of it is what was in plumbing/ befo
 # counted 79,921; the same features in plain statements 79,896. Since then: the sorting world, its
 # controls, curves and diagnostics, the scorer settled, hooks for prompts, feedback and pairs, and
 # five rivals in methods/ with their comparison, PairRM, Qwen2 and Qwen3, more checks of
-# checkpoints, users' layouts of records and templates (formats/), ranges of options, progress, texts
-# that a scorer cannot read, and model cards.
+# checkpoints, users' layouts of records and templates (formats/), ranges of options, progress,
+# texts that a scorer cannot read, and model cards.
 ALL_TOKENS = 116_000
 TOKENS_A_LINE = 11
 COLUMNS = 100
