@@ -3,9 +3,10 @@
     python -m eval.report runs/demo
 
 loop.py calls report() at its end; what it returns is the run's summary. It prints tables over the
-iterations, held-out scores and examples, and writes metrics.jsonl, scores.svg and report.html: one
-page that needs no network, with curves, yields, times, and every pair with what the improver
-changed. The template eval/report.html draws what page_data() collects.
+iterations, held-out scores and examples, and writes metrics.jsonl, scores.svg, a model card for
+every policy (eval/model_card.py) and report.html: one page that needs no network, with curves,
+yields, times, and every pair with what the improver changed. The template eval/report.html draws
+what page_data() collects.
 """
 
 import json
@@ -22,6 +23,7 @@ import numpy as np
 from eval import heldout, ifeval
 from eval.answers import read_lines
 from eval.diagnostics import diagnose, difference, warnings
+from eval.model_card import write_cards
 from eval.table import table
 from formats.records import last_message, read_jsonl
 from plumbing.files import InputError, load_json, read_text, write_jsonl, write_text
@@ -457,6 +459,7 @@ def report(run: str | Path) -> dict:
     if data["against"]:
         print(f"\nIFEval, prompt by prompt\n{table(data['against'])}")
     data |= {"note": note, "diagnostics": diagnoses, "warnings": warnings(diagnoses)}
+    write_cards(run, data, iterations)
     write_page(run, data, list(pair_rows(folders)))
 
     # summary

@@ -260,10 +260,11 @@ def counts_of(out: str | Path) -> dict:
 
 
 def files_of(out: Path) -> list[Path]:
-    """All files of a result but its manifest."""
+    """All files of a result but its manifest and its model card, which every report writes."""
     if not out.is_dir():
         return [out]
-    return [f for f in sorted(out.rglob("*")) if f.is_file() and f != manifest_path(out)]
+    others = (manifest_path(out), out / "README.md")
+    return [f for f in sorted(out.rglob("*")) if f.is_file() and f not in others]
 
 
 def damage(out: Path, manifest: dict) -> str:

@@ -1151,6 +1151,27 @@ FAULTS = [
         tests=("eval/test_alpaca_eval.py::test_reproducing_says_what_is_missing",),
     ),
     Fault(
+        "card-is-a-part",
+        "plumbing/stage.py",
+        old='others = (manifest_path(out), out / "README.md")',
+        new="others = (manifest_path(out),)",
+        tests=("eval/test_model_card.py::test_no_stage_notices_a_card",),
+    ),
+    Fault(
+        "licence-of-the-text",
+        "eval/model_card.py",
+        old='front[1] if front else "")',
+        new="text)",
+        tests=("eval/test_model_card.py::test_the_licence_is_that_of_M_0",),
+    ),
+    Fault(
+        "cache-path-in-the-card",
+        "eval/model_card.py",
+        old='return re.sub(cached, r"\\1/\\2", text)',
+        new="return text",
+        tests=("eval/test_model_card.py::test_of_the_hubs_cache_the_models_id_is_shown",),
+    ),
+    Fault(
         "improver-score-lost",
         "eval/report.py",
         old='files[f"R_{t}"] = run / f"iter{t}/eval_improver.json"',

@@ -59,6 +59,8 @@ def test_a_method_runs_to_its_end_and_not_twice(method_run, world):
     name, out, result = method_run
     assert len(result["scores"]) == 3
     assert (out / "report.html").is_file()
+    tag = name.replace("_", "-")
+    assert f"tags:\n- {tag}\n" in (out / "iter2/policy/README.md").read_text()
     before = stamps(out)
     again = go(name, world, out)
     assert again["scores"] == result["scores"]

@@ -141,7 +141,8 @@ def make_run(out: Path, pairs: list[list[dict]], scored: bool = True, **changes)
         write_rows(out / "iter0" / "heldout_answers.jsonl", HELDOUT)
         result = {"score": 0.4, "se": 0.02, "words": 9.0}
         (out / "iter0" / "eval.json").write_text(json.dumps(result))
-    changes |= {"model": Checkpoint("models/zero"), "seeds": Path("gone"), "iters": len(pairs)}
+    given = {"model": Checkpoint("models/zero"), "seeds": Path("gone"), "iters": len(pairs)}
+    changes = {**given, **changes}
     o = replace(parse_options(loop.Options, []), out=out, **changes)
     (out / "config.json").write_text(json.dumps(as_dict(o)))
     (out / "changed.json").write_text(json.dumps(changed(o)))
