@@ -89,8 +89,8 @@ class Checkpoint(type(Path())):
         if Path(text).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
             return cls(text)
         try:
-            # .json and .jinja; the card names the licence, for that of what is trained from it
-            files = ["*.j[si]*", "*.safetensors", "README.md"]
+            # README.md names the licence, for the cards of what is trained from it
+            files = ["*.json", "*.safetensors", "*.jinja", "README.md"]
             return cls(snapshot_download(text, allow_patterns=files))
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
