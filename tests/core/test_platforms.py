@@ -29,7 +29,9 @@ sys.platform = "win32"
 after = {}
 for name in names:
     for known, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(root):
+        file = getattr(module, "__file__", None) or ""
+        # a virtual environment may lie inside the checkout
+        if file.startswith(root) and "site-packages" not in file:
             del sys.modules[known]
     sys.modules |= {"fcntl": None, "resource": None}
     after[name] = ending(name)

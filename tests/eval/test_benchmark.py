@@ -44,7 +44,6 @@ def test_everything_is_checked_before_an_answer_is_written(name, tiny, tmp_path,
         (judge, "--data: missing; give "),
         ({"data": data[module]}, "--judge"),
         ({**given, "data": tmp_path / "gone"}, "gone: no such file; give"),
-        ({**given, "limit": -1}, "--limit"),
     ]
     for changes, message in cases:
         with pytest.raises(InputError, match=message) as caught:
