@@ -27,10 +27,11 @@ import torch
 
 from checkpoint import Checkpoint, load
 from formats.chat import Chat
+from formats.plugins import plugin_files
 from formats.records import read_jsonl
 from losses import Loss, differences, loss_flags, pair_logps, preference_of, resolve_loss
 from plumbing.files import InputError, digest, write_jsonl
-from plumbing.options import cli, plugin_files
+from plumbing.options import cli
 from plumbing.progress import Progress
 from plumbing.ranges import Count, NotNegative, Positive
 from plumbing.ranks import DEVICE, RANK, WORLD, gather, on_rank0, print0

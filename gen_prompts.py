@@ -27,11 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import Checkpoint
+from formats.plugins import load_function, plugin_files
 from formats.records import last_message, read_jsonl, read_paragraphs
 from ops.meters import keyword_use
 from plumbing.files import STOP_WORDS, InputError, digest, rng, write_jsonl
 from plumbing.novelty import Novelty
-from plumbing.options import cli, load_function, plugin_files
+from plumbing.options import cli
 from plumbing.ranges import Count, Share, Whole
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage

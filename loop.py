@@ -32,6 +32,7 @@ from eval import benchmark
 from eval.in_run import evaluate, evaluate_improver
 from eval.report import report
 from formats.chat import Chat
+from formats.plugins import load_function
 from formats.records import last_message, read_jsonl
 from gen_prompts import (
     GeneratorOptions,
@@ -52,13 +53,12 @@ from plumbing.options import (
     as_dict,
     changed,
     cli,
-    load_function,
     option_differences,
     peek,
 )
 from plumbing.ranges import Count, Whole
 from plumbing.ranks import on_rank0, print0
-from plumbing.stage import Refusal, discard
+from plumbing.stage import Refusal, discard, refuse_foreign, refuse_overlap
 from sample import SampleOptions, make_request, sample
 from scorers.load import load_scorer
 from train import TrainOptions
@@ -168,10 +168,9 @@ class Run:
 
     def seen(self, t: int) -> dict[str, list[Path]]:
         """Files of prompts that must not come again, by the reason that is counted."""
-        heldout = [self.heldout] if self.o.heldout else []
         return {
             "seed": [self.seeds],
-            "heldout": heldout,
+            "heldout": [self.heldout] if self.o.heldout else [],
             "earlier": self.every("prompts.jsonl", t - 1),
         }
 
@@ -246,7 +245,7 @@ def boost(iteration: Callable, run: Run, needs_corpus: bool = True) -> dict:
             evaluate(run, t)
     except Refusal as error:
         raise InputError(f"{error}{changes}") from None
-    on_rank0(keep_options, run)  # again: --iters may have grown
+    on_rank0(keep_options, run.out, run.o)  # again: --iters may have grown
     return on_rank0(report, run.out)
 
 
@@ -260,7 +259,6 @@ def check(run: Run, needs_corpus: bool) -> str:
     differ from config.json.
     """
     o = run.o
-    needs_corpus = needs_corpus and run.needs_generator
     for name in ("model", "seeds"):
         if not getattr(o, name):
             raise InputError(
@@ -268,8 +266,6 @@ def check(run: Run, needs_corpus: bool) -> str:
             )
     if o.evaluate and not o.heldout:
         raise InputError("--evaluate scores responses to held-out prompts; give --heldout")
-    if o.evaluate:
-        load_function(o.evaluate)
 
     # the model, and every record under its tokenizer and template
     Weights(o.model)
@@ -278,20 +274,19 @@ def check(run: Run, needs_corpus: bool) -> str:
         copy_records(o.heldout, o.heldout_limit, run.heldout, o)
 
     # what the stages would find out later
-    if needs_corpus:
+    if not run.needs_generator:
+        source_records(o.prompts, 1)
+    elif needs_corpus:
         seeds = read_jsonl(run.seeds)
         training_rows(seeds, o.generator)
         if not o.corpus:
             write_corpus(run.corpus, seeds)
         keyword_lists(run.corpus, o.generator.keywords, o.prompts.lists, o.run.seed, 1)
-    if not run.needs_generator:
-        source_records(o.prompts, 1)
     revision = o.improver.revision
     for options in (o.pairs, o.improver, o.rewrites):
         # rewrites of a draft have no counterpart to compare with
-        single = options is o.rewrites
-        load_scorer(options.scorer, o.model, o.run, None, single, revision)
-    for plugin in (o.prompts.keep, o.improver.feedback, o.more_pairs):
+        load_scorer(options.scorer, o.model, o.run, None, options is o.rewrites, revision)
+    for plugin in (o.evaluate, o.prompts.keep, o.improver.feedback, o.more_pairs):
         if plugin:
             load_function(plugin)
     policy_loss(o.policy)
@@ -300,14 +295,19 @@ def check(run: Run, needs_corpus: bool) -> str:
 
     # options, for the report and for later calls
     config = run.out / "config.json"
-    if not config.is_file():
-        keep_options(run)
+    if not begun(run.out):
+        keep_options(run.out, o)
     return option_differences(load_json(config), as_dict(o), config)
 
 
-def keep_options(run: Run) -> None:
-    write_json(run.out / "config.json", as_dict(run.o))
-    write_json(run.out / "changed.json", changed(run.o))
+def begun(out: Path) -> bool:
+    """Whether a run has made something, which its options and inputs must go on to suit."""
+    return bool([*out.glob("generator/*.json"), *out.glob("iter*/*manifest.json")])
+
+
+def keep_options(out: Path, o: Options) -> None:
+    write_json(out / "config.json", as_dict(o))
+    write_json(out / "changed.json", changed(o))
 
 
 def copy_records(path: Path, limit: int, copy: Path, o: Options) -> None:
@@ -317,14 +317,12 @@ def copy_records(path: Path, limit: int, copy: Path, o: Options) -> None:
     for row in rows:
         make_request(row, chat, o.answers)
     rows = rows[: limit or None]
-    if copy.is_file() and read_jsonl(copy) == rows:
-        return
     # a run that has begun keeps its own, for this call is refused and others are not
-    run = copy.parent
-    if copy.is_file() and [*run.glob("generator/*.json"), *run.glob("iter*/*manifest.json")]:
+    if not (copy.is_file() and begun(copy.parent)):
+        write_jsonl(copy, rows)
+    elif read_jsonl(copy) != rows:
         problem = f"its records differ from {copy}, which this run was made from"
         raise InputError(f"{path}: {problem}; go back to them, or give another --out")
-    write_jsonl(copy, rows)
 
 
 def write_corpus(path: Path, seeds: list[dict]) -> None:
@@ -351,8 +349,19 @@ def check_disk(run: Run) -> None:
 # ------------------------------------------------------------------------------------- the command
 
 
+def claim(o: Options) -> None:
+    """Raise InputError where --out overlaps with an input, or holds what no run has made."""
+    if not o.prepare:
+        refuse_overlap(o.out, [o.model, o.seeds, o.corpus, o.heldout])
+    if not (o.out / "changed.json").is_file():
+        if not begun(o.out):
+            refuse_foreign(o.out)
+        keep_options(o.out, o)
+
+
 def prepare(o: Options) -> Options:
     """Options with the model and data that --prepare makes, if any."""
+    on_rank0(claim, o)
     if not o.prepare:
         return o
     for name in ("model", "seeds", "corpus"):

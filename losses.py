@@ -24,8 +24,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from formats.plugins import load_function
 from plumbing.files import STOP_WORDS, InputError
-from plumbing.options import load_function
 from plumbing.ranges import Noise, NotNegative, Positive
 
 ls = F.logsigmoid

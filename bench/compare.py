@@ -38,9 +38,9 @@ from bench.tables import add_json_flag, write_figures
 from eval.report import KINDS, finished_stages
 from eval.stats import mean, standard_error
 from eval.table import table
+from formats.plugins import load_function
 from formats.records import read_jsonl
 from plumbing.files import load_json
-from plumbing.options import load_function
 from plumbing.stage import counts_of
 
 OF_M_0 = ("iter0/*",)

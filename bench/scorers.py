@@ -20,10 +20,11 @@ from eval.heldout import by_id, prompt_of
 from eval.scorer_accuracy import wilson
 from eval.stats import mean, wins
 from eval.table import table
+from formats.plugins import load_function
 from formats.records import read_jsonl
 from loop import Options, Run
 from plumbing.files import InputError
-from plumbing.options import load_function, parse_options
+from plumbing.options import parse_options
 from plumbing.ranks import distributed
 from scorers.base import Scorer, need_scores
 from scorers.classifier import RewardOptions, train_reward

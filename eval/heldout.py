@@ -17,9 +17,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from eval.stats import mean, rounded, standard_error, wins
+from formats.plugins import load_function, plugin_files
 from formats.records import read_jsonl
 from plumbing.files import write_json
-from plumbing.options import RunOptions, load_function, plugin_files
+from plumbing.options import RunOptions
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage
 from scorers.base import need_scores

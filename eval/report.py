@@ -25,9 +25,9 @@ from eval.answers import read_lines
 from eval.diagnostics import diagnose, difference, warnings
 from eval.model_card import write_cards
 from eval.table import table
+from formats.plugins import load_function
 from formats.records import last_message, read_jsonl
 from plumbing.files import InputError, load_json, read_text, write_jsonl, write_text
-from plumbing.options import load_function
 from plumbing.stage import counts_of
 
 # Columns of the first table: name -> a result of the iteration, and the count shown.

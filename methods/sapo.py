@@ -56,6 +56,7 @@ from dpo import (
     preference_loss,
 )
 from formats.chat import Chat
+from formats.plugins import plugin_files
 from formats.records import read_jsonl
 from loop import Run, boost, prepare
 from methods.checks import refuse
@@ -70,7 +71,7 @@ from methods.online import (
 )
 from pairs import words
 from plumbing.files import InputError, rng, write_jsonl
-from plumbing.options import RunOptions, cli, plugin_files
+from plumbing.options import RunOptions, cli
 from plumbing.ranges import Count, Share
 from plumbing.ranks import on_rank0
 from plumbing.stage import Stage

@@ -1,10 +1,7 @@
 """Novelty: which of the texts seen so far a new one repeats, word for word or nearly."""
 
-import math
 import re
-from collections import defaultdict
-
-from plumbing.files import digest
+from collections import Counter, defaultdict
 
 
 def words_of(text: str) -> list[str]:
@@ -17,25 +14,14 @@ class Novelty:
     def __init__(self, near_duplicate: float):
         self.near = near_duplicate
         self.exact: dict[str, str] = {}  # normalised text -> label
-        self.sets: list[tuple[str, set[str]]] = []  # (label, shingles)
-        self.index = defaultdict(list)  # shingle -> places in sets
+        self.texts: list[tuple[str, int]] = []  # (label, number of shingles)
+        self.index = defaultdict(list)  # shingle -> places in texts
 
     @staticmethod
-    def shingles(text: str) -> list[str]:
-        """Hashes of the word trigrams of a text, sorted."""
+    def shingles(text: str) -> set[tuple[str, ...]]:
+        """The word trigrams of a text."""
         words = ["", *words_of(text), ""]
-        trigrams = zip(words, words[1:], words[2:], strict=False)
-        return sorted({digest(*trigram) for trigram in trigrams})
-
-    def prefix(self, shingles: list[str]) -> list[str]:
-        """Those first shingles of which two near-duplicates share at least one.
-
-        A set of n has at least near * n shingles in common with a near-duplicate, so all but one of
-        these may be left out, if all sets have one order: that of the hashes. 1e-9 is for rounding.
-        """
-        n = len(shingles)
-        shared = math.ceil(self.near * n - 1e-9)
-        return shingles[: n - (shared - 1)]
+        return set(zip(words, words[1:], words[2:], strict=False))
 
     def repeats(self, text: str) -> tuple[str, bool] | None:
         """(label, whether word for word) of a text that this one repeats, or None."""
@@ -44,12 +30,12 @@ class Novelty:
             return self.exact[key], True
         if not self.near:
             return None
-        shingles = self.shingles(text)
-        mine = set(shingles)
-        # compare with the texts that share a shingle of its prefix
-        for i in sorted({i for s in self.prefix(shingles) for i in self.index[s]}):
-            label, other = self.sets[i]
-            if len(mine & other) >= self.near * len(mine | other):
+        # shingles in common, and from them the Jaccard index
+        mine = self.shingles(text)
+        common = Counter(i for shingle in mine for i in self.index[shingle])
+        for i in sorted(common):
+            label, size = self.texts[i]
+            if common[i] >= self.near * (len(mine) + size - common[i]):
                 return label, False
         return None
 
@@ -57,6 +43,6 @@ class Novelty:
         self.exact.setdefault(" ".join(words_of(text)), label)
         if self.near:
             shingles = self.shingles(text)
-            for shingle in self.prefix(shingles):
-                self.index[shingle].append(len(self.sets))
-            self.sets.append((label, set(shingles)))
+            for shingle in shingles:
+                self.index[shingle].append(len(self.texts))
+            self.texts.append((label, len(shingles)))

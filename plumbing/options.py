@@ -16,9 +16,7 @@ once, and every options object refers to the same ones as `o.run`.
 """
 
 import argparse
-import ast
 import dataclasses
-import importlib.util
 import inspect
 import json
 import os
@@ -29,7 +27,6 @@ import tomllib
 import typing
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -205,6 +202,11 @@ def peek(argv: list[str], name: str, default: str) -> str:
     return parser.parse_known_args(argv)[0].value
 
 
+def in_project(path: str | Path) -> Path:
+    """A path as given, or, if nothing is there, the one in this project's directory."""
+    return Path(path) if Path(path).exists() else ROOT / path
+
+
 def read_config(path: Path) -> dict:
     try:
         values = tomllib.loads(read_text(path)) if path.suffix == ".toml" else load_json(path)
@@ -313,57 +315,3 @@ def cli(function, default_config: str = "") -> None:
     if WORLD > 1:  # a thread of gloo's sometimes aborts the interpreter's own exit
         sys.stdout.flush()
         os._exit(0)
-
-
-# ----------------------------------------------------------------------------------------- plug-ins
-
-
-def in_project(path: str | Path) -> Path:
-    """A path as given, or, if nothing is there, the one in this project's directory."""
-    return Path(path) if Path(path).exists() else ROOT / path
-
-
-@cache
-def load_function(spec: str):
-    """The function "FILE.py:FUNCTION": a user's own loss, scorer, evaluation or preparation."""
-    path, _, name = spec.rpartition(":")
-    if not in_project(path).is_file():
-        raise InputError(f"{spec}: no such file; write FILE.py:FUNCTION")
-    module_name = "plugin_" + re.sub(r"\W", "_", path)
-    module_spec = importlib.util.spec_from_file_location(module_name, in_project(path))
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise InputError(f"{spec}: {path} has no function {name}")
-    return getattr(module, name)
-
-
-def plugin_files(spec: str) -> list[Path]:
-    """The file of "FILE.py:FUNCTION" and the neighbours it imports; [] for a built-in name."""
-    found = []
-    waiting = [in_project(spec.rpartition(":")[0])] if ".py:" in spec else []
-    while waiting:
-        path = waiting.pop()
-        if path.is_file() and path not in found:
-            found.append(path)
-            for name in sorted(imported_names(path)):
-                # of a.b.c: a, a/b and a/b/c, each a module or a package
-                for module in accumulate(name.split("."), os.path.join):
-                    waiting += [path.parent / f"{module}.py", path.parent / module / "__init__.py"]
-    return found
-
-
-def imported_names(path: Path) -> set[str]:
-    """The dotted names in the import statements of a file, without that of its own package."""
-    names = set()
-    try:
-        tree = ast.parse(read_text(path))
-    except SyntaxError as error:
-        raise InputError(f"{path}: line {error.lineno}: {error.msg}; fix it") from None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
-    return {name.removeprefix(f"{path.parent.name}.") for name in names}

@@ -80,6 +80,8 @@ class Stage:
         """(identity, counts of a finished result or None). Takes the lock unless finished."""
         identity = self.find_identity()
         manifest = read_manifest(self.out)
+        if not manifest and not self.scratch.exists():
+            refuse_foreign(self.out)
         if manifest:
             self.refuse_other(manifest, identity)
             problem = damage(self.out, manifest)
@@ -121,9 +123,11 @@ class Stage:
         inputs = {}
         options = {}
         for name, value in given.items():
+            paths = [part for part in flatten(value).values() if isinstance(part, Path)]
+            refuse_overlap(self.out, paths)
             if isinstance(value, Path):
                 inputs[name] = fingerprint(value)
-            elif any(isinstance(part, Path) for part in flatten(value).values()):
+            elif paths:
                 inputs[name] = {key: fingerprint(path) for key, path in flatten(value).items()}
             else:
                 options[name] = value
@@ -294,6 +298,24 @@ def name_of(out: Path) -> str:
     """iterT/... inside an iteration's folder, else the last part."""
     inside = re.fullmatch(r"(?:.*/)?(iter\d+/.*)", str(out))
     return inside[1] if inside else out.name
+
+
+# --------------------------------------------------------------------------------- where to write
+
+
+def refuse_overlap(out: Path, inputs: list[Path]) -> None:
+    """Raise InputError where a result would overwrite what it is made from, or lie within it."""
+    for path in filter(None, inputs):
+        ends = [str(out.resolve()), str(path.resolve())]
+        if os.path.commonpath(ends) in ends:
+            raise InputError(f"{out}: overlaps with the input {path}; give another --out")
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise InputError where something lies at `out` already."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        problem = "holds what this program has not made"
+        raise InputError(f"{out}: {problem}; give another --out, or delete it")
 
 
 # -------------------------------------------------------------------------------- scratch and lock

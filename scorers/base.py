@@ -19,12 +19,13 @@ import torch
 
 from checkpoint import load
 from formats.chat import Chat
+from formats.plugins import load_function, plugin_files
 from formats.records import conversation_text, where_of
 from model import Model
 from ops.attention import Packed
 from ops.micro_batches import pack_micro_batches
 from plumbing.files import InputError, digest, load_json, write_json
-from plumbing.options import RunOptions, load_function, plugin_files
+from plumbing.options import RunOptions
 from plumbing.ranks import DEVICE, gather, work_queue
 
 Scorer = Callable[..., list[float | None]]

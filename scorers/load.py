@@ -16,8 +16,9 @@ docs/scorers.md shows how to write one, and how to measure one.
 from functools import partial
 from pathlib import Path
 
+from formats.plugins import load_function, plugin_files
 from plumbing.files import InputError, load_json, rng
-from plumbing.options import RunOptions, load_function, plugin_files
+from plumbing.options import RunOptions
 from plumbing.stage import fingerprint
 from scorers.armorm import armorm
 from scorers.base import Revision, Scorer, blockwise, is_pairwise

@@ -331,7 +331,7 @@ def varied_texts() -> list[str]:
 
 
 @pytest.mark.parametrize("near", [0.2, 0.5, 0.7, 0.75, 1.0])
-def test_prefix_filtering_equals_brute_force(near):
+def test_novelty_equals_brute_force(near):
     novelty = Novelty(near)
     seen: dict[str, set] = {}
     repeats = 0

@@ -925,7 +925,8 @@ def latin_1(world, folder):
 
 
 def folder_as_model(world, folder):
-    return ["--model", str(folder)]
+    (folder / "model").mkdir()
+    return ["--model", str(folder / "model")]
 
 
 def no_folder_as_model(world, folder):
@@ -935,6 +936,39 @@ def no_folder_as_model(world, folder):
 def file_as_out(world, folder):
     (folder / "file").touch()
     return ["--out", str(folder / "file")]
+
+
+def copied_model(world, folder):
+    shutil.copytree(world["model"], folder / "model")
+    return folder / "model"
+
+
+def model_as_out(world, folder):
+    model = copied_model(world, folder)
+    return ["--model", str(model), "--out", str(model)]
+
+
+def out_in_the_model(world, folder):
+    model = copied_model(world, folder)
+    return ["--model", str(model), "--out", str(model / "run")]
+
+
+def seeds_in_out(world, folder):
+    (folder / "data").mkdir()
+    shutil.copy(world["seeds"], folder / "data" / "seeds.jsonl")
+    return ["--seeds", str(folder / "data/seeds.jsonl"), "--out", str(folder / "data")]
+
+
+def files_of_others_in_out(world, folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "seeds.jsonl").write_text("mine")
+    return ["--out", str(folder / "data")]
+
+
+def files_of_others_where_data_is_made(world, folder):
+    (folder / "project" / "data").mkdir(parents=True)
+    (folder / "project" / "data" / "seeds.jsonl").write_text("mine")
+    return ["--out", str(folder / "project"), "--prepare", "demo/sorting.py:prepare"]
 
 
 def model_as_scorer(world, folder):
@@ -989,7 +1023,12 @@ BAD = {
         corpus_of("The the of and.\n\nIt is so."),
         "corpus.txt: none of its 2 paragraphs .*; give",
     ),
-    "a file in the way": (file_as_out, "File exists: .*/file'; .*give another"),
+    "a file in the way": (file_as_out, "/file: holds what this program has not made; give"),
+    "out is the model": (model_as_out, "model: overlaps with the input .*/model; give"),
+    "out within the model": (out_in_the_model, "run: overlaps with the input .*/model; give"),
+    "seeds within out": (seeds_in_out, "data: overlaps with the input .*/data/seeds.jsonl; give"),
+    "out of others": (files_of_others_in_out, "/data: holds what this program has not made; give"),
+    "data of others": (files_of_others_where_data_is_made, "/project: holds what this program has"),
     # the model
     "no model": (given("--model", ""), "--model is needed"),
     "no checkpoint": (folder_as_model, "model.safetensors: missing; complete the checkpoint"),
@@ -1076,10 +1115,13 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_before_anything_expensive(case, world, tmp_path):
     change, wanted = BAD[case]
-    code, text, errors = call(world, tmp_path / "out", *change(world, tmp_path))
+    argv = change(world, tmp_path)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    code, text, errors = call(world, tmp_path / "out", *argv)
     assert re.search(wanted, one_line(code, errors)), errors
     assert "iterations from M_0" not in text
     assert not list(tmp_path.glob("out/*/")), "something was begun"
+    assert all(file.read_bytes() == content for file, content in files.items())
 
 
 @pytest.mark.slow

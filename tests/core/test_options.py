@@ -32,9 +32,7 @@ from plumbing.options import (
     cli,
     flag_name,
     flags_of,
-    load_function,
     parse_options,
-    plugin_files,
 )
 from scorers import classifier
 
@@ -554,70 +552,3 @@ def test_a_command_that_returns_a_stages_result_prints_its_counts(monkeypatch, c
     code, lines, _ = run_command(monkeypatch, capsys, stage, "--model", "m")
     assert code == 0
     assert json.loads(lines[-1])["pairs"] == 3
-
-
-# ------------------------------------------------------------------------------- plug-ins
-
-
-def test_load_function_reads_a_function_of_a_file_and_names_what_is_wrong(tmp_path):
-    (tmp_path / "mine.py").write_text("def score(x):\n    return x + 1\n")
-    assert load_function(f"{tmp_path}/mine.py:score")(1) == 2
-    assert "no function other" in refusal(load_function, f"{tmp_path}/mine.py:other")
-    assert "FILE.py:FUNCTION" in refusal(load_function, f"{tmp_path}/none.py:score")
-
-
-def test_plugins_are_found_from_any_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert load_function("tests/core/micro.py:gold")(("red", "fox", "jump")).startswith("The red")
-    assert plugin_files("tests/core/micro.py:gold")[0].name == "micro.py"
-
-
-def test_plugin_files_are_the_file_and_the_neighbours_it_imports(tmp_path):
-    (tmp_path / "mine.py").write_text("import json\nfrom near import f\nimport a, b as c\n")
-    (tmp_path / "near.py").write_text("def f():\n    import deeper\n")
-    for name in ("a", "b", "deeper", "unrelated"):
-        (tmp_path / f"{name}.py").write_text("import mine\n")
-    found = plugin_files(f"{tmp_path}/mine.py:score")
-    assert sorted(path.name for path in found) == [
-        "a.py",
-        "b.py",
-        "deeper.py",
-        "mine.py",
-        "near.py",
-    ]
-    assert plugin_files("likelihood") == plugin_files("") == []
-
-
-def test_plugin_files_are_in_packages_and_behind_continued_lines_too(tmp_path):
-    package = tmp_path / "package"
-    (package / "deep").mkdir(parents=True)
-    (tmp_path / "mine.py").write_text(
-        "from package import (\n    module,\n)\n"
-        "from package.deep import below\n"
-        "from a import x, \\\n    y\n"
-        "if True:\n    import b, \\\n        c\n"
-    )
-    (package / "module.py").write_text("from package.sibling import x\nfrom . import other\n")
-    for name in ("__init__", "sibling", "other", "unrelated", "deep/below"):
-        (package / f"{name}.py").touch()
-    for name in "abcx":
-        (tmp_path / f"{name}.py").touch()
-    found = plugin_files(f"{tmp_path}/mine.py:score")
-    assert sorted(str(path.relative_to(tmp_path)) for path in found) == [
-        "a.py",
-        "b.py",
-        "c.py",
-        "mine.py",
-        "package/__init__.py",
-        "package/deep/below.py",
-        "package/module.py",
-        "package/other.py",
-        "package/sibling.py",
-    ]
-
-
-def test_a_plugin_that_is_not_python_is_named(tmp_path):
-    (tmp_path / "mine.py").write_text("x = 1\ndef score(rows\n")
-    assert "mine.py: line 2: '(' was never closed; fix it" in refusal(
-        plugin_files, f"{tmp_path}/mine.py:score"
-    )

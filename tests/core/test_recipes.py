@@ -7,8 +7,9 @@ import pytest
 from conftest import ROOT
 
 import loop
+from formats.plugins import load_function
 from plumbing.files import InputError
-from plumbing.options import as_dict, load_function, parse_options
+from plumbing.options import as_dict, parse_options
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 

@@ -14,8 +14,9 @@ from conftest import ROOT, last_json, llama_config, read_rows, tiny_checkpoint, 
 from safetensors.torch import load_file, save_file
 
 from formats.chat import Chat
+from formats.plugins import load_function
 from plumbing.files import InputError
-from plumbing.options import RunOptions, load_function
+from plumbing.options import RunOptions
 from plumbing.stage import counts_of
 from scorers.armorm import ArmoRM
 from scorers.base import (

@@ -63,6 +63,10 @@ def make(out: Path, o: Options = Options(), text: str = "result", **follows_from
     return True
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.fixture
 def out(tmp_path) -> Path:
     return tmp_path / "out.jsonl"
@@ -411,6 +415,67 @@ def test_work_begun_on_another_machine_is_used_and_said(out, capsys):
     Stage(out, Options())
     assert (scratch / "part" / "1").exists()
     assert "begun on another machine; its last bits may differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["equal", "above", "below", "by another name"])
+@pytest.mark.parametrize("given", ["path", "list", "option"])
+def test_a_result_does_not_overlap_with_what_it_is_made_from(tmp_path, place, given):
+    model = tiny_checkpoint(tmp_path / "folder" / "model", hidden_size=16)
+    (tmp_path / "link").symlink_to(model)
+    out = {
+        "equal": model,
+        "above": model.parent,
+        "below": model / "out.jsonl",
+        "by another name": tmp_path / "link" / ".." / "model",
+    }[place]
+    given = {
+        "path": {"model": model},
+        "list": {"models": [[], [model]]},
+        "option": {"o": Options(name=model)},
+    }[given]
+    before = contents(tmp_path)
+    assert f"{out}: overlaps with the input {model}; give" in refusal(make, out, **given)
+    assert contents(tmp_path) == before
+
+
+def test_neighbours_do_not_overlap(tmp_path):
+    """Nor do names that begin alike."""
+    model = tiny_checkpoint(tmp_path / "model", hidden_size=16)
+    assert make(tmp_path / "model2", model=model)
+    assert make(tmp_path / "mode", model=model)
+    assert make(tmp_path / "model.jsonl", model=model)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_is_not_ours_is_not_overwritten(tmp_path, kind):
+    out = tmp_path / ("out.jsonl" if kind == "file" else "out")
+    theirs = out if kind == "file" else out / "notes.txt"
+    write_text(theirs, "mine")
+    assert f"{out}: holds what this program has not made" in refusal(make, out)
+    assert theirs.read_text() == "mine"
+    assert not out.with_name(out.name + ".partial").exists()
+
+
+def test_an_empty_directory_may_be_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert make(tmp_path / "out")
+
+
+def test_a_half_written_result_is_ours(out):
+    """A kill between the result and its manifest."""
+    Stage(out, Options())
+    write_text(out, "half")
+    assert make(out)
+
+
+def test_a_model_that_a_stage_made_and_that_changed_since_is_noticed(tmp_path):
+    """By size or time, then by its hash: its manifest's word does not count any more."""
+    model, out = tmp_path / "model", tmp_path / "out.jsonl"
+    make(model)
+    make(out, model=model)
+    assert not make(out, model=model)
+    change(model / "model.safetensors")
+    assert "made with input model = " in refusal(make, out, model=model)
 
 
 def test_a_file_in_the_way_is_an_error(tmp_path):
