@@ -19,6 +19,7 @@ pairs.jsonl {prompt | messages, chosen, rejected} -> DIR: an HF checkpoint and i
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from train import (
     fit,
     make_batches,
     make_sequence,
+    mean_losses,
     micro_batches,
     response_logps,
 )
@@ -61,6 +63,8 @@ class PolicyOptions(TrainOptions):
     batch: Count = 128  # pairs per optimizer step, over all processes
     second_reference: Checkpoint | None = None  # for mrpo
     self_samples: Path | None = None  # responses by id, for selm and xpo
+    heldout_pairs: Path | None = None  # JSONL of pairs, measured during training
+    heldout_every: Count = 10  # steps between two such measurements
 
 
 # -------------------------------------------------------------------------------- what a loss sees
@@ -280,20 +284,23 @@ def train_policy(
     # ref2_chosen under the second
     cache = cache or out.with_name(out.name + ".reference")
     batches = make_batches(examples, o)
+    heldout = heldout_examples(model, loss, stage, o)
     references = (("reference", "ref_", reference), ("reference2", "ref2_", o.second_reference))
     for name, prefix, frozen in references:
         reads = [field for field in loss.reads if field.startswith(prefix)]
         if reads:
             check_vocabulary(frozen, model, o)
             per_token = any(field.endswith("token_logp") for field in reads)
-            add_reference_logps(name, frozen, batches, cache, o, per_token)
+            add_reference_logps(name, frozen, [*batches, heldout], cache, o, per_token)
 
     # where training starts from the reference, the two must agree at step 0
     check = None
     same_model = on_rank0(fingerprint, model) == on_rank0(fingerprint, reference)
     if same_model and "reference" in examples[0].extra:
         check = partial(check_start, out=out, cache=cache, o=o)
-    counts = fit(model, examples, preference_loss(loss, o), stage, o, check)
+    loss_fn = preference_loss(loss, o)
+    seen = partial(watch, heldout=heldout, loss_fn=loss_fn, o=o, check=check)
+    counts = fit(model, examples, loss_fn, stage, o, seen)
     too_long = len(rows) - len(examples)
     return stage.finish(pairs=len(rows), too_long=too_long, truncated=truncated, **counts)
 
@@ -317,6 +324,37 @@ def make_examples(
         raise InputError(f"{stage.out}: no pair fits --max-length {o.max_length}; raise it")
     truncated = sum(any(ids[-1] != chat.end for ids, _ in e.sequences) for e in examples)
     return examples, truncated
+
+
+def heldout_pairs(o: PolicyOptions) -> list[dict]:
+    """The records of --heldout-pairs, if any."""
+    return read_jsonl(o.heldout_pairs, "prompt", "chosen", "rejected") if o.heldout_pairs else []
+
+
+def heldout_examples(model: Path, loss: Loss, stage: Stage, o: PolicyOptions) -> list[Example]:
+    rows = heldout_pairs(o)
+    return make_examples(model, rows, loss, stage, o)[0] if rows else []
+
+
+def watch(
+    net: torch.nn.Module,
+    line: dict,
+    heldout: list[Example],
+    loss_fn: LossFn,
+    o: PolicyOptions,
+    check: Callable[[dict], None] | None,
+) -> dict:
+    """More metrics of a step, as heldout/...: those of held-out pairs, every --heldout-every steps.
+
+    check(metrics of the first step) may raise.
+    """
+    if check and line["step"] == 1:
+        check(line)
+    if not heldout or line["step"] % o.heldout_every:
+        return {}
+    with torch.no_grad():
+        means = mean_losses(net, heldout, loss_fn, o, backward=False)
+    return {f"heldout/{name}": value for name, value in means.items()}
 
 
 def made_equal(example: Example, row: dict) -> bool:

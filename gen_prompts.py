@@ -197,12 +197,22 @@ def filter_prompts(
     return kept, dropped
 
 
-def texts_of(seen: dict[str, list[Path]]) -> dict[str, list[str]]:
-    """The prompts of the records of files, by label."""
+def write_new(
+    out: Path, records: list[dict], seen: dict[str, list[Path]], o: PromptOptions, source: str
+) -> tuple[list[dict], Counter]:
+    """Filter records against the prompts of files, and write them; InputError if none is left.
+
+    source: where the records come from.
+    """
     texts = {}
     for label, paths in seen.items():
         texts[label] = [last_message(row) for path in paths for row in read_jsonl(path)]
-    return texts
+    kept, dropped = filter_prompts(records, texts, o)
+    if not kept:
+        problem = f"none of {len(records)} prompts is usable and new ({dict(dropped)})"
+        raise InputError(f"{source}: {problem}; give more or better ones")
+    on_rank0(write_jsonl, out, kept)
+    return kept, dropped
 
 
 def reason_to_drop(prompt: str | None, novelty: Novelty, o: PromptOptions) -> str:
@@ -279,11 +289,7 @@ def sample_prompts(
     records = []
     for row, words in zip(read_jsonl(raw), lists, strict=True):
         records.append({"prompt": parse_question(row["response"]), "keywords": words})
-    kept, dropped = filter_prompts(records, texts_of(seen), o)
-    if not kept:
-        problem = f"none of {len(lists)} outputs is a usable prompt ({dict(dropped)})"
-        raise InputError(f"{out}: {problem}; see {raw}")
-    on_rank0(write_jsonl, out, kept)
+    kept, dropped = write_new(out, records, seen, o, str(raw))
     read = {"paragraphs": len(read_paragraphs(corpus)), "lists": len(lists)}
     sampled = {name: counts[name] for name in ("tokens", "fresh")}
     return stage.finish(**read, **dropped, prompts=len(kept), **keyword_use(kept), **sampled)
@@ -302,11 +308,7 @@ def take_prompts(seen: dict[str, list[Path]], out: Path, o: PromptOptions, t: in
     if stage.done:
         return out
     records = source_records(o, t)
-    kept, dropped = filter_prompts(records, texts_of(seen), o)
-    if not kept:
-        problem = f"none of {len(records)} prompts is usable and new ({dict(dropped)})"
-        raise InputError(f"--prompts.source {o.source}: {problem}; give more")
-    on_rank0(write_jsonl, out, kept)
+    kept, dropped = write_new(out, records, seen, o, f"--prompts.source {o.source}")
     return stage.finish(lists=len(records), **dropped, prompts=len(kept))
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from checkpoint import Checkpoint, Weights
-from dpo import PolicyOptions, policy_loss, train_policy
+from dpo import PolicyOptions, heldout_pairs, policy_loss, train_policy
 from eval import benchmark
 from eval.in_run import evaluate, evaluate_improver
 from eval.report import report
@@ -285,11 +285,13 @@ def check(run: Run, needs_corpus: bool) -> str:
     revision = o.improver.revision
     for options in (o.pairs, o.improver, o.rewrites):
         # rewrites of a draft have no counterpart to compare with
-        load_scorer(options.scorer, o.model, o.run, None, options is o.rewrites, revision)
+        single = options is o.rewrites
+        load_scorer(options.scorer, o.model, o.run, None, single, revision)
     for plugin in (o.evaluate, o.prompts.keep, o.improver.feedback, o.more_pairs):
         if plugin:
             load_function(plugin)
     policy_loss(o.policy)
+    heldout_pairs(o.policy)
     benchmark.check(o.eval, o.eval_options)
     check_disk(run)
 

@@ -617,8 +617,9 @@ def fields_read(spec: str, function: Callable[..., torch.Tensor], parameters: di
     pairs = made_up_pairs()
     try:
         loss = function(pairs, **parameters)
-    except Exception as error:  # whatever a user's function may raise
-        why = f"{type(error).__name__}: {error}"
+    except Exception as error:
+        # a plug-in's is a whole line already
+        why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         raise InputError(f"--loss {spec}: calling it on three pairs failed: {why}") from None
     reads = frozenset(pairs.read)
 

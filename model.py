@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2 and Qwen3, written out by hand: the network, and nothing else.
 
-Families differ by switches of Config only; the table FAMILIES in checkpoint.py sets them.
+Families differ by switches of Config only; the table FAMILIES in formats/config_json.py sets them.
 
 Modules and parameters have the names of Hugging Face checkpoints: a state dict needs no renaming.
 Tokens of all sequences come as one flat (N,) tensor, without padding. A context (ops/attention.py)

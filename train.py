@@ -180,6 +180,8 @@ def shard(start: str | Path, o: TrainOptions) -> torch.nn.Module:
 
 # (examples, their log-probs by example and sequence) -> (sum of losses, sums of metrics)
 LossFn = Callable[[list[Example], list[list[torch.Tensor]]], tuple[torch.Tensor, dict[str, float]]]
+# (model, a step's metrics) -> more metrics of that step; may raise
+Watch = Callable[[torch.nn.Module, dict], dict]
 
 
 def fit(
@@ -188,14 +190,14 @@ def fit(
     loss_fn: LossFn,
     stage: Stage,
     o: TrainOptions,
-    check: Callable[[dict], None] | None = None,
+    watch: Watch | None = None,
     forward: Callable = response_logps,
 ) -> dict:
     """Train the checkpoint `start` on examples into the directory stage.out; returns counts.
 
-    loss_fn's sums are divided by the sum of weights over the global batch. check(metrics of the
-    first step) may raise. Resumes from stage.scratch. A loss that is not finite raises InputError
-    and leaves the last checkpoint as it was.
+    loss_fn's sums are divided by the sum of weights over the global batch. Resumes from
+    stage.scratch. A loss that is not finite raises InputError and leaves the last checkpoint as it
+    was.
     """
     model = shard(start, o)
     optimizer = make_optimizer(model, o)
@@ -203,9 +205,8 @@ def fit(
     steps = len(batches)
     first = resume(stage.scratch, model, optimizer)
     one_step = partial(train_step, model, optimizer, loss_fn=loss_fn, o=o, forward=forward)
-    for done, line in train_steps(one_step, batches[first:], first, steps, stage, o):
-        if done == 1 and check:
-            check(line)
+    seen = partial(watch, model) if watch else None
+    for done in train_steps(one_step, batches[first:], first, steps, stage, o, seen):
         if o.save_every and done % o.save_every == 0 and done < steps:
             save_checkpoint(stage.scratch, model, optimizer, done)
 
@@ -236,19 +237,22 @@ def train_steps(
     steps: int,
     stage: Stage,
     o: TrainOptions,
-) -> Iterator[tuple[int, dict]]:
+    watch: Callable[[dict], dict] | None = None,
+) -> Iterator[int]:
     """Take a step on each of batches, the steps after `first` of a schedule of `steps`. one_step:
-    (examples, learning rate) -> metrics.
+    (examples, learning rate) -> metrics; watch: a step's metrics -> more of them.
 
-    Yields (steps done, metrics) after each, so that the caller may save, watch or change the model.
+    Yields the steps done after each, so that the caller may save or change the model.
     """
     with Progress(name_of(stage.out), "step", steps, first) as progress:
         for step, batch in enumerate(batches, first):
             metrics = one_step(batch, o.lr * lr_schedule(step, steps, o.warmup_ratio))
             line = {"step": step + 1, **metrics}
             refuse_non_finite(line, batch, stage)
+            if watch:
+                line |= watch(line)
             log(stage.scratch, line)
-            yield step + 1, line
+            yield step + 1
             progress.update(note=f"loss {line['loss']:.3f}")
 
 
@@ -292,6 +296,26 @@ def train_step(
     begin = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = lr
+    metrics = mean_losses(model, batch, loss_fn, o, forward)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    metrics["grad_norm"] = norm.full_tensor().item()  # waits for a GPU
+    metrics["lr"] = lr
+    trained = [sequence for example in batch for sequence in example.sequences]
+    seconds = time.perf_counter() - begin
+    return {**metrics, **speed(model.config, trained, seconds, o.run.peak_tflops)}
+
+
+def mean_losses(
+    model,
+    batch: list[Example],
+    loss_fn: LossFn,
+    o: TrainOptions,
+    forward: Callable = response_logps,
+    backward: bool = True,
+) -> dict:
+    """Loss and metrics of a global batch, means, the same on every rank; adds its gradients."""
     total = sum(example.weight for example in batch)
     sums: Counter = Counter()
     for ranks in micro_batches(batch, o):
@@ -304,21 +328,14 @@ def train_step(
             sums.update({"loss": loss.item(), **metrics})
         else:
             loss = outputs[0].sum() * 0
-        # FSDP averages gradients over ranks; the mean wanted is over the global count, hence WORLD
-        (loss * WORLD / total).backward()
-
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.max_grad_norm or math.inf)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        if backward:
+            # FSDP averages gradients over ranks; the mean wanted is over the global count, hence
+            # WORLD
+            (loss * WORLD / total).backward()
     merged: Counter = Counter()
     for of_one_rank in gather(sums):
         merged.update(of_one_rank)
-    metrics = {name: value / total for name, value in merged.items()}
-    metrics["grad_norm"] = norm.full_tensor().item()  # waits for a GPU
-    metrics["lr"] = lr
-    trained = [sequence for example in batch for sequence in example.sequences]
-    seconds = time.perf_counter() - begin
-    return {**metrics, **speed(model.config, trained, seconds, o.run.peak_tflops)}
+    return {name: value / total for name, value in merged.items()}
 
 
 def by_example(examples: list[Example], outputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -333,13 +350,9 @@ def refuse_non_finite(line: dict, batch: list[Example], stage: Stage) -> None:
     """
     if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
         return
-    saved = latest_checkpoint(stage.scratch)
-    good = stage.scratch / "checkpoint" / str(saved) if saved else "none"
     where = f"step {line['step']} (records {' '.join(str(e.id) for e in batch)})"
-    raise InputError(
-        f"{stage.out}: loss {line['loss']}, gradient norm {line['grad_norm']} at {where}; "
-        f"last good checkpoint: {good}; use a lower --lr, which starts this stage over"
-    )
+    problem = f"loss {line['loss']}, gradient norm {line['grad_norm']} at {where}"
+    raise InputError(f"{stage.out}: {problem}; use a lower --lr, which starts this stage over")
 
 
 # --------------------------------------------------------------------------- stopping and resuming

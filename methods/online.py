@@ -12,7 +12,6 @@ communication, and takes 4 bytes a parameter in all.
 
 import gc
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -30,6 +29,7 @@ from train import (
     Example,
     LossFn,
     TrainOptions,
+    Watch,
     load_checkpoint,
     make_optimizer,
     rewind,
@@ -115,19 +115,18 @@ def train_round(
     stage: Stage,
     o: TrainOptions,
     decay: float = 0.0,
-    check: Callable[[dict], None] | None = None,
+    watch: Watch | None = None,
 ) -> dict:
     """Take the steps of a round on batches, one a step; returns counts. stage.out is r.average.
 
-    average <- (1 - decay) weights + decay average, after every step. check: as in train.fit.
+    average <- (1 - decay) weights + decay average, after every step. watch: as in train.fit.
     """
     on_rank0(rewind, stage.scratch)  # metrics of steps that a kill has undone
     model, optimizer = load_training(r.before, r.start, o)
     average = shard(r.sampled, o) if decay else model
     one_step = partial(train_step, model, optimizer, loss_fn=loss_fn, o=o)
-    for done, line in train_steps(one_step, batches, r.first, r.total, stage, o):
-        if done == 1 and check:
-            check(line)
+    seen = partial(watch, model) if watch else None
+    for _ in train_steps(one_step, batches, r.first, r.total, stage, o, seen):
         if decay:
             move(average, model, decay)
 

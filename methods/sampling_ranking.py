@@ -69,11 +69,13 @@ def iteration(run: Run, t: int) -> None:
 def main(o: Options) -> dict:
     refuse(o, "rejected", "more_pairs")
     need_several(o.ranking.samples, "--ranking.samples")
+    if o.pairs.scorer == "none":
+        raise InputError("--pairs.scorer none: responses are ranked by their scores; name a scorer")
     o = prepare(o)
     if o.one_shot:
         o = o.at_once()
-    if not load_scorer(o.pairs.scorer, o.model, o.run, None, True, o.improver.revision):
-        raise InputError("--pairs.scorer none: responses are ranked by their scores; name a scorer")
+    # one that compares is refused
+    load_scorer(o.pairs.scorer, o.model, o.run, single=True, revision=o.improver.revision)
     return boost(iteration, Run(o, o.out, o.out))
 
 

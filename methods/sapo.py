@@ -51,9 +51,11 @@ from dpo import (
     PolicyOptions,
     add_reference_logps,
     check_start,
+    heldout_examples,
     make_example,
     policy_loss,
     preference_loss,
+    watch,
 )
 from formats.chat import Chat
 from formats.plugins import plugin_files
@@ -340,14 +342,17 @@ def train_on_pairs(r: Round, D: Path, reference: Path, o: Options, cache: Path) 
     examples = [make_example(chat, row, None, loss, o.policy) for row in rows]
     batches = in_batches(examples, o.policy.batch)
     assert None not in examples, "cut_segments has left out what does not fit"
+    heldout = heldout_examples(r.start, loss, stage, o.policy)
     check = None
     reads = [name for name in loss.reads if name.startswith("ref_")]
     if reads:
         per_token = any(name.endswith("token_logp") for name in reads)
-        add_reference_logps("reference", reference, batches, cache, o.policy, per_token)
+        scored = [*batches, heldout]
+        add_reference_logps("reference", reference, scored, cache, o.policy, per_token)
         check = partial(check_start, out=r.average, cache=cache, o=o.policy)
     loss_fn = preference_loss(loss, o.policy)
-    counts = train_round(r, batches, loss_fn, stage, o.policy, o.sapo.decay, check)
+    seen = partial(watch, heldout=heldout, loss_fn=loss_fn, o=o.policy, check=check)
+    counts = train_round(r, batches, loss_fn, stage, o.policy, o.sapo.decay, seen)
     return stage.finish(pairs=len(rows), **counts)
 
 

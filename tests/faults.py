@@ -376,14 +376,14 @@ FAULTS = [
     ),
     Fault(
         "window-of-some-layers",
-        "checkpoint.py",
+        "formats/config_json.py",
         old="if len(kinds) > 1:",
         new="if len(kinds) > 2:",
         tests=("core/test_families.py::test_what_is_not_computed_is_refused_by_name",),
     ),
     Fault(
         "window-always-on",
-        "checkpoint.py",
+        "formats/config_json.py",
         old='"use_sliding_window": family.use_sliding_window[0], **family',
         new='"use_sliding_window": family.use_sliding_window[-1], **family',
         tests=("core/test_families.py::test_windows_are_those_of_transformers",),
@@ -633,6 +633,34 @@ FAULTS = [
         tests=("core/test_improve.py::test_a_rewrite_that_the_scorer_cannot_read_does_not_win",),
     ),
     Fault(
+        "heldout-pairs-are-trained-on",
+        "dpo.py",
+        old="o, backward=False)",
+        new="o)",
+        tests=("core/test_dpo.py::test_heldout_pairs_are_measured_along_the_way",),
+    ),
+    Fault(
+        "heldout-pairs-without-reference",
+        "dpo.py",
+        old="[*batches, heldout]",
+        new="[*batches, heldout[:1]]",
+        tests=("core/test_dpo.py::test_heldout_pairs_are_measured_along_the_way",),
+    ),
+    Fault(
+        "heldout-pairs-at-other-steps",
+        "dpo.py",
+        old='if not heldout or line["step"] % o.heldout_every:',
+        new="if not heldout:",
+        tests=("core/test_dpo.py::test_heldout_pairs_are_measured_along_the_way",),
+    ),
+    Fault(
+        "heldout-pairs-read-late",
+        "loop.py",
+        old="    heldout_pairs(o.policy)\n",
+        new="",
+        tests=("core/test_loop.py::test_bad_input_is_one_line_before_anything_expensive",),
+    ),
+    Fault(
         "improver-refuses-comparisons",
         "loop.py",
         old="single = options is o.rewrites",
@@ -754,8 +782,8 @@ FAULTS = [
     Fault(
         "heldout-not-excluded",
         "loop.py",
-        old="heldout = [self.heldout] if self.o.heldout else []",
-        new="heldout = []",
+        old="[self.heldout] if self.o.heldout else []",
+        new="[]",
         tests=("core/test_loop.py::test_prompts_are_new_in_every_iteration",),
     ),
     Fault(
@@ -920,15 +948,15 @@ FAULTS = [
     Fault(
         "overwrites-its-input",
         "plumbing/stage.py",
-        old="if os.path.commonpath(ends) in ends:",
-        new="if ends[0] == ends[1]:",
+        old="os.path.commonpath(ends) in ends and",
+        new="ends[0] == ends[1] and",
         tests=("core/test_stage.py::test_a_result_does_not_overlap_with_what_it_is_made_from",),
     ),
     Fault(
         "prefix-of-a-name-overlaps",
         "plumbing/stage.py",
-        old="if os.path.commonpath(ends) in ends:",
-        new="if os.path.commonprefix(ends) in ends:",
+        old="os.path.commonpath(ends)",
+        new="os.path.commonprefix(ends)",
         tests=("core/test_stage.py::test_neighbours_do_not_overlap",),
     ),
     Fault(

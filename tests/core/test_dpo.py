@@ -13,6 +13,7 @@ from conftest import last_json, read_rows, run, tiny_checkpoint, tokenizer_json,
 from safetensors.torch import load_file
 
 import dpo
+from checkpoint import load
 from dpo import PolicyOptions, key, policy_loss, preference_loss, reference_logps, train_policy
 from formats.chat import Chat
 from plumbing.files import InputError
@@ -352,6 +353,52 @@ def test_pairs_that_the_cut_made_equal_are_left_out(tiny, tmp_path, capsys):
     counts = counts_of(tmp_path / "longer")
     assert (counts["too_long"], counts["truncated"]) == (0, 1)
     assert "--max-length" not in capsys.readouterr().out
+
+
+HELDOUT = [make_pair(i) for i in (6, 7, 8)]
+
+
+def test_heldout_pairs_are_measured_along_the_way(tiny, tmp_path):
+    """As a plain forward of the final weights measures them; training does not notice."""
+    heldout = write_rows(tmp_path / "heldout.jsonl", HELDOUT)
+    train(tiny, tmp_path / "plain")
+    more = {"heldout_pairs": heldout, "heldout_every": 3, "micro_batch_tokens": 80}
+    lines = train(tiny, tmp_path / "out", **more)
+    assert distance(tmp_path / "plain", tmp_path / "out") < 1e-6
+    assert [line["step"] for line in lines if "heldout/loss" in line] == [3]
+
+    def margins(model) -> torch.Tensor:
+        net = load(model, torch.float32)
+        sums = torch.stack(
+            [one.sum() for one in score_sequences(net, sequences_of(model, HELDOUT))]
+        )
+        return sums[0::2] - sums[1::2]
+
+    rewards = 0.1 * (margins(tmp_path / "out") - margins(tiny))
+    loss = torch.nn.functional.softplus(-rewards).mean()
+    assert lines[2]["heldout/loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert lines[2]["heldout/rewards/margins"] == pytest.approx(rewards.mean().item(), abs=1e-4)
+    accuracy = (rewards > 0).float().mean().item()
+    assert lines[2]["heldout/rewards/accuracies"] == pytest.approx(accuracy)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_two_processes_measure_heldout_pairs_as_one_does(tiny, tmp_path):
+    """One pair, so that a process has none."""
+    heldout = write_rows(tmp_path / "heldout.jsonl", HELDOUT[:1])
+    lines = train(tiny, tmp_path / "one", heldout_pairs=heldout, heldout_every=2)
+    files = ["--model", tiny, "--pairs", tmp_path / "pairs of one.jsonl", "--out", tmp_path / "two"]
+    more = "--dtype float32 --lr 1e-3 --epochs 2 --batch 4 --heldout-every 2"
+    code, _, stderr = run(["dpo.py", *files, *more.split(), "--heldout-pairs", heldout], nproc=2)
+    assert code == 0, stderr
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-4
+    for line, other in zip(lines, read_rows(tmp_path / "two" / "metrics.jsonl"), strict=True):
+        assert line.keys() == other.keys()
+        for name in line:
+            if name.startswith("heldout/"):
+                assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+    assert "heldout/loss" in lines[1] and "heldout/loss" not in lines[2]
 
 
 @pytest.mark.slow

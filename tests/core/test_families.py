@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from test_model import assert_close, ours, their_logits, theirs, tokens
 from test_sample import assert_generates_alike, ragged
 
-from checkpoint import FAMILIES, load, parse_config, save
+from checkpoint import load, parse_config, save
+from formats.config_json import FAMILIES
 from dpo import PolicyOptions, train_policy
 from ops.attention import Packed
 from formats.chat import Chat

@@ -410,8 +410,8 @@ def test_command_says_when_no_output_is_usable(corpus, tmp_path):
     code, _, stderr = run(["gen_prompts.py", *files, *sampling, *template])
     assert code == 2
     assert "Traceback" not in stderr
-    problem = r"none of 3 outputs is a usable prompt \({'malformed': 3}\)"
-    assert re.search(rf"error: .*prompts\.jsonl: {problem}; see .*prompts\.raw\.jsonl", stderr)
+    problem = r"none of 3 prompts is usable and new \({'malformed': 3}\)"
+    assert re.search(rf"error: .*prompts\.raw\.jsonl: {problem}; give more", stderr)
     assert (out / "generator" / "manifest.json").is_file()
     assert len(read_rows(out / "prompts.raw.jsonl")) == 3
     assert not (out / "prompts.jsonl").exists()

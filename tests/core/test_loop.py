@@ -1098,6 +1098,10 @@ BAD = {
         given("--prompts.source", "nowhere.jsonl"),
         "nowhere.jsonl: no such file",
     ),
+    "no such held-out pairs": (
+        given("--policy.heldout-pairs", "nowhere.jsonl"),
+        "nowhere.jsonl: no such file; check the path",
+    ),
     "no such feedback": (
         given("--improver.feedback", "mine.py:note"),
         "mine.py:note: no such file; write",

@@ -27,15 +27,17 @@ Tree = dict[str, str]
 # Ceilings, in Python tokens. Raise one only for a feature that needs it, and say so in the commit.
 CORE_TOKENS = 20_000  # top-level files without losses.py; never above 20,000
 PLUMBING_TOKENS = 7_000  # never above 7,000
-FORMATS_TOKENS = 4_500  # users' files and plug-ins; half of it was in plumbing/ before
+# users' files: records, templates, config.json, plug-ins; 3,200 of it stood in plumbing/ and in
+# checkpoint.py before
+FORMATS_TOKENS = 5_500
 # All Python outside tests/ at commit 7187c6c, before the code was reflowed:
 #     git archive 7187c6c | tar -x -C DIR && python tests/core/test_repository.py DIR
 # counted 79,921; the same features in plain statements 79,896. Since then: the sorting world, its
 # controls, curves and diagnostics, the scorer settled, hooks for prompts, feedback and pairs, and
 # five rivals in methods/ with their comparison, PairRM, Qwen2 and Qwen3, more checks of
 # checkpoints, users' layouts of records and templates (formats/), ranges of options, progress,
-# texts that a scorer cannot read, model cards, and --out that is somebody else's.
-ALL_TOKENS = 116_600
+# texts that a scorer cannot read, model cards, --out that is somebody else's, and held-out pairs.
+ALL_TOKENS = 117_000
 TOKENS_A_LINE = 11
 COLUMNS = 100
 FUNCTION_LINES = 50

@@ -439,11 +439,12 @@ def test_a_result_does_not_overlap_with_what_it_is_made_from(tmp_path, place, gi
 
 
 def test_neighbours_do_not_overlap(tmp_path):
-    """Nor do names that begin alike."""
+    """Nor do names that begin alike, nor the results that benchmarks keep beside a model."""
     model = tiny_checkpoint(tmp_path / "model", hidden_size=16)
     assert make(tmp_path / "model2", model=model)
     assert make(tmp_path / "mode", model=model)
     assert make(tmp_path / "model.jsonl", model=model)
+    assert make(model / "eval" / "ifeval" / "answers.jsonl", model=model)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])

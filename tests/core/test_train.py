@@ -648,8 +648,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 ):
     monkeypatch.setattr(train, "sft_loss", failing_loss([], 3, how))
     where = r"at step 3 \(records r\d r\d r\d\)"
-    good = r"last good checkpoint: \S+out\.partial/checkpoint/2"
-    with pytest.raises(InputError, match=rf"out: .*{where}; {good}; use a lower --lr"):
+    with pytest.raises(InputError, match=rf"out: .*{where}; use a lower --lr"):
         tune(tiny, tmp_path / "out", save_every=1)
     scratch = tmp_path / "out.partial"
     assert (scratch / "checkpoint" / "2" / "done").is_file()
