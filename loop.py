@@ -308,8 +308,8 @@ def begun(out: Path) -> bool:
 
 
 def keep_options(out: Path, o: Options) -> None:
+    write_json(out / "changed.json", changed(o))  # first: it marks a run's directory
     write_json(out / "config.json", as_dict(o))
-    write_json(out / "changed.json", changed(o))
 
 
 def copy_records(path: Path, limit: int, copy: Path, o: Options) -> None:

@@ -21,6 +21,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import time
 import tomllib
@@ -290,12 +291,25 @@ def option_differences(before: dict, now: dict, config: Path) -> str:
 # ------------------------------------------------------------------------------------ the command
 
 
+def leave(number: int, frame) -> None:
+    """On Ctrl-C or SIGTERM, end at once: what is finished lies on disk, the rest is resumed.
+
+    An exception would not do: in a callback of a library it is lost, and the run goes on.
+    """
+    if RANK == 0:
+        line = b"interrupted; rerun the same command to resume\n"
+        os.write(2, b"\n" + line if os.isatty(2) else line)  # below a bar
+    os._exit(128 + number)
+
+
 def cli(function, default_config: str = "") -> None:
     """Run a function as a command: options in; the last line of output is one JSON object.
 
     That is the dict the function returns, or the counts in the manifest of the result it returns.
     After an InputError or OSError: one line on standard error, exit code 2.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
     with distributed():
         try:
             values = parse_values(function, sys.argv[1:], default_config)

@@ -314,8 +314,9 @@ def refuse_overlap(out: Path, inputs: list[Path]) -> None:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise InputError where something lies at `out` already."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    """Raise InputError where something lies at `out` already; what a kill cut short is ours."""
+    found = list(out.iterdir()) if out.is_dir() else [out]
+    if any(path.exists() and path.suffix != ".tmp" for path in found):
         problem = "holds what this program has not made"
         raise InputError(f"{out}: {problem}; give another --out, or delete it")
 

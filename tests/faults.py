@@ -981,6 +981,27 @@ FAULTS = [
         tests=("core/test_loop.py::test_bad_input_is_one_line_before_anything_expensive",),
     ),
     Fault(
+        "claim-cut-short-is-foreign",
+        "plumbing/stage.py",
+        old='path.exists() and path.suffix != ".tmp"',
+        new="path.exists()",
+        tests=("core/test_loop.py::test_an_interrupted_run_ends_with_one_line",),
+    ),
+    Fault(
+        "claim-half-made-is-foreign",
+        "loop.py",
+        old='    if not (o.out / "changed.json").is_file():',
+        new='    if not (o.out / "config.json").is_file():',
+        tests=("core/test_loop.py::test_an_interrupted_run_ends_with_one_line",),
+    ),
+    Fault(
+        "interrupt-as-an-exception",
+        "plumbing/options.py",
+        old="    os._exit(128 + number)",
+        new="    sys.exit(128 + number)",
+        tests=("core/test_loop.py::test_an_interrupted_run_ends_with_one_line",),
+    ),
+    Fault(
         "runs-within-its-model",
         "loop.py",
         old="    if not o.prepare:\n        refuse_overlap",

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -380,8 +381,8 @@ def test_a_checkpoint_is_not_resumed_with_other_options(copy, world):
     assert len(read_rows(policy / "metrics.jsonl")) == counts(policy)["steps"] == 8
 
 
-# Forks loop.py, which kills itself before its n-th event: a file's replacement or removal, or a
-# training step. Counting events, not seconds, makes it independent of the machine's speed.
+# Forks loop.py, which sends itself a signal before its n-th event: a file's replacement or removal,
+# or a training step. Counting events, not seconds, makes it independent of the machine's speed.
 KILLER = """
 import os
 import shutil
@@ -389,7 +390,7 @@ import signal
 import sys
 from pathlib import Path
 
-root, out, kills, *argv = sys.argv[1:]
+root, out, number, kills, *argv = sys.argv[1:]
 sys.path.insert(0, root)
 import loop  # once: a fork has it all
 import train
@@ -402,7 +403,7 @@ def kill_before(module, name, left):
     def event(*args, **how):
         left[0] -= 1
         if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(number))
         return real(*args, **how)
 
     setattr(module, name, event)
@@ -434,7 +435,7 @@ def test_ten_kills_change_nothing(finished, world, tmp_path):
     peace, out = finished[0], tmp_path / "killed"
     kills = ",".join(str(n) for n in random.Random(1).sample(range(5, 40), 10))
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(ROOT), str(out), kills, *flags(world, out)],
+        [sys.executable, "-c", KILLER, str(ROOT), str(out), "9", kills, *flags(world, out)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -464,6 +465,60 @@ def test_ten_kills_change_nothing(finished, world, tmp_path):
     assert stamps(out).keys() == stamps(peace).keys()
     for pattern in ("**/*.partial", "**/*.tmp"):
         assert not list(out.glob(pattern))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_one_line(finished, world, tmp_path, number):
+    """Wherever the signal comes; the same command finishes what is left."""
+    peace, out = finished[0], tmp_path / "interrupted"
+    argv = [str(ROOT), str(out), str(int(number)), "1,2,3,12,25", *flags(world, out)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("KILLED", "END"))]
+    exits = [os.waitstatus_to_exitcode(int(line.split()[1])) for line in lines]
+    assert exits == [128 + number] * 5 + [0]
+    assert done.stderr == "interrupted; rerun the same command to resume\n" * 5
+    name = "iter2/policy/model.safetensors"
+    assert (out / name).read_bytes() == (peace / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_interrupted_ranks_leave_one_line_and_nothing_running(world, tmp_path):
+    """Ctrl-C to torchrun, which passes it on to its processes as SIGTERM."""
+    out = tmp_path / "out"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*torchrun, "loop.py", *flags(world, out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    for line in process.stdout:
+        if "iteration 1 of" in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.is_file():
+        process.kill()
+        pytest.skip("needs Linux's /proc, to find torchrun's processes")
+    ranks = [int(pid) for pid in children.read_text().split()]
+    assert len(ranks) == 2
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert errors.count("interrupted; rerun the same command to resume\n") == 1
+    assert 'loop.py", line' not in errors, "a rank's traceback"
+    for pid in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def steps_of(policy: Path) -> list[dict]:
