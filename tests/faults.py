@@ -999,7 +999,7 @@ FAULTS = [
         "plumbing/options.py",
         old="    os._exit(128 + number)",
         new="    sys.exit(128 + number)",
-        tests=("core/test_loop.py::test_an_interrupted_run_ends_with_one_line",),
+        tests=("core/test_options.py::test_an_interrupt_within_a_callback_is_not_lost",),
     ),
     Fault(
         "runs-within-its-model",

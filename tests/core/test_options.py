@@ -3,13 +3,14 @@
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import refusal
+from conftest import ROOT, refusal
 
 import checkpoint
 import dpo
@@ -552,3 +553,39 @@ def test_a_command_that_returns_a_stages_result_prints_its_counts(monkeypatch, c
     code, lines, _ = run_command(monkeypatch, capsys, stage, "--model", "m")
     assert code == 0
     assert json.loads(lines[-1])["pairs"] == 3
+
+
+# ------------------------------------------------------------------------------- interruption
+
+
+LOST = """
+import os
+import signal
+
+from plumbing.options import cli
+
+
+class Lost:
+    def __del__(self):  # Python prints and forgets what is raised here
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def work() -> dict:
+    Lost()
+    return {}
+
+
+cli(work)
+"""
+
+
+def test_an_interrupt_within_a_callback_is_not_lost(tmp_path):
+    (tmp_path / "work.py").write_text(LOST)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "work.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 130, done.stdout
+    assert done.stderr == "interrupted; rerun the same command to resume\n"
