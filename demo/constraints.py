@@ -5,7 +5,7 @@ seed is M_0's own answer to the plain instruction, edited by code until it keeps
 its draft is that answer unedited. So the improver learns to make one change, told which constraint
 is broken. What counts is whether all constraints are kept, and a guard against obeying emptily.
 
-    python -m demo.constraints --model DIR --prompts instructions.jsonl --out runs/constraints/data
+    python -m demo.constraints --model DIR --prompts instructions.jsonl --out runs/constraints-data
     python loop.py --config recipes/constraints.toml --model DIR
 
 instructions.jsonl: records {"prompt"}, one-line instructions without constraints, a few hundred.
