@@ -111,7 +111,7 @@ def keep_pairs(
             kept.append(make_pair(*pair, good[i], bad[i], t, preference))
     if not kept:
         problem = f"no pair of {len(pairs)} left ({dict(dropped)}); score gaps {quantiles(gaps)}"
-        raise InputError(f"{stage.out}: {problem}; lower the threshold or make more prompts")
+        raise InputError(f"{stage.out}: {problem}; lower the threshold, or see docs/your-model.md")
     valid = len(kept)
     kept = draw(kept, o, t)
     on_rank0(write_jsonl, stage.out, kept)

@@ -995,6 +995,13 @@ FAULTS = [
         tests=("core/test_loop.py::test_an_interrupted_run_ends_with_one_line",),
     ),
     Fault(
+        "slow-bf16-is-not-said",
+        "plumbing/options.py",
+        old='values["dtype"] == "bfloat16" and not has_bf16()',
+        new='values["dtype"] == "float32" and not has_bf16()',
+        tests=("core/test_options.py::test_a_cpu_without_bf16_is_told_of_float32",),
+    ),
+    Fault(
         "interrupt-as-an-exception",
         "plumbing/options.py",
         old="    os._exit(128 + number)",

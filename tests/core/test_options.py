@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, refusal
 
 import checkpoint
@@ -553,6 +554,33 @@ def test_a_command_that_returns_a_stages_result_prints_its_counts(monkeypatch, c
     code, lines, _ = run_command(monkeypatch, capsys, stage, "--model", "m")
     assert code == 0
     assert json.loads(lines[-1])["pairs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fast", "dtype", "said"),
+    [(False, "bfloat16", True), (False, "float32", False), (True, "bfloat16", False)],
+)
+def test_a_cpu_without_bf16_is_told_of_float32(monkeypatch, capsys, fast, dtype, said):
+    monkeypatch.setattr(options, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+
+    def work(o: Options) -> dict:
+        return {}
+
+    argv = ["--model", "m", "--dtype", dtype]
+    code, lines, _ = run_command(monkeypatch, capsys, work, *argv)
+    assert code == 0
+    assert said == any("--dtype float32 is many times faster" in line for line in lines)
+
+
+def test_other_devices_and_builds_have_bf16(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(options, "DEVICE", torch.device("cuda"))
+    assert options.has_bf16()
+    monkeypatch.setattr(options, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert options.has_bf16()
 
 
 # ------------------------------------------------------------------------------- interruption
