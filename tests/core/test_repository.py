@@ -36,8 +36,9 @@ FORMATS_TOKENS = 5_500
 # controls, curves and diagnostics, the scorer settled, hooks for prompts, feedback and pairs, and
 # five rivals in methods/ with their comparison, PairRM, Qwen2 and Qwen3, more checks of
 # checkpoints, users' layouts of records and templates (formats/), ranges of options, progress,
-# texts that a scorer cannot read, model cards, --out that is somebody else's, and held-out pairs.
-ALL_TOKENS = 117_000
+# texts that a scorer cannot read, model cards, --out that is somebody else's, held-out
+# pairs and interrupts.
+ALL_TOKENS = 117_300
 TOKENS_A_LINE = 11
 COLUMNS = 100
 FUNCTION_LINES = 50
