@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from formats.config_json import read_settings
 from model import Config, Model
+from ops.cpu import tell_of_slow_bf16
 from plumbing.files import InputError, load_json, write_json, write_text
 from plumbing.ranks import print0
-
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -203,6 +203,7 @@ def local_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, slice]:
 
 def load(directory: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Model:
     """A model for inference: every parameter in dtype, none of them trained."""
+    tell_of_slow_bf16(dtype)
     with torch.device("meta"):
         model = Model(load_config(directory)).to(dtype)
     model.to_empty(device=device)

@@ -64,7 +64,7 @@ class PolicyOptions(TrainOptions):
     second_reference: Checkpoint | None = None  # for mrpo
     self_samples: Path | None = None  # responses by id, for selm and xpo
     heldout_pairs: Path | None = None  # JSONL of pairs, measured during training
-    heldout_every: Count = 10  # steps between two such measurements
+    heldout_every: Count = 10  # steps between two such measurements; the last step is measured too
 
 
 # -------------------------------------------------------------------------------- what a loss sees
@@ -299,7 +299,7 @@ def train_policy(
     if same_model and "reference" in examples[0].extra:
         check = partial(check_start, out=out, cache=cache, o=o)
     loss_fn = preference_loss(loss, o)
-    seen = partial(watch, heldout=heldout, loss_fn=loss_fn, o=o, check=check)
+    seen = partial(watch, heldout=heldout, loss_fn=loss_fn, last=len(batches), o=o, check=check)
     counts = fit(model, examples, loss_fn, stage, o, seen)
     too_long = len(rows) - len(examples)
     return stage.finish(pairs=len(rows), too_long=too_long, truncated=truncated, **counts)
@@ -341,16 +341,19 @@ def watch(
     line: dict,
     heldout: list[Example],
     loss_fn: LossFn,
+    last: int,
     o: PolicyOptions,
     check: Callable[[dict], None] | None,
 ) -> dict:
-    """More metrics of a step, as heldout/...: those of held-out pairs, every --heldout-every steps.
+    """More metrics of a step, as heldout/...: those of held-out pairs, every --heldout-every steps
+    and after the last one.
 
     check(metrics of the first step) may raise.
     """
-    if check and line["step"] == 1:
+    step = line["step"]
+    if check and step == 1:
         check(line)
-    if not heldout or line["step"] % o.heldout_every:
+    if not heldout or (step % o.heldout_every and step != last):
         return {}
     with torch.no_grad():
         means = mean_losses(net, heldout, loss_fn, o, backward=False)

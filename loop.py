@@ -297,7 +297,7 @@ def check(run: Run, needs_corpus: bool) -> str:
 
     # options, for the report and for later calls
     config = run.out / "config.json"
-    if not begun(run.out):
+    if not (config.is_file() and begun(run.out)):
         keep_options(run.out, o)
     return option_differences(load_json(config), as_dict(o), config)
 
@@ -353,12 +353,13 @@ def check_disk(run: Run) -> None:
 
 def claim(o: Options) -> None:
     """Raise InputError where --out overlaps with an input, or holds what no run has made."""
-    if not o.prepare:
-        refuse_overlap(o.out, [o.model, o.seeds, o.corpus, o.heldout])
+    if begun(o.out):
+        return
     if not (o.out / "changed.json").is_file():
-        if not begun(o.out):
-            refuse_foreign(o.out)
-        keep_options(o.out, o)
+        if not o.prepare:
+            refuse_overlap(o.out, [o.model, o.seeds, o.corpus, o.heldout])
+        refuse_foreign(o.out)
+    keep_options(o.out, o)
 
 
 def prepare(o: Options) -> Options:

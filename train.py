@@ -36,13 +36,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from checkpoint import Checkpoint, load_config, load_weights, save
 from formats.chat import Chat
 from formats.records import read_jsonl
 from model import Model
 from ops.attention import Packed
+from ops.cpu import tell_of_slow_bf16
 from ops.meters import keep_metrics, log, speed
 from ops.micro_batches import pack_micro_batches
 from plumbing.files import InputError, rng, write_text
@@ -157,6 +158,7 @@ def shard(start: str | Path, o: TrainOptions) -> torch.nn.Module:
     """The model of a checkpoint, its fp32 parameters sharded over all processes, computing in
     o.run.dtype.
     """
+    tell_of_slow_bf16(o.run.torch_dtype)
     with torch.device("meta"):
         model = Model(load_config(start))
     compute = None if o.run.dtype == "float32" else o.run.torch_dtype
@@ -332,6 +334,11 @@ def mean_losses(
             # FSDP averages gradients over ranks; the mean wanted is over the global count, hence
             # WORLD
             (loss * WORLD / total).backward()
+    if not backward:
+        # after a backward pass, FSDP does so itself: fp32 shards in place of a copy in o.run.dtype
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     merged: Counter = Counter()
     for of_one_rank in gather(sums):
         merged.update(of_one_rank)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -31,13 +32,28 @@ def load_function(spec: str):
     sys.path.append(str(path.parent))  # last: for its neighbours
     with one_line(path):
         module_spec.loader.exec_module(module)
+    check_neighbours(path, plugin_files(spec))
     if not hasattr(module, name):
         raise InputError(f"{spec}: {path} has no function {name}")
-    return one_line(path)(getattr(module, name))
+    function = getattr(module, name)
+    # an object that can be called has attributes of its own, which a wrapper would hide
+    return one_line(path)(function) if inspect.isfunction(function) else function
+
+
+def check_neighbours(path: Path, files: list[Path]) -> None:
+    """Raise InputError where the plug-in imported another file than the one beside it, which
+    counts as its input.
+    """
+    for file in files:
+        parts = file.relative_to(path.parent).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        found = getattr(sys.modules.get(name), "__file__", None)
+        if found and file != path and not file.samefile(found):
+            raise InputError(f"{path}: import {name} finds {found}, not {file}; rename that file")
 
 
 def plugin_path(spec: str) -> Path:
-    return in_project(spec.rpartition(":")[0])
+    return in_project(spec.rpartition(":")[0]).absolute()
 
 
 @contextmanager

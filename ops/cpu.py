@@ -27,7 +27,7 @@ import torch
 from torch.autograd import Function
 
 from plumbing.files import cache_folder, digest
-from plumbing.ranks import DEVICE
+from plumbing.ranks import DEVICE, print0
 from plumbing.stage import MACHINE_PARTS, cpuinfo
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -124,6 +124,15 @@ def library(dtype: torch.dtype, *flags: str) -> ctypes.CDLL | None:
             function.argtypes = [types[word] for word in parameters.split()]
             function.restype = None
     return functions
+
+
+@cache
+def tell_of_slow_bf16(dtype: torch.dtype) -> None:
+    """Say once if this CPU has no instructions for bf16: then PyTorch multiplies one by one."""
+    if dtype != torch.bfloat16 or DEVICE.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print0("  this CPU has no bf16 instructions: --dtype float32 is many times faster here")
 
 
 def compile_source(flags: tuple[str, ...]) -> Path:

@@ -34,7 +34,7 @@ import torch
 
 from plumbing.files import InputError, flatten, load_json, read_text
 from plumbing.ranges import EVERY, NotNegative, read_number
-from plumbing.ranks import DEVICE, RANK, WORLD, distributed, on_rank0, print0
+from plumbing.ranks import RANK, WORLD, distributed, on_rank0, print0
 from plumbing.stage import ROOT, counts_of
 
 REQUIRED = inspect.Parameter.empty
@@ -291,13 +291,6 @@ def option_differences(before: dict, now: dict, config: Path) -> str:
 # ------------------------------------------------------------------------------------ the command
 
 
-def has_bf16() -> bool:
-    """Whether matrix products in bf16 are fast here: PyTorch multiplies one by one where not."""
-    if DEVICE.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return True
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def leave(number: int, frame) -> None:
     """On Ctrl-C or SIGTERM, end at once: what is finished lies on disk, the rest is resumed.
 
@@ -316,13 +309,12 @@ def cli(function, default_config: str = "") -> None:
     After an InputError or OSError: one line on standard error, exit code 2.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's `&` and nohup want it
+            signal.signal(number, leave)
     with distributed():
         try:
             values = parse_values(function, sys.argv[1:], default_config)
             print0("options", json.dumps(values, default=str))
-            if values["dtype"] == "bfloat16" and not has_bf16():
-                print0("this CPU has no bf16 instructions: --dtype float32 is many times faster")
             start = time.perf_counter()
             result = function(**build(function, values))
             if isinstance(result, Path):

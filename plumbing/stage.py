@@ -314,9 +314,12 @@ def refuse_overlap(out: Path, inputs: list[Path]) -> None:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise InputError where something lies at `out` already; what a kill cut short is ours."""
+    """Raise InputError where something lies at `out` already that is no log of this very command
+    and not ours (.tmp: a kill cut it short).
+    """
     found = list(out.iterdir()) if out.is_dir() else [out]
-    if any(path.exists() and path.suffix != ".tmp" for path in found):
+    others = [path for path in found if path.suffix not in (".tmp", ".log", ".out", ".err")]
+    if any(path.exists() and not path.name.startswith(".") for path in others):
         problem = "holds what this program has not made"
         raise InputError(f"{out}: {problem}; give another --out, or delete it")
 

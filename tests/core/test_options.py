@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, refusal
 
 import checkpoint
@@ -556,33 +555,6 @@ def test_a_command_that_returns_a_stages_result_prints_its_counts(monkeypatch, c
     assert json.loads(lines[-1])["pairs"] == 3
 
 
-@pytest.mark.parametrize(
-    ("fast", "dtype", "said"),
-    [(False, "bfloat16", True), (False, "float32", False), (True, "bfloat16", False)],
-)
-def test_a_cpu_without_bf16_is_told_of_float32(monkeypatch, capsys, fast, dtype, said):
-    monkeypatch.setattr(options, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
-
-    def work(o: Options) -> dict:
-        return {}
-
-    argv = ["--model", "m", "--dtype", dtype]
-    code, lines, _ = run_command(monkeypatch, capsys, work, *argv)
-    assert code == 0
-    assert said == any("--dtype float32 is many times faster" in line for line in lines)
-
-
-def test_other_devices_and_builds_have_bf16(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(options, "DEVICE", torch.device("cuda"))
-    assert options.has_bf16()
-    monkeypatch.setattr(options, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert options.has_bf16()
-
-
 # ------------------------------------------------------------------------------- interruption
 
 
@@ -617,3 +589,22 @@ def test_an_interrupt_within_a_callback_is_not_lost(tmp_path):
     )
     assert done.returncode == 130, done.stdout
     assert done.stderr == "interrupted; rerun the same command to resume\n"
+
+
+def test_an_interrupt_that_the_caller_ignores_stays_ignored(tmp_path):
+    """As a shell does for `command &`, and nohup for its command."""
+    (tmp_path / "work.py").write_text(LOST)
+    ignore = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{ignore}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+            tmp_path / "work.py",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "interrupted" not in done.stderr

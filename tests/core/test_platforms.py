@@ -118,3 +118,29 @@ def test_kernels_in_plain_pytorch_say_why_on_one_line(tmp_path, monkeypatch, cap
     assert cpu.library.__wrapped__(torch.float32) is None
     line = "could not compile the CPU kernels; falling back to PyTorch (slower): clang: error: one"
     assert capsys.readouterr().err == f"{line}\n"
+
+
+@pytest.mark.parametrize(
+    ("fast", "dtype", "device", "said"),
+    [
+        (False, torch.bfloat16, "cpu", True),
+        (False, torch.float32, "cpu", False),
+        (True, torch.bfloat16, "cpu", False),
+        (False, torch.bfloat16, "cuda", False),
+    ],
+)
+def test_a_cpu_without_bf16_is_told_of_float32(monkeypatch, capsys, fast, dtype, device, said):
+    monkeypatch.setattr(cpu, "DEVICE", torch.device(device))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    cpu.tell_of_slow_bf16.cache_clear()
+    cpu.tell_of_slow_bf16(dtype)
+    cpu.tell_of_slow_bf16(dtype)
+    assert capsys.readouterr().out.count("--dtype float32 is many times faster") == said
+
+
+def test_a_build_without_onednn_is_not_asked(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    cpu.tell_of_slow_bf16.cache_clear()
+    cpu.tell_of_slow_bf16(torch.bfloat16)
+    assert capsys.readouterr().out == ""

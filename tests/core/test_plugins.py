@@ -116,15 +116,49 @@ def test_a_plugins_own_input_error_is_left_as_it_is(tmp_path):
         load_function(f"{tmp_path}/mine.py:score")([])
 
 
+def test_the_line_is_there_for_a_relative_path_too(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def score(rows):\n    return rows['a']\n")
+    monkeypatch.chdir(tmp_path)
+    score = load_function("mine.py:score")
+    assert f"{tmp_path}/mine.py: line 2: KeyError: 'a'" in refusal(score, {})
+
+
+def test_an_object_keeps_its_attributes(tmp_path):
+    """A scorer that compares says so by one."""
+    (tmp_path / "mine.py").write_text(
+        "class Judge:\n    pairwise = True\n\n    def __call__(self, rows, others):\n"
+        "        return [1]\n\njudge = Judge()\n"
+    )
+    judge = load_function(f"{tmp_path}/mine.py:judge")
+    assert judge.pairwise
+    assert judge([], []) == [1]
+
+
+def test_another_file_than_the_neighbour_is_refused(tmp_path, monkeypatch):
+    """The neighbour's content would stand in the manifest, and the other one's would count."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "twice_there.py").write_text(f"NAME = {name!r}\n")
+        (tmp_path / name / "mine.py").write_text(
+            "from twice_there import NAME\n\ndef score():\n    return NAME\n"
+        )
+    assert load_function(f"{tmp_path}/one/mine.py:score")() == "one"
+    message = refusal(load_function, f"{tmp_path}/two/mine.py:score")
+    assert f"import twice_there finds {tmp_path}/one/twice_there.py, not {tmp_path}/two/" in message
+
+
 def test_a_plugin_imports_its_neighbours_from_anywhere(tmp_path, monkeypatch):
-    """But a neighbour does not hide a module of this project."""
     monkeypatch.setattr("sys.path", [*sys.path])
     (tmp_path / "neighbour_of_mine.py").write_text("ONE = 1\n")
-    (tmp_path / "pairs.py").write_text("make_pairs = None\n")
     (tmp_path / "mine.py").write_text(
-        "from neighbour_of_mine import ONE\nfrom pairs import make_pairs\n\n"
-        "def score(x):\n    return x + ONE, make_pairs\n"
+        "from neighbour_of_mine import ONE\n\ndef score(x):\n    return x + ONE\n"
     )
-    value, function = load_function(f"{tmp_path}/mine.py:score")(1)
-    assert value == 2
-    assert callable(function)
+    assert load_function(f"{tmp_path}/mine.py:score")(1) == 2
+
+
+def test_a_neighbour_does_not_hide_a_module_of_this_project(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "pairs.py").write_text("make_pairs = None\n")
+    (tmp_path / "mine.py").write_text("import pairs\n\ndef score():\n    return 1\n")
+    assert "mine.py: import pairs finds" in refusal(load_function, f"{tmp_path}/mine.py:score")

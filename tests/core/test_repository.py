@@ -38,7 +38,7 @@ FORMATS_TOKENS = 5_500
 # checkpoints, users' layouts of records and templates (formats/), ranges of options, progress,
 # texts that a scorer cannot read, model cards, --out that is somebody else's, held-out
 # pairs and interrupts.
-ALL_TOKENS = 117_300
+ALL_TOKENS = 117_500
 TOKENS_A_LINE = 11
 COLUMNS = 100
 FUNCTION_LINES = 50
