@@ -1183,6 +1183,27 @@ def test_bad_input_is_one_line_before_anything_expensive(case, world, tmp_path):
     assert all(file.read_bytes() == content for file, content in files.items())
 
 
+def test_a_log_of_the_command_may_lie_in_out(world, tmp_path):
+    """A shell makes it before the command starts."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.log").touch()
+    _, _, errors = call(world, tmp_path / "out", "--seeds", "nowhere.jsonl")
+    assert "nowhere.jsonl: no such file" in errors
+
+
+def test_a_run_that_has_begun_takes_its_own_copies(finished, world, tmp_path):
+    """Also one that was made before runs marked their directories."""
+    out = Path(shutil.copytree(finished[0], tmp_path / "copy"))
+    (out / "changed.json").unlink()
+    config = (out / "config.json").read_bytes()
+    code, text, errors = call(
+        world, out, "--seeds", str(out / "seeds.jsonl"), "--pairs.threshold", "7"
+    )
+    assert "iter1/pairs.jsonl: made with option threshold = " in one_line(code, errors)
+    assert (out / "config.json").read_bytes() == config
+    assert "up to date" in text
+
+
 @pytest.mark.slow
 def test_bad_input_of_a_real_command(world, tmp_path):
     """By the command line: no result on standard output, one line on standard error, code 2."""
