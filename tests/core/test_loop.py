@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import micro
@@ -390,6 +391,7 @@ import signal
 import sys
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in `pytest &`
 root, out, number, kills, *argv = sys.argv[1:]
 sys.path.insert(0, root)
 import loop  # once: a fork has it all
@@ -502,6 +504,7 @@ def test_interrupted_ranks_leave_one_line_and_nothing_running(world, tmp_path):
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     for line in process.stdout:
         if "iteration 1 of" in line:

@@ -561,8 +561,12 @@ def test_a_command_that_returns_a_stages_result_prints_its_counts(monkeypatch, c
 LOST = """
 import os
 import signal
+import sys
 
 from plumbing.options import cli
+
+if "ignored" not in sys.argv:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in `pytest &`
 
 
 class Lost:
@@ -575,6 +579,7 @@ def work() -> dict:
     return {}
 
 
+del sys.argv[1:]
 cli(work)
 """
 
@@ -601,6 +606,7 @@ def test_an_interrupt_that_the_caller_ignores_stays_ignored(tmp_path):
             "-c",
             f"{ignore}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
             tmp_path / "work.py",
+            "ignored",
         ],
         capture_output=True,
         text=True,
