@@ -72,7 +72,9 @@ def test_a_method_goes_on_where_it_was_killed(method_run, world, tmp_path):
     name, out, result = method_run
     copy = shutil.copytree(out, tmp_path / "copy")
     shutil.rmtree(copy / "iter2")
+    # between a result and its manifest
     (copy / "iter1/policy/manifest.json").unlink()
+    (copy / "iter1/policy.partial").mkdir()
     assert go(name, world, copy)["scores"] == result["scores"]
     for path in ("iter1/policy", "iter2/policy"):
         ours = content_hash(copy / path)
