@@ -341,12 +341,12 @@ def test_any_refresh_draws_alike_until_texts_differ(whole, world, tmp_path):
 
 @pytest.mark.slow
 def test_a_training_that_has_lost_its_state_says_so(whole, world, tmp_path):
-    (whole / "iter1/policy/manifest.json").rename(tmp_path / "manifest.json")
+    (whole / "iter1/policy").rename(tmp_path / "policy")
     try:
         code, _, errors = command(sapo.main, flags(world, whole, *OWN))
         assert "what training goes on from is gone" in one_line(code, errors)
     finally:
-        (tmp_path / "manifest.json").rename(whole / "iter1/policy/manifest.json")
+        (tmp_path / "policy").rename(whole / "iter1/policy")
     before = stamps(whole)
     sapo_run(world, whole)
     assert stamps(whole) == before
