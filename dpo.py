@@ -299,8 +299,10 @@ def train_policy(
     if same_model and "reference" in examples[0].extra:
         check = partial(check_start, out=out, cache=cache, o=o)
     loss_fn = preference_loss(loss, o)
-    seen = partial(watch, heldout=heldout, loss_fn=loss_fn, last=len(batches), o=o, check=check)
-    counts = fit(model, examples, loss_fn, stage, o, seen)
+    watch_pairs = partial(
+        watch, heldout=heldout, loss_fn=loss_fn, last=len(batches), o=o, check=check
+    )
+    counts = fit(model, examples, loss_fn, stage, o, watch_pairs)
     too_long = len(rows) - len(examples)
     return stage.finish(pairs=len(rows), too_long=too_long, truncated=truncated, **counts)
 

@@ -207,8 +207,8 @@ def fit(
     steps = len(batches)
     first = resume(stage.scratch, model, optimizer)
     one_step = partial(train_step, model, optimizer, loss_fn=loss_fn, o=o, forward=forward)
-    seen = partial(watch, model) if watch else None
-    for done in train_steps(one_step, batches[first:], first, steps, stage, o, seen):
+    watch_step = partial(watch, model) if watch else None
+    for done in train_steps(one_step, batches[first:], first, steps, stage, o, watch_step):
         if o.save_every and done % o.save_every == 0 and done < steps:
             save_checkpoint(stage.scratch, model, optimizer, done)
 
@@ -317,7 +317,10 @@ def mean_losses(
     forward: Callable = response_logps,
     backward: bool = True,
 ) -> dict:
-    """Loss and metrics of a global batch, means, the same on every rank; adds its gradients."""
+    """Loss and metrics of a global batch, means over its weights, the same on every rank.
+
+    backward: add its gradients to the model's. Without, call it under torch.no_grad().
+    """
     total = sum(example.weight for example in batch)
     sums: Counter = Counter()
     for ranks in micro_batches(batch, o):

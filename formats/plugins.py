@@ -20,7 +20,7 @@ from plumbing.options import in_project
 def load_function(spec: str):
     """The function "FILE.py:FUNCTION": a user's own loss, scorer, evaluation or preparation.
 
-    What goes wrong in it, now or when it is called, is an InputError.
+    What goes wrong while its file is read, or when a plain function is called, is an InputError.
     """
     name, path = spec.rpartition(":")[2], plugin_path(spec)
     if not path.is_file():

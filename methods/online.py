@@ -125,8 +125,8 @@ def train_round(
     model, optimizer = load_training(r.before, r.start, o)
     average = shard(r.sampled, o) if decay else model
     one_step = partial(train_step, model, optimizer, loss_fn=loss_fn, o=o)
-    seen = partial(watch, model) if watch else None
-    for _ in train_steps(one_step, batches, r.first, r.total, stage, o, seen):
+    watch_step = partial(watch, model) if watch else None
+    for _ in train_steps(one_step, batches, r.first, r.total, stage, o, watch_step):
         if decay:
             move(average, model, decay)
 

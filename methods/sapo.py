@@ -351,8 +351,10 @@ def train_on_pairs(r: Round, D: Path, reference: Path, o: Options, cache: Path) 
         add_reference_logps("reference", reference, scored, cache, o.policy, per_token)
         check = partial(check_start, out=r.average, cache=cache, o=o.policy)
     loss_fn = preference_loss(loss, o.policy)
-    seen = partial(watch, heldout=heldout, loss_fn=loss_fn, last=r.total, o=o.policy, check=check)
-    counts = train_round(r, batches, loss_fn, stage, o.policy, o.sapo.decay, seen)
+    watch_pairs = partial(
+        watch, heldout=heldout, loss_fn=loss_fn, last=r.total, o=o.policy, check=check
+    )
+    counts = train_round(r, batches, loss_fn, stage, o.policy, o.sapo.decay, watch_pairs)
     return stage.finish(pairs=len(rows), **counts)
 
 

@@ -309,7 +309,7 @@ def cli(function, default_config: str = "") -> None:
     After an InputError or OSError: one line on standard error, exit code 2.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's `&` and nohup want it
+        if signal.getsignal(number) != signal.SIG_IGN:  # as for `command &` in a script
             signal.signal(number, leave)
     with distributed():
         try:

@@ -304,7 +304,7 @@ def name_of(out: Path) -> str:
 
 
 def refuse_overlap(out: Path, inputs: list[Path]) -> None:
-    """Raise InputError where a result would overwrite what it is made from, or lie within it."""
+    """Raise InputError where a result would overwrite an input, hold it or lie in it."""
     for path in filter(None, inputs):
         ends = [str(out.resolve()), str(path.resolve())]
         # benchmarks keep a model's results in its folder eval/

@@ -1018,6 +1018,27 @@ FAULTS = [
         tests=("core/test_options.py::test_an_interrupt_within_a_callback_is_not_lost",),
     ),
     Fault(
+        "begun-run-is-claimed-again",
+        "loop.py",
+        old="    if begun(o.out):\n        return\n",
+        new="",
+        tests=("core/test_loop.py::test_a_run_that_has_begun_takes_its_own_copies",),
+    ),
+    Fault(
+        "a-log-is-somebody-elses",
+        "plumbing/stage.py",
+        old='(".tmp", ".log", ".out", ".err")',
+        new='(".tmp", ".out", ".err")',
+        tests=("core/test_loop.py::test_a_log_of_the_command_may_lie_in_out",),
+    ),
+    Fault(
+        "every-rank-says-it",
+        "plumbing/options.py",
+        old='    if RANK == 0:\n        line = b"interrupted',
+        new='    if True:\n        line = b"interrupted',
+        tests=("core/test_loop.py::test_interrupted_ranks_leave_one_line_and_nothing_running",),
+    ),
+    Fault(
         "runs-within-its-model",
         "loop.py",
         old="        if not o.prepare:\n            refuse_overlap",

@@ -431,13 +431,12 @@ print("END", start(0), flush=True)
 """
 
 
-@pytest.mark.slow
-def test_ten_kills_change_nothing(finished, world, tmp_path):
-    """kill -9 at random moments, then the same command again: the same bytes as a run in peace."""
-    peace, out = finished[0], tmp_path / "killed"
-    kills = ",".join(f"{n}:9" for n in random.Random(1).sample(range(5, 40), 10))
+def run_with_signals(world, out: Path, signals: str) -> tuple[list[str], str, str]:
+    """loop.py, started again after each of signals, "EVENT:NUMBER,...": what KILLER says of every
+    start, all output, all errors.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(ROOT), str(out), kills, *flags(world, out)],
+        [sys.executable, "-c", KILLER, str(ROOT), str(out), signals, *flags(world, out)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -445,7 +444,16 @@ def test_ten_kills_change_nothing(finished, world, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith(("KILLED", "END"))]
-    assert lines[-1] == "END 0", done.stderr[-2000:]
+    return lines, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(finished, world, tmp_path):
+    """kill -9 at random moments, then the same command again: the same bytes as a run in peace."""
+    peace, out = finished[0], tmp_path / "killed"
+    kills = ",".join(f"{n}:9" for n in random.Random(1).sample(range(5, 40), 10))
+    lines, text, errors = run_with_signals(world, out, kills)
+    assert lines[-1] == "END 0", errors[-2000:]
     left = [line.split(maxsplit=2)[1:] for line in lines[:-1]]
     assert [status for status, _ in left] == ["9"] * 10, "it ended before it was killed"
     assert sum(folders != "[]" for _, folders in left) >= 5, "few were in the middle of a stage"
@@ -462,7 +470,7 @@ def test_ten_kills_change_nothing(finished, world, tmp_path):
         assert ours == theirs, "a step that was repeated must stand there once"
     weights = [where / "generator" / "model.safetensors" for where in (out, peace)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    result = last_json(done.stdout.split("\nEND")[0])
+    result = last_json(text.split("\nEND")[0])
     assert result["scores"] == last_json(finished[1])["scores"]
     assert stamps(out).keys() == stamps(peace).keys()
     for pattern in ("**/*.partial", "**/*.tmp"):
@@ -473,19 +481,10 @@ def test_ten_kills_change_nothing(finished, world, tmp_path):
 def test_an_interrupted_run_ends_with_one_line(finished, world, tmp_path):
     """Wherever SIGINT (2) or SIGTERM (15) comes; the same command finishes what is left."""
     peace, out = finished[0], tmp_path / "interrupted"
-    argv = [str(ROOT), str(out), "1:2,2:15,3:15,12:2,25:15", *flags(world, out)]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("KILLED", "END"))]
+    lines, _, errors = run_with_signals(world, out, "1:2,2:15,3:15,12:2,25:15")
     exits = [os.waitstatus_to_exitcode(int(line.split()[1])) for line in lines]
     assert exits == [130, 143, 143, 130, 143, 0]
-    assert done.stderr == "interrupted; rerun the same command to resume\n" * 5
+    assert errors == "interrupted; rerun the same command to resume\n" * 5
     name = "iter2/policy/model.safetensors"
     assert (out / name).read_bytes() == (peace / name).read_bytes()
 

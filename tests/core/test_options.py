@@ -597,7 +597,7 @@ def test_an_interrupt_within_a_callback_is_not_lost(tmp_path):
 
 
 def test_an_interrupt_that_the_caller_ignores_stays_ignored(tmp_path):
-    """As a shell does for `command &`, and nohup for its command."""
+    """As a shell does for `command &` in a script."""
     (tmp_path / "work.py").write_text(LOST)
     ignore = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     done = subprocess.run(
