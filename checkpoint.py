@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from formats.config_json import read_settings
 from model import Config, Model
 from ops.cpu import tell_of_slow_bf16
-from plumbing.files import InputError, load_json, write_json, write_text
+from plumbing.files import InputError, load_json, write_json, write_text, writing
 from plumbing.ranks import print0
 
 TOKENIZER_FILES = (
@@ -244,7 +244,8 @@ def save(
             if writer:
                 tensors[name] = full.detach().to(dtype).cpu().contiguous()
         if writer:
-            save_file(tensors, out / f"{file}.tmp", metadata={"format": "pt"})
+            with writing(out / file, SafetensorError):
+                save_file(tensors, out / f"{file}.tmp", metadata={"format": "pt"})
     if not writer:
         return
 
@@ -261,7 +262,8 @@ def save(
     for name in TOKENIZER_FILES:
         source = Path(tokenizer_from) / name
         if source.is_file() and out != Path(tokenizer_from):
-            shutil.copy(source, out / name)
+            with writing(out / name):
+                shutil.copy(source, out / name)
     write_text(out / "chat_template.jinja", chat_template)
     write_text(out / "config.json", json.dumps(saved_config(model.config.raw, dtype), indent=2))
 

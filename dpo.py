@@ -19,6 +19,7 @@ pairs.jsonl {prompt | messages, chosen, rejected} -> DIR: an HF checkpoint and i
 
 import gc
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,9 +32,10 @@ from formats.chat import Chat
 from formats.plugins import plugin_files
 from formats.records import read_jsonl
 from losses import Loss, differences, loss_flags, pair_logps, preference_of, resolve_loss
-from plumbing.files import InputError, digest, write_jsonl
+from ops.progress import Progress
+from plumbing.files import InputError, digest
 from plumbing.options import cli
-from plumbing.progress import Progress
+from plumbing.parts import read_part, write_part
 from plumbing.ranges import Count, NotNegative, Positive
 from plumbing.ranks import DEVICE, RANK, WORLD, gather, on_rank0, print0
 from plumbing.stage import Stage, fingerprint
@@ -222,11 +224,8 @@ def add_reference_logps(
 
 
 def read_cache(folder: Path) -> dict[str, float | list[float]]:
-    return {
-        row["id"]: row["logp"]
-        for file in sorted(folder.glob("*.jsonl"))
-        for row in read_jsonl(file)
-    }
+    blocks = [read_part(file) for file in sorted(folder.glob("*.part"))]
+    return dict(ChainMap(*filter(None, blocks)))
 
 
 def write_blocks(folder: Path, net, blocks: list, per_token: bool) -> None:
@@ -243,8 +242,7 @@ def write_block(folder: Path, net, groups: list[dict[str, Sequence]], per_token:
     for group in groups:
         for name, logps in zip(group, response_logps(net, list(group.values())), strict=True):
             scores[name] = (logps if per_token else logps.sum()).tolist()
-    rows = [{"id": name, "logp": logp} for name, logp in scores.items()]
-    write_jsonl(folder / f"{digest(list(scores))}.jsonl", rows)
+    write_part(folder / f"{digest(list(scores))}.part", scores)
 
 
 def key(sequence: Sequence) -> str:

@@ -37,9 +37,10 @@ from ops import cpu
 from ops.attention import Cache, Decode, Prefill
 from ops.cuda_graph import Graph
 from ops.pack import pack
+from ops.progress import Progress
 from plumbing.files import InputError, JsonlPath, digest, write_jsonl
 from plumbing.options import RunOptions, cli, peek
-from plumbing.progress import Progress
+from plumbing.parts import read_part, write_part
 from plumbing.ranges import Count, Mass, Temperature
 from plumbing.ranks import DEVICE, gather, on_rank0, print0, work_queue
 from plumbing.stage import Stage, name_of
@@ -316,9 +317,8 @@ def generate(
         requests.append(request)
 
     # a chunk is a file; those that exist are finished, and the longest of the others comes first
-    parts = {start: scratch / f"chunk{start}.jsonl" for start in range(0, len(rows), o.chunk)}
-    finished = on_rank0(sorted, scratch.glob("*.jsonl"))
-    pending = [start for start, part in parts.items() if part not in finished]
+    parts = {start: scratch / f"chunk{start}.part" for start in range(0, len(rows), o.chunk)}
+    pending = on_rank0(lambda: [start for start, part in parts.items() if not read_part(part)])
     pending.sort(
         key=lambda start: -sum(r.max_new_tokens for r in requests[start : start + o.chunk])
     )
@@ -332,7 +332,7 @@ def generate(
             engine.run(requests[chunk])
             fresh += sum(len(r.output) for r in requests[chunk])
             pairs = zip(rows[chunk], requests[chunk], strict=True)
-            write_jsonl(parts[start], [make_answer(row, request, chat) for row, request in pairs])
+            write_part(parts[start], [make_answer(row, request, chat) for row, request in pairs])
     del engine
     gc.collect()
     fresh = sum(gather(fresh))  # and all chunks are written
@@ -341,7 +341,7 @@ def generate(
 
 def merge(rows: list[dict], parts: list[Path], out: Path) -> dict:
     """Join chunks into one file; returns counts."""
-    answers = [answer for part in parts for answer in read_jsonl(part)]
+    answers = [answer for part in parts for answer in read_part(part)]
     wanted = [(row["id"], row.get("sample", 0)) for row in rows]
     found = [(answer["id"], answer.get("sample", 0)) for answer in answers]
     assert found == wanted, "every record must come exactly once"

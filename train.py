@@ -25,7 +25,7 @@ import gc
 import math
 import shutil
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -46,12 +47,13 @@ from ops.attention import Packed
 from ops.cpu import tell_of_slow_bf16
 from ops.meters import keep_metrics, log, speed
 from ops.micro_batches import pack_micro_batches
-from plumbing.files import InputError, rng, write_text
+from ops.progress import Progress
+from plumbing.files import InputError, rng, write_text, writing
 from plumbing.options import RunOptions, cli
-from plumbing.progress import Progress
+from plumbing.parts import read_part, write_part
 from plumbing.ranges import Count, NotNegative, Positive, Share, Whole
-from plumbing.ranks import DEVICE, LOCAL_WORLD, RANK, WORLD, gather, on_rank0
-from plumbing.stage import Stage, name_of
+from plumbing.ranks import DEVICE, LOCAL_WORLD, RANK, WORLD, gather, on_rank0, print0
+from plumbing.stage import Stage, hash_content, name_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,12 +376,22 @@ def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
     """
     target = folder / "checkpoint" / str(step)
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=target)
-    on_rank0(drop_older, target)
+    with writing(target, CheckpointException):
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=target)
+    on_rank0(complete, folder, target, digests(target))
 
 
-def drop_older(target: Path) -> None:
-    (target / "done").touch()
+def digests(target: Path) -> dict[str, str]:
+    """Name -> digest of a checkpoint's files; every rank reads its share of them."""
+    files = sorted(file for file in target.iterdir() if file.name != "done")
+    return dict(ChainMap(*gather({file.name: hash_content(file) for file in files[RANK::WORLD]})))
+
+
+def complete(folder: Path, target: Path, files: dict[str, str]) -> None:
+    """Mark a checkpoint as complete, with the metrics up to it, and drop the older one."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text() if metrics.is_file() else ""
+    write_part(target / "done", {"files": files, "metrics": lines})
     for older in target.parent.iterdir():
         if older != target:
             shutil.rmtree(older)
@@ -392,11 +404,24 @@ def latest_checkpoint(folder: Path) -> int:
 
 
 def resume(folder: Path, model, optimizer) -> int:
-    """Load the latest complete checkpoint; return its step (0 if none)."""
-    step = on_rank0(rewind, folder)
+    """Load the latest complete checkpoint; return its step (0 if none). Metrics of steps that will
+    be repeated are dropped.
+    """
+    step = on_rank0(latest_checkpoint, folder)
+    metrics = metrics_until(folder / "checkpoint" / str(step)) if step else ""
+    if metrics is None:
+        print0(f"  {folder}: the checkpoint of step {step} is damaged; training starts over")
+        step, metrics = 0, ""
+    on_rank0(write_text, folder / "metrics.jsonl", metrics)
     if step:
         load_checkpoint(folder, model, optimizer, step)
     return step
+
+
+def metrics_until(target: Path) -> str | None:
+    """The metrics up to a checkpoint; None unless it is complete and every file as it was saved."""
+    state = on_rank0(read_part, target / "done")
+    return state["metrics"] if state and state["files"] == digests(target) else None
 
 
 def load_checkpoint(folder: Path, model, optimizer, step: int) -> None:
@@ -404,15 +429,6 @@ def load_checkpoint(folder: Path, model, optimizer, step: int) -> None:
     saved = {"model": weights, "optimizer": moments}
     dcp.load(saved, checkpoint_id=folder / "checkpoint" / str(step))
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-
-
-def rewind(folder: Path) -> int:
-    """Drop the metrics of steps that will be repeated; returns the step to resume from."""
-    step = latest_checkpoint(folder)
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines()[:step] if metrics.is_file() else []
-    write_text(metrics, "".join(line + "\n" for line in lines))
-    return step
 
 
 # -------------------------------------------------------------------------- supervised fine-tuning

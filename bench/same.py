@@ -79,19 +79,13 @@ def make(tree: Path, out: Path) -> None:
 
 
 def results(root: Path) -> dict[str, bytes]:
-    """Name below root -> content of each result, sorted; a folder's reference cache is one."""
+    """Name below root -> content of each result, sorted."""
     found = {}
     # in the order of their paths, so that a difference is shown where it arises first
     for path in sorted(path for pattern in RESULTS for path in root.rglob(pattern)):
         if NOT_RESULTS.search(str(path)):
             continue
-        content = path.read_bytes()
-        name = path.relative_to(root).as_posix()
-        name, cached = re.subn(r"\breference/.*", "reference", name)
-        if cached:
-            lines = (found.get(name, b"") + content).splitlines(keepends=True)
-            content = b"".join(sorted(lines))
-        found[name] = content
+        found[path.relative_to(root).as_posix()] = path.read_bytes()
     return found
 
 

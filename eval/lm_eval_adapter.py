@@ -29,9 +29,9 @@ from formats.chat import Chat
 from model import Model
 from ops.attention import Packed
 from ops.pack import pack
+from ops.progress import Progress
 from plumbing.files import InputError
 from plumbing.options import RunOptions
-from plumbing.progress import Progress
 from plumbing.ranks import DEVICE, gather, work_queue
 from sample import Engine, Request, SampleOptions
 

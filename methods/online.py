@@ -32,7 +32,7 @@ from train import (
     Watch,
     load_checkpoint,
     make_optimizer,
-    rewind,
+    metrics_until,
     save_checkpoint,
     shard,
     train_step,
@@ -121,7 +121,7 @@ def train_round(
 
     average <- (1 - decay) weights + decay average, after every step. watch: as in train.fit.
     """
-    on_rank0(rewind, stage.scratch)  # metrics of steps that a kill has undone
+    on_rank0(write_text, stage.scratch / "metrics.jsonl", "")  # a kill has undone its steps
     model, optimizer = load_training(r.before, r.start, o)
     average = shard(r.sampled, o) if decay else model
     one_step = partial(train_step, model, optimizer, loss_fn=loss_fn, o=o)
@@ -146,9 +146,9 @@ def load_training(r: Round | None, start: Path, o: TrainOptions):
     optimizer = make_optimizer(model, o)
     if r:
         saved = r.training / "checkpoint" / str(r.last)
-        if not on_rank0((saved / "done").is_file):
+        if metrics_until(saved) is None:
             fix = f"delete {r.folder.parent} and all later iterations to train again"
-            raise InputError(f"{saved}: what training goes on from is gone; {fix}")
+            raise InputError(f"{saved}: what training goes on from is gone or damaged; {fix}")
         load_checkpoint(r.training, model, optimizer, r.last)
     return model, optimizer
 

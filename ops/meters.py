@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from plumbing.files import writing
 from plumbing.ranks import DEVICE, RANK, WORLD
 from plumbing.stage import Stage
 
@@ -54,7 +55,8 @@ def log(folder: Path, line: dict) -> None:
     if RANK > 0:
         return
     short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-    with open(folder / "metrics.jsonl", "a") as file:
+    path = folder / "metrics.jsonl"
+    with writing(path), open(path, "a") as file:
         print(json.dumps(short), file=file)
 
 
@@ -63,7 +65,8 @@ def keep_metrics(stage: Stage) -> None:
     written.
     """
     stage.out.mkdir(parents=True, exist_ok=True)
-    shutil.copy(stage.scratch / "metrics.jsonl", stage.out)
+    with writing(stage.out):
+        shutil.copy(stage.scratch / "metrics.jsonl", stage.out)
 
 
 def time_left(begin: float, t: int, T: int) -> str:

@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 # Every command imports this file before those that lock files and measure memory as Unix does.
@@ -52,10 +53,24 @@ def parse_json(text: str, path: str | Path, first_line: int = 1):
 
 def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+
+
+@contextmanager
+def writing(path: Path, *errors: type[BaseException]):
+    """Around what writes a file: InputError for a full disk and the like, and for a library's
+    own `errors`, of which torch's say everything but that.
+    """
+    try:
+        yield
+    except (OSError, *errors) as error:
+        reason = str(error).strip().splitlines()[-1]
+        fix = "make room there or check its permissions, and rerun: nothing finished is lost"
+        raise InputError(f"{path}: could not be written ({reason}); {fix}") from None
 
 
 def write_json(path: str | Path, value) -> None:

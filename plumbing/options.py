@@ -50,6 +50,7 @@ class RunOptions:
     chat_template_args: str = ""  # JSON object for the template, such as {"enable_thinking": false}
     chat_template_date: str = ""  # YYYY-MM-DD that a template takes for today; default: a fixed day
     peak_tflops: NotNegative = field(default=0.0, compare=False)  # of a process; for MFU
+    verify: bool = field(default=False, compare=False)  # read all files of results that are there
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -52,7 +52,7 @@ DECIDING = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-LARGE = 1 << 20  # bytes; hashes of larger files are kept in the cache folder
+LARGE = 1 << 30  # bytes; hashes of larger files are kept in the cache folder
 LOCKS: dict = {}  # scratch folder -> its open lock file, of this process
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
 # Functions that find further parts of machine(), by name; ops/cpu.py adds the kernels in use.
@@ -84,7 +84,7 @@ class Stage:
             refuse_foreign(self.out)
         if manifest:
             self.refuse_other(manifest, identity)
-            problem = damage(self.out, manifest)
+            problem = damage(self.out, manifest, verify=self.options[-1].verify)
             if not problem:
                 print0(f"  {name_of(self.out):<28} up to date{origin(manifest)}")
                 shutil.rmtree(self.scratch, ignore_errors=True)  # of a kill after the manifest
@@ -94,6 +94,8 @@ class Stage:
 
         # what is left of an earlier call counts only if it was after the same result
         lock(self.scratch)
+        for left in self.out.glob(".tmp*"):  # of a kill while safetensors wrote
+            left.unlink()
         begun = self.scratch / "identity.json"
         before = load_json(begun) if begun.is_file() else {}
         now = {"identity": identity, "machine": machine()}
@@ -224,11 +226,15 @@ def cached_hash(path: str, size: int, changed: int) -> str:
     kept = cache_folder() / "hashes" / digest(path, size, changed)
     if size > LARGE and kept.is_file():
         return kept.read_text()
-    with open(path, "rb") as file:
-        value = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    value = hash_content(path)
     if size > LARGE:
         write_text(kept, value)
     return value
+
+
+def hash_content(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------- manifests
@@ -271,8 +277,10 @@ def files_of(out: Path) -> list[Path]:
     return [f for f in sorted(out.rglob("*")) if f.is_file() and f not in others]
 
 
-def damage(out: Path, manifest: dict) -> str:
-    """How the files of a result differ from its manifest, if they do; hashed where times differ."""
+def damage(out: Path, manifest: dict, verify: bool = False) -> str:
+    """How the files of a result differ from its manifest, if they do. They are hashed where sizes
+    or times differ; all of them to verify.
+    """
     for name, (size, changed, known_hash) in manifest["files"].items():
         path = out.parent / name
         if not path.is_file():
@@ -281,7 +289,8 @@ def damage(out: Path, manifest: dict) -> str:
             return f"{name} is missing"
         status = path.stat()
         touched = (status.st_size, status.st_mtime_ns) != (size, changed)
-        if touched and hash_file(path) != known_hash:
+        read = hash_content if verify else hash_file
+        if (touched or verify) and read(path) != known_hash:
             return f"{name} has changed"
     return ""
 

@@ -24,8 +24,9 @@ from formats.records import conversation_text, where_of
 from model import Model
 from ops.attention import Packed
 from ops.micro_batches import pack_micro_batches
-from plumbing.files import InputError, digest, load_json, write_json
+from plumbing.files import InputError, digest
 from plumbing.options import RunOptions
+from plumbing.parts import read_part, write_part
 from plumbing.ranks import DEVICE, gather, work_queue
 
 Scorer = Callable[..., list[float | None]]
@@ -110,13 +111,12 @@ def blockwise(
         # each block is scored by one rank, unless an earlier call left its scores
         done = {}
         for number, block in work_queue(list(enumerate(blocks))):
-            file = scratch / f"{digest(key, block)}.json" if scratch else None
-            if file and file.is_file():
-                done[number] = load_json(file)["scores"]
-            else:
+            file = scratch / f"{digest(key, block)}.part" if scratch else None
+            done[number] = read_part(file) if file else None
+            if done[number] is None:
                 done[number] = score(*block)
                 if file:
-                    write_json(file, {"scores": done[number]})
+                    write_part(file, done[number])
 
         # every rank gets all scores, in the order of the records
         scores = ChainMap(*gather(done))

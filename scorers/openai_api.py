@@ -18,9 +18,8 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-
+from ops.progress import Progress
 from plumbing.files import InputError
-from plumbing.progress import Progress
 
 # Fields of a reply. finish: how it ended; top: log-prob by token for the first token; in, out:
 # numbers of tokens.

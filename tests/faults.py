@@ -1255,7 +1255,7 @@ FAULTS = [
     ),
     Fault(
         "earlier-steps-count-as-new",
-        "plumbing/progress.py",
+        "ops/progress.py",
         old="new = self.done - self.first",
         new="new = self.done",
         tests=("core/test_progress.py::test_a_line_a_minute_says_what_is_done_and_left",),

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from plumbing import progress
-from plumbing.progress import Progress
+from ops.progress import Progress
+from ops import progress
 
 
 @pytest.fixture
