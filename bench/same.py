@@ -6,9 +6,8 @@
 Each tree makes the tests' micro world with its own code and runs the loop and the controls on it,
 on one thread; SYNPO_KERNELS=0 compares plain PyTorch. Then every .jsonl, *eval*.json, result.json
 and .safetensors file of the old tree must be in the new one, byte for byte. Left out are
-metrics.jsonl and manifests, which hold times, and judges' verdicts. Cached reference log-probs are
-compared as one sorted file, because the names of files there hash other things too. Exit code 1:
-the results differ; 2: a tree could not make them.
+metrics.jsonl and manifests, which hold times, judges' verdicts, and parts and caches, which only
+save work. Exit code 1: the results differ; 2: a tree could not make them.
 """
 
 import json

@@ -847,7 +847,7 @@ FAULTS = [
     Fault(
         "steps-logged-twice",
         "methods/online.py",
-        old="    on_rank0(rewind, stage.scratch)",
+        old='    on_rank0(write_text, stage.scratch / "metrics.jsonl", "")',
         new="    on_rank0(len, ())",
         tests=("core/test_sapo.py::test_a_round_is_repeated_after_a_kill",),
     ),
@@ -1104,7 +1104,7 @@ FAULTS = [
     Fault(
         "damage-unseen",
         "plumbing/stage.py",
-        old="if touched and hash_file(path) != known_hash:",
+        old="if (touched or verify) and read(path) != known_hash:",
         new="if status.st_size != size:",
         tests=("core/test_stage.py::test_a_damaged_result_is_made_again",),
     ),

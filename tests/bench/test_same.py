@@ -30,9 +30,8 @@ def run(tmp_path) -> Path:
     write_text(run / "iter1/policy/manifest.json", '{"time": 1}')
     write_text(run / "iter1/eval.manifest.json", '{"time": 1}')
     write_text(run / "iter1/eval/ifeval/verdicts.malformed.jsonl", "{}\n")
-    write_text(run / "iter1/answers.jsonl.partial/chunk0.jsonl", "{}\n")
-    write_text(run / "reference/ab12/1.jsonl", '{"id": "y"}\n')
-    write_text(run / "reference/ab12/2.jsonl", '{"id": "x"}\n')
+    write_text(run / "iter1/answers.jsonl.partial/chunk0.part", "{}\n")
+    write_text(run / "reference/ab12/1.part", "{}\n")
     save_file({"w": torch.tensor([1.0, 2.0])}, run / "iter1/policy/model.safetensors")
     return run
 
@@ -42,23 +41,18 @@ NAMES = [
     "iter1/eval.json",
     "iter1/policy/model.safetensors",
     "iter1/prompts.jsonl",
-    "reference",
 ]
 
 
 def test_results_are_what_does_not_depend_on_time(run):
-    found = same.results(run)
-    assert sorted(found) == NAMES
-    assert found["reference"] == b'{"id": "x"}\n{"id": "y"}\n'
+    assert sorted(same.results(run)) == NAMES
 
 
-def test_a_cache_with_other_names_is_the_same(run, tmp_path, capsys):
+def test_more_results_are_no_difference(run, tmp_path, capsys):
     other = shutil.copytree(run, tmp_path / "other")
-    shutil.rmtree(other / "reference")
-    write_text(other / "reference/cd34/3.jsonl", '{"id": "x"}\n{"id": "y"}\n')
     write_text(other / "seeds.jsonl", "{}\n")
     assert same.compare(run, other) == 0
-    assert "5 of 5 results are the same" in capsys.readouterr().out
+    assert "4 of 4 results are the same" in capsys.readouterr().out
 
 
 def test_each_difference_is_one_line(run, tmp_path, capsys):
@@ -77,7 +71,7 @@ def test_each_difference_is_one_line(run, tmp_path, capsys):
         'iter1/prompts.jsonl: line 2: \': "b", "prompt": "Why?"}\', '
         'now \': "b", "prompt": "Who?"}\'',
     ]
-    assert summary.startswith("1 of 5 results are the same")
+    assert summary.startswith("0 of 4 results are the same")
 
 
 def test_nothing_is_not_the_same_as_nothing(tmp_path):

@@ -18,6 +18,7 @@ from dpo import PolicyOptions, key, policy_loss, preference_loss, reference_logp
 from formats.chat import Chat
 from plumbing.files import InputError
 from plumbing.options import RunOptions
+from plumbing.parts import read_part, write_part
 from plumbing.stage import counts_of
 from train import (
     Example,
@@ -205,9 +206,9 @@ def test_reference_equals_a_forward_pass_and_is_computed_once(tiny, tmp_path, mo
 def test_reference_resumes_where_it_stopped(tiny, tmp_path, monkeypatch):
     sequences = sequences_of(tiny)
     first = reference_logps(tiny, alone(sequences), tmp_path, options(), block=5)
-    files = sorted(tmp_path.glob("*/*.jsonl"))
-    assert sorted(len(read_rows(file)) for file in files) == [2, 5, 5]
-    lost = len(read_rows(files[1]))
+    files = sorted(tmp_path.glob("*/*.part"))
+    assert sorted(len(read_part(file)) for file in files) == [2, 5, 5]
+    lost = len(read_part(files[1]))
     files[1].unlink()
     score = dpo.response_logps
     scored = []
@@ -250,7 +251,7 @@ def test_reference_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch):
     problem = "12 of 12 reference log-probs are missing or not finite; delete the folder"
     with pytest.raises(InputError, match=problem):
         reference_logps(tiny, groups, tmp_path, options())
-    monkeypatch.setattr(dpo, "write_jsonl", lambda path, rows: None)  # a disk that forgets
+    monkeypatch.setattr(dpo, "write_part", lambda path, scores: None)  # a disk that forgets
     with pytest.raises(InputError, match=problem):
         reference_logps(tiny, groups, tmp_path / "empty", options())
 
@@ -305,12 +306,10 @@ def test_first_step_from_another_start_is_not_checked(tiny, tmp_path):
 def test_cache_that_does_not_fit_stops_the_run(tiny, tmp_path, how):
     cache = tmp_path / "cache"
     reference_logps(tiny, alone(sequences_of(tiny)), cache, options())
-    [file] = cache.glob("*/*.jsonl")
-    rows = read_rows(file)
-    logps = [row["logp"] for row in rows]
-    for i, row in enumerate(rows):
-        row["logp"] = how(i, logps)
-    write_rows(file, rows)
+    [file] = cache.glob("*/*.part")
+    scores = read_part(file)
+    logps = list(scores.values())
+    write_part(file, {name: how(i, logps) for i, name in enumerate(scores)})
     with pytest.raises(InputError, match=f"nats a token apart .*ln 2.*delete the cache {cache}"):
         train(tiny, tmp_path / "out", cache=cache)
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -456,8 +455,9 @@ def test_two_processes_equal_one(tiny, tmp_path):
             assert line[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
     caches = []
     for folder in (tmp_path / "cache", two.with_name(f"{two.name}.reference")):
-        rows = [row for file in folder.glob("*/*.jsonl") for row in read_rows(file)]
-        caches.append({row["id"]: row["logp"] for row in rows})
+        caches.append({})
+        for file in folder.glob("*/*.part"):
+            caches[-1] |= read_part(file)
     assert len(caches[0]) == 12
     assert caches[0] == pytest.approx(caches[1], rel=1e-4)
     manifest = json.loads((two / "manifest.json").read_text())

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -759,18 +760,19 @@ def dies(monkeypatch):
     """dies(when): writing a file raises Killed if when(path); dies() undoes that. Returns the names
     of what was written.
     """
-    real = sample_module.write_jsonl
+    writers = {name: getattr(sample_module, name) for name in ("write_part", "write_jsonl")}
 
     def install(when=None) -> list[str]:
         names = []
 
-        def write(path, rows):
+        def write(path, rows, real):
             if when and when(path):
                 raise Killed
             names.append(path.name)
             real(path, rows)
 
-        monkeypatch.setattr(sample_module, "write_jsonl", write)
+        for name, real in writers.items():
+            monkeypatch.setattr(sample_module, name, partial(write, real=real))
         return names
 
     return install
@@ -787,7 +789,7 @@ def test_interrupted_sampling_resumes_with_the_chunks_it_has(tiny, tmp_path, mon
     with pytest.raises(Killed):
         answers(tiny, rows, out, **options)
     assert not out.exists()
-    assert written == ["chunk0.jsonl", "chunk5.jsonl"]
+    assert written == ["chunk0.part", "chunk5.part"]
 
     # what is left is written, and nothing else
     dies()
@@ -818,7 +820,7 @@ def test_chunks_of_other_options_are_not_used(tiny, tmp_path, dies, change):
     dies(lambda path: path == out)
     with pytest.raises(Killed):
         answers(tiny, prompts(12), out, chunk=5)
-    assert len(list((tmp_path / "out.jsonl.partial").glob("*.jsonl"))) == 3
+    assert len(list((tmp_path / "out.jsonl.partial").glob("*.part"))) == 3
     dies()
     options = {"chunk": 5, **change}
     rows = options.pop("rows", prompts(12))
@@ -856,11 +858,11 @@ def test_two_processes_finish_what_one_began_with_the_same_bytes(tiny, tmp_path,
         sample(**parse_options(sample, list(map(str, [*common, *more]))))
 
     # stopped after three chunks, one of which is lost, so that the gap is not at the end
-    dies(lambda path: len(list(scratch.glob("*.jsonl"))) == 3)
+    dies(lambda path: len(list(scratch.glob("*.part"))) == 3)
     with pytest.raises(Killed):
         call("--out", out)
     dies()
-    (scratch / "chunk0.jsonl").unlink()
+    (scratch / "chunk0.part").unlink()
     release(scratch)
 
     # finished by two processes
