@@ -40,6 +40,7 @@ from plumbing.files import (
     write_json,
     write_text,
 )
+from plumbing.parts import read_part, write_part
 from plumbing.ranks import WORLD, gather, on_rank0, print0
 
 FORMAT = 2  # of manifests; others are refused
@@ -96,14 +97,14 @@ class Stage:
         lock(self.scratch)
         for left in self.out.glob(".tmp*"):  # of a kill while safetensors wrote
             left.unlink()
-        begun = self.scratch / "identity.json"
-        before = load_json(begun) if begun.is_file() else {}
+        begun = self.scratch / "identity.part"
+        before = read_part(begun) or {}
         now = {"identity": identity, "machine": machine()}
         if before.get("identity") != identity:
             clear(self.scratch)
         elif before != now:
             print0(f"  {name_of(self.out)}: begun on another machine; its last bits may differ")
-        write_json(begun, now)
+        write_part(begun, now)
         return identity, None
 
     def find_identity(self) -> dict:
@@ -187,7 +188,7 @@ class Stage:
             "code": code_digest(),
             "commit": commit(),
         }
-        write_json(manifest_path(self.out), manifest)
+        write_manifest(self.out, manifest)
         shutil.rmtree(self.scratch)
         LOCKS.pop(self.scratch).close()
 
@@ -255,6 +256,9 @@ def read_manifest(out: str | Path, refuse: bool = True) -> dict | None:
         return None
     manifest = load_json(path)
     if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+        known = manifest.pop("digest", None)  # older manifests have none
+        if known not in (None, digest(manifest)):
+            raise InputError(f"{path}: damaged; delete {out} and {path.name} to make it again")
         return manifest
     if refuse:
         raise InputError(
@@ -262,6 +266,10 @@ def read_manifest(out: str | Path, refuse: bool = True) -> dict | None:
             "version"
         )
     return None
+
+
+def write_manifest(out: Path, manifest: dict) -> None:
+    write_json(manifest_path(out), {**manifest, "digest": digest(manifest)})
 
 
 def counts_of(out: str | Path) -> dict:
@@ -298,7 +306,7 @@ def damage(out: Path, manifest: dict, verify: bool = False) -> str:
 def discard(out: Path) -> None:
     """Delete the weights of a finished result. It stays finished; its manifest identifies it."""
     manifest = read_manifest(out)
-    write_json(manifest_path(out), {**manifest, "discarded": True})
+    write_manifest(out, {**manifest, "discarded": True})
     for weights in out.glob("*.safetensors"):
         weights.unlink()
 

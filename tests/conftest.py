@@ -207,6 +207,15 @@ def environment(more: dict | None) -> dict:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(more or {})}
 
 
+def flip_a_bit(file: Path, place: int = -3) -> None:
+    """Damage a file under its old size and time."""
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=times)
+
+
 def last_json(out: str) -> dict:
     """The result of a command: the last line of its standard output."""
     return json.loads(out.splitlines()[-1])

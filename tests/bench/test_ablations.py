@@ -167,13 +167,13 @@ def start_and_wait_for(argv: list[str], path: Path) -> subprocess.Popen:
 def test_killed_it_resumes(finished, recipe, tmp_path):
     """Once the command alone, whose child lives on, and once with its children: the same scores."""
     argv, seed = flags(recipe, tmp_path, "start previous"), tmp_path / "seed0"
-    alone = start_and_wait_for(argv, seed / "base/generator.partial/identity.json")
+    alone = start_and_wait_for(argv, seed / "base/generator.partial/identity.part")
     alone.kill()
     alone.wait()
     # so a second base cannot start beside it
     with open(tmp_path / "lock", "w") as lock, pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    process = start_and_wait_for(argv, seed / "start_previous/iter1/policy.partial/identity.json")
+    process = start_and_wait_for(argv, seed / "start_previous/iter1/policy.partial/identity.part")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     code, text, errors = run_bench("ablations", argv, timeout=1500)

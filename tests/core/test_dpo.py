@@ -6,10 +6,19 @@ import json
 import math
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import last_json, read_rows, run, tiny_checkpoint, tokenizer_json, write_rows
+from conftest import (
+    flip_a_bit,
+    last_json,
+    read_rows,
+    run,
+    tiny_checkpoint,
+    tokenizer_json,
+    write_rows,
+)
 from safetensors.torch import load_file
 
 import dpo
@@ -203,13 +212,14 @@ def test_reference_equals_a_forward_pass_and_is_computed_once(tiny, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_reference_resumes_where_it_stopped(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lose", [Path.unlink, flip_a_bit])
+def test_reference_resumes_where_it_stopped(tiny, tmp_path, monkeypatch, lose):
     sequences = sequences_of(tiny)
     first = reference_logps(tiny, alone(sequences), tmp_path, options(), block=5)
     files = sorted(tmp_path.glob("*/*.part"))
     assert sorted(len(read_part(file)) for file in files) == [2, 5, 5]
     lost = len(read_part(files[1]))
-    files[1].unlink()
+    lose(files[1])
     score = dpo.response_logps
     scored = []
 

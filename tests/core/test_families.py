@@ -24,10 +24,10 @@ from test_model import assert_close, ours, their_logits, theirs, tokens
 from test_sample import assert_generates_alike, ragged
 
 from checkpoint import load, parse_config, save
-from formats.config_json import FAMILIES
 from dpo import PolicyOptions, train_policy
-from ops.attention import Packed
 from formats.chat import Chat
+from formats.config_json import FAMILIES
+from ops.attention import Packed
 from plumbing.options import RunOptions
 
 # head dimension 16 is computed by PyTorch, 32 by the compiled functions

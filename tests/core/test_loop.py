@@ -44,6 +44,7 @@ from eval.benchmark import check, options_of
 from formats.records import read_jsonl
 from plumbing.files import load_json, write_json
 from plumbing.options import RunOptions, parse_options
+from plumbing.parts import write_part
 from plumbing.stage import content_hash, manifest_path, read_manifest
 
 pytest_plugins = ["cycle"]
@@ -375,9 +376,9 @@ def test_a_checkpoint_is_not_resumed_with_other_options(copy, world):
     scratch = policy.with_name("policy.partial")
     step = scratch / "checkpoint" / "1"
     step.mkdir(parents=True)  # not a readable checkpoint: resuming from it would raise
-    (step / "done").touch()
+    write_part(step / "done", {"files": {}, "metrics": ""})
     identity = {"inputs": {}, "options": {"lr": 123}}
-    write_json(scratch / "identity.json", {"identity": identity, "machine": {}})
+    write_part(scratch / "identity.part", {"identity": identity, "machine": {}})
     go(world, copy)
     assert len(read_rows(policy / "metrics.jsonl")) == counts(policy)["steps"] == 8
 

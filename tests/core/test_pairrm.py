@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from improve import ImproverOptions, gold_and_draft, training_rows
 from losses import preference_of
 from pairs import PairOptions, make_pairs
-from plumbing.options import RunOptions
 from plumbing.files import InputError
+from plumbing.options import RunOptions
 from scorers.base import blockwise, preference_by, score_pairs
 from scorers.load import load_scorer
 from scorers.pairrm import padded_batches, pairrm

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from ops.progress import Progress
 from ops import progress
+from ops.progress import Progress
 
 
 @pytest.fixture

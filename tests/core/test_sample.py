@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    flip_a_bit,
     last_json,
     llama_config,
     random_model,
@@ -779,7 +780,10 @@ def dies(monkeypatch):
 
 
 @pytest.mark.slow
-def test_interrupted_sampling_resumes_with_the_chunks_it_has(tiny, tmp_path, monkeypatch, dies):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_interrupted_sampling_resumes_with_the_chunks_it_has(
+    tiny, tmp_path, monkeypatch, dies, damaged
+):
     """To the same bytes: the chunks are the same, and so are CPU and threads."""
     rows = prompts(23)
     options = {"chunk": 5, "slots": 3}
@@ -793,6 +797,8 @@ def test_interrupted_sampling_resumes_with_the_chunks_it_has(tiny, tmp_path, mon
 
     # what is left is written, and nothing else
     dies()
+    if damaged:
+        flip_a_bit(tmp_path / "out.jsonl.partial" / "chunk0.part")
     asked = []
     real_run = Engine.run
 
@@ -802,7 +808,7 @@ def test_interrupted_sampling_resumes_with_the_chunks_it_has(tiny, tmp_path, mon
 
     monkeypatch.setattr(Engine, "run", count)
     answers(tiny, rows, out, **options)
-    assert asked == [5, 5, 3]
+    assert asked == [5] * damaged + [5, 5, 3]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

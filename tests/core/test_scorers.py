@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, last_json, llama_config, read_rows, tiny_checkpoint, write_rows
+from conftest import (
+    ROOT,
+    flip_a_bit,
+    last_json,
+    llama_config,
+    read_rows,
+    tiny_checkpoint,
+    write_rows,
+)
 from safetensors.torch import load_file, save_file
 
 from formats.chat import Chat
@@ -535,9 +543,13 @@ def test_scoring_resumes_where_it_stopped(tmp_path):
         scorer(rows)
     assert scorer(rows) == list(range(1, 10))
     assert calls == [4, 4, 1, 1]
+    for file in (tmp_path / "scratch").iterdir():
+        flip_a_bit(file)
+    assert scorer(rows) == list(range(1, 10))
+    assert calls == [4, 4, 1, 1, 4, 4, 1]
     other = blockwise(score, ["another model"], tmp_path / "scratch", size=4)
     assert other(rows) == list(range(1, 10))
-    assert calls[4:] == [4, 4, 1]
+    assert calls[7:] == [4, 4, 1]
 
 
 def test_a_block_without_a_score_is_kept(tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import io
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEMPLATE, refusal, tiny_checkpoint, write_rows
+from conftest import ROOT, TEMPLATE, flip_a_bit, refusal, tiny_checkpoint, write_rows
 from safetensors.torch import load_file, save_file
 
 import dpo
@@ -27,8 +28,9 @@ from checkpoint import Checkpoint
 from eval import heldout
 from methods import almost, controls, online, ranking, rlsf, sapo, self_rewarding
 from plumbing import stage
-from plumbing.files import digest, load_json, write_json, write_jsonl, write_text
+from plumbing.files import digest, write_json, write_jsonl, write_text
 from plumbing.options import RunOptions
+from plumbing.parts import read_part, write_part
 from plumbing.stage import (
     Stage,
     content_hash,
@@ -307,6 +309,49 @@ def test_an_unchanged_result_is_not_hashed_again(out, monkeypatch):
     assert not make(out)
 
 
+@pytest.mark.parametrize("name", ["out.jsonl", "model"])
+def test_verify_reads_all_files_of_a_result(tmp_path, capsys, name):
+    result = tmp_path / name
+    make(result)
+    file = result if result.suffix else result / "model.safetensors"
+    whole = file.read_bytes()
+    flip_a_bit(file)
+    assert not make(result)
+    verify = Options(run=RunOptions(verify=True))
+    assert make(result, verify)
+    assert "has changed; making it again" in capsys.readouterr().out
+    assert file.read_bytes() == whole
+    assert not make(result, verify)
+
+
+def test_a_damaged_manifest_is_refused(out):
+    make(out)
+    file = manifest_path(out)
+    whole = file.read_text()
+    for damaged in (whole[:-9], whole.replace('"lr": 1.0', '"lr": 2.0'), whole.replace("1", "7")):
+        assert damaged != whole
+        file.write_text(damaged)
+        assert str(file) in refusal(make, out)
+    file.write_text(whole)
+    assert not make(out)
+
+
+def test_a_manifest_of_before_there_were_digests_counts(out):
+    make(out)
+    manifest = json.loads(manifest_path(out).read_text())
+    del manifest["digest"]
+    write_json(manifest_path(out), manifest)
+    assert not make(out)
+
+
+def test_what_safetensors_left_after_a_kill_is_removed(tmp_path):
+    """It writes under a name of its own, .tmpXXXX, before it renames."""
+    write_text(tmp_path / "model.partial" / "identity.part", "")
+    write_text(tmp_path / "model" / ".tmpAbC123", "x")
+    make(tmp_path / "model")
+    assert not list((tmp_path / "model").glob(".tmp*"))
+
+
 def test_a_touched_result_is_still_up_to_date(out):
     make(out)
     os.utime(out, ns=(1, 1))
@@ -401,17 +446,28 @@ def test_scratch_of_a_finished_result_is_removed(out):
     """A kill may come between the manifest and the end of finish()."""
     make(out)
     scratch = out.with_name("out.jsonl.partial")
-    write_text(scratch / "identity.json", "{}")
+    write_part(scratch / "identity.part", {})
     write_text(scratch / "part", "x")
     assert not make(out)
     assert not scratch.exists()
 
 
+def test_scratch_whose_identity_is_damaged_is_cleared(out, capsys):
+    scratch = begin(out)
+    flip_a_bit(scratch / "identity.part")
+    make(out)
+    assert "identity.part: damaged" in capsys.readouterr().out
+    scratch = begin(out.with_name("b.jsonl"))
+    flip_a_bit(scratch / "identity.part", 3)
+    Stage(out.with_name("b.jsonl"), Options())
+    assert not (scratch / "part").exists()
+
+
 def test_work_begun_on_another_machine_is_used_and_said(out, capsys):
     scratch = begin(out)
-    begun = load_json(scratch / "identity.json")
+    begun = read_part(scratch / "identity.part")
     begun["machine"]["cpu"] = "another"
-    write_json(scratch / "identity.json", begun)
+    write_part(scratch / "identity.part", begun)
     Stage(out, Options())
     assert (scratch / "part" / "1").exists()
     assert "begun on another machine; its last bits may differ" in capsys.readouterr().out
@@ -491,6 +547,7 @@ import time
 from pathlib import Path
 
 from plumbing.options import RunOptions
+from plumbing.parts import read_part, write_part
 from plumbing.ranks import distributed
 from plumbing.stage import Stage
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ROOT,
+    flip_a_bit,
     last_json,
     llama_config,
     random_model,
@@ -574,9 +576,19 @@ def failing_loss(calls: list, at: int, how=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("torn", "steps_left"), [(False, 1), (True, 5)])
+@pytest.mark.parametrize(
+    ("harm", "name", "steps_left"),
+    [
+        (Path.exists, "done", 1),
+        (Path.unlink, "done", 5),  # killed while it was writing
+        (flip_a_bit, "done", 5),
+        (flip_a_bit, "__0_0.distcp", 5),
+        (Path.unlink, "__0_0.distcp", 5),
+        (Path.touch, "__1_0.distcp", 5),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    tiny, trained, tmp_path, monkeypatch, torn, steps_left
+    tiny, trained, tmp_path, monkeypatch, harm, name, steps_left
 ):
     """To the last bit: the same computation on the same CPU, in the same process."""
     out = tmp_path / "out"
@@ -588,8 +600,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert [folder.name for folder in checkpoint.iterdir()] == ["4"]
     assert (checkpoint / "4" / "done").is_file()
     assert not (out / "model.safetensors").exists()
-    if torn:  # killed while it was writing
-        (checkpoint / "4" / "done").unlink()
+    harm(checkpoint / "4" / name)
 
     # resumed
     calls.clear()

@@ -7,9 +7,9 @@ import pytest
 from conftest import read_rows, tiny_checkpoint, write_rows
 from eval_helpers import FP32, judged_by
 from eval_helpers import key as key
+from stub import Stub, always_first, longer_is_better
 
 from eval import head_to_head
-from stub import Stub, always_first, longer_is_better
 
 
 @pytest.fixture
