@@ -13,8 +13,8 @@ process may be running. Kinds of kill:
     moment      SIGKILL at a random time between two file operations
     term, int   SIGTERM and SIGINT at such a time: one line of ours, exit code 143 and 130
 
-What may differ (VARYING): times and what is computed from them; memory in use; the names of files
-of cached log-probs, which are compared as one sorted file.
+What may differ (VARYING): times and what is computed from them; memory in use; the repository's
+commit; the names of files of cached log-probs, which are compared as one sorted file.
 
 --torchrun M: M kills of two ranks under the real torchrun, of the agent, one rank or both.
 --damages D: D files of finished and half-finished runs are damaged (tests/damages.py).
@@ -43,6 +43,7 @@ import torch
 import loop
 from bench.same import WORLD, difference
 from plumbing.options import cli
+from tests.damages import damages
 from tests.killed import Plan, install
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,11 +60,12 @@ PATIENCE = 120  # seconds for a process to end, and for what it has started to e
 SET_CHILD_SUBREAPER = 36  # of prctl
 SET_PIPE_SIZE = 1031  # of fcntl
 
-# Times, speeds and memory in JSON; times of files in manifests, where they have 19 digits; there
-# too, the size and hash of the files that hold such numbers.
+# Times, speeds and memory in JSON; times of files in manifests, where they have 19 digits; the
+# commit, which may change meanwhile; size and hash of the files that hold such numbers.
 VARYING = [
     (rb'"(time|seconds|tokens_per_second|memory_gb)": ?[\d.e+-]+', rb'"\1": 0'),
     (rb"\b\d{19}\b", b"0"),
+    (rb'"commit": "\w*"', b""),
     (rb'(/metrics\.jsonl": \[\s+)\d+,\s+0,\s+"\w+"', rb"\1"),
 ]
 
@@ -221,7 +223,8 @@ def normal(root: Path, path: Path) -> bytes:
     content = path.read_bytes()
     if path.suffix == ".safetensors":
         return content
-    content = content.replace(str(root).encode(), b"RUN")
+    runs = re.escape(str(root.parents[1])).encode()
+    content = re.sub(runs + rb"/\w+/run\b", b"RUN", content)
     for pattern, replacement in VARYING:
         content = re.sub(pattern, replacement, content)
     return content
@@ -304,6 +307,12 @@ class Campaign:
     def plan(self, out: Path, **how) -> Plan:
         return Plan(str(out), stages=getattr(self, "stages", []), told=f"{self.out}/told", **how)
 
+    def start(self, out: Path, plan: Plan, kind: str = "", delay: float = 0, more=()) -> End:
+        return run([*self.argv(out), *more], plan, kind, delay, self.ranks)
+
+    def differences(self, out: Path) -> list[str]:
+        return differences(self.expected, out)
+
     def new_run(self) -> Path:
         self.runs += 1
         return self.out / f"{self.runs:04}" / "run"  # its name is in the report
@@ -337,7 +346,7 @@ class Campaign:
         done = 0
         story = []
         for plan, kind, delay in draws:
-            end = run(self.argv(out), plan, kind, delay, self.ranks)
+            end = self.start(out, plan, kind, delay)
             story.append(f"{kind} {end.told[1:3]} code {end.code}")
             self.check(end, kind, out, story)
             if end.code == 0:  # it was over before
@@ -345,8 +354,8 @@ class Campaign:
             if end.told:
                 self.counts[kind, end.told[1], end.told[2]] += 1
                 done += 1
-        end = run(self.argv(out), self.plan(out), ranks=self.ranks)
-        found = differences(self.expected, out) if end.code == 0 else []
+        end = self.start(out, self.plan(out))
+        found = self.differences(out) if end.code == 0 else []
         if end.code or end.left:
             found = [f"exit code {end.code}, {end.left} left running: {end.errors[-999:]}"]
         self.keep(out, found, story)
@@ -436,6 +445,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--world", type=Path, help="a folder, to make the world in once")
+    parser.add_argument("--damages", type=int, default=0, help="damaged files")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -454,6 +464,10 @@ def main() -> int:
         two.kill(args.torchrun, min(args.per_run, 5), RANKS)
         results["torchrun"] = two.histogram()
         wrong += two.wrong
+    if args.damages:
+        hurt = campaign(args, "hurt", "damages")
+        results["damages"] = damages(hurt, args.damages)
+        wrong += hurt.wrong
     for line in wrong[:20]:
         print(line)
     seconds = round(time.monotonic() - begin, 1)
