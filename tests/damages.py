@@ -54,9 +54,8 @@ def kind_of(path: Path) -> str:
 def half_finished(campaign, number: int) -> list[Path]:
     """Copies of one run, each made after a kill."""
     out = campaign.new_run()
-    draws = [campaign.draw(out, ("moment", "operation")) for _ in range(number)]
-    draws.sort(key=lambda drawn: (campaign.stages.index(drawn[0].stage), drawn[0].event))
     copies = []
+    draws = campaign.draws(out, number, ("moment", "operation"))
     for i, (plan, kind, delay) in enumerate(draws):
         campaign.start(out, plan, kind, delay)
         copies.append(shutil.copytree(out, out.parent / f"copy{i}" / "run"))
@@ -73,7 +72,9 @@ def outcome(campaign, out: Path, name: str, way: str) -> str:
         return "refused" if one_line and named else f"WRONG refusal: {end.errors[-999:]}"
     if end.code:
         return f"WRONG exit code {end.code}: {end.errors[-999:]}"
-    found = campaign.differences(out)
+    # a part of the cache that nothing has read stays damaged: whoever reads it checks its digest
+    found = campaign.differences(out, ordered=False)
+    found = [line for line in found if not line.startswith("reference:")]
     if found:
         return f"WRONG: {found[0]}" + (f" and {len(found) - 1} more" if found[1:] else "")
     noticed = any(notice in end.output for notice in NOTICES)

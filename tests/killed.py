@@ -54,7 +54,7 @@ def place(path: str, out: str) -> str:
     if rest and rest[-1] == "README.md":
         return "report"  # a model card
     if re.fullmatch(r"iter\d+", first):
-        return f"{first}/{rest[0].split('.')[0]}" if rest else f"{first}"
+        return f"{first}/{rest[0].split('.')[0]}" if rest else "start"
     if first.split(".")[0] in ("generator", "reference"):
         return first.split(".")[0]
     return "report" if first.startswith(("metrics", "scores", "report")) else "start"

@@ -63,7 +63,7 @@ SET_PIPE_SIZE = 1031  # of fcntl
 # Times, speeds and memory in JSON; times of files in manifests, where they have 19 digits; the
 # commit, which may change meanwhile; size and hash of the files that hold such numbers.
 VARYING = [
-    (rb'"(time|seconds|tokens_per_second|memory_gb)": ?[\d.e+-]+', rb'"\1": 0'),
+    (rb'"(time|seconds|tokens_per_second|memory_gb)": ?(\[.*?\]|[\d.e+-]+)', rb'"\1": 0'),
     (rb"\b\d{19}\b", b"0"),
     (rb'"commit": "\w*"', b""),
     (rb'(/metrics\.jsonl": \[\s+)\d+,\s+0,\s+"\w+"', rb"\1"),
@@ -250,14 +250,22 @@ def cached_scores(path: Path) -> list[str]:
     """The entries of a file of cached log-probs; its name, if it is none."""
     if path.suffix != ".part" or path.name.startswith("."):
         return [f"leftover {path.name}"]
-    value = json.loads(path.read_text().partition("\n")[2])
+    try:
+        value = json.loads(path.read_text().partition("\n")[2])
+    except ValueError:
+        return [f"damaged {path.name}"]
     entries = value.items() if isinstance(value, dict) else value
     return [json.dumps(entry) for entry in entries]
 
 
-def differences(peace: dict[str, bytes], run: Path) -> list[str]:
-    """How a run differs from the undisturbed one: a line for each file."""
+def differences(peace: dict[str, bytes], run: Path, ordered: bool = True) -> list[str]:
+    """How a run differs from the undisturbed one: a line for each file.
+
+    ordered: the report lists stages by their times, so not if some were made again.
+    """
     found = contents(run)
+    if not ordered:
+        peace, found = unordered(peace), unordered(found)
     lines = []
     for name in peace.keys() | found.keys():
         if name not in peace:
@@ -265,6 +273,14 @@ def differences(peace: dict[str, bytes], run: Path) -> list[str]:
         elif peace[name] != found.get(name):
             lines.append(f"{name}: {describe(name, peace[name], found.get(name))}")
     return sorted(lines)
+
+
+def unordered(files: dict[str, bytes]) -> dict[str, bytes]:
+    """With the parts of the lists of stages sorted."""
+    listed = {}
+    for name in files.keys() & {"metrics.jsonl", "report.html"}:
+        listed[name] = b"\n".join(sorted(re.split(rb"[\n,{}\[\]]+ *", files[name])))
+    return {**files, **listed}
 
 
 def describe(name: str, old: bytes, new: bytes | None) -> str:
@@ -310,21 +326,30 @@ class Campaign:
     def start(self, out: Path, plan: Plan, kind: str = "", delay: float = 0, more=()) -> End:
         return run([*self.argv(out), *more], plan, kind, delay, self.ranks)
 
-    def differences(self, out: Path) -> list[str]:
-        return differences(self.expected, out)
+    def differences(self, out: Path, ordered: bool = True) -> list[str]:
+        return differences(self.expected, out, ordered)
 
     def new_run(self) -> Path:
         self.runs += 1
         return self.out / f"{self.runs:04}" / "run"  # its name is in the report
 
-    def draw(self, out: Path, kinds: tuple[str, ...]) -> tuple[Plan, str, float]:
+    def draws(self, out: Path, kills: int, kinds: tuple[str, ...]) -> list[tuple]:
+        """Kills of a run, in the order of its stages."""
+        planned = Counter()
+        for (kind, stage, _), number in self.counts.items():
+            planned[short(stage)] += number
+            planned[kind] += number
+        drawn = []
+        for _ in range(kills):
+            drawn.append(self.draw(out, kinds, planned))
+            planned.update([short(drawn[-1][0].stage), drawn[-1][1]])
+        return sorted(drawn, key=lambda kill: (self.stages.index(kill[0].stage), kill[0].event))
+
+    def draw(self, out: Path, kinds: tuple[str, ...], planned: Counter) -> tuple[Plan, str, float]:
         """A kill of a stage that was hit seldom: its plan, its kind, and how long it waits."""
-        hit = Counter()
-        for (_, stage, _), number in self.counts.items():
-            hit[short(stage)] += number
-        stage = min(self.stages, key=lambda s: (hit[short(s)], self.random.random()))
+        stage = min(self.stages, key=lambda s: (planned[short(s)], self.random.random()))
         places = [i for i, event in enumerate(self.events) if event[1] == stage]
-        kind = min(kinds, key=lambda k: (self.of_kind(k), self.random.random()))
+        kind = min(kinds, key=lambda k: (planned[k], self.random.random()))
         n = self.random.randrange(len(places))
         how = {"stage": stage, "event": n + 1, "act": "say"}
         if kind in ("operation", "write"):
@@ -335,17 +360,12 @@ class Campaign:
         pause = after[0] - self.events[places[n]][0]
         return self.plan(out, **how), kind, self.random.uniform(0, max(pause, 0.002))
 
-    def of_kind(self, kind: str) -> int:
-        return sum(number for (k, _, _), number in self.counts.items() if k == kind)
-
     def one_run(self, kills: int, kinds: tuple[str, ...] = KINDS) -> int:
         """A run that is killed up to so many times; returns how often it was."""
         out = self.new_run()
-        draws = [self.draw(out, kinds) for _ in range(kills)]
-        draws.sort(key=lambda drawn: (self.stages.index(drawn[0].stage), drawn[0].event))
         done = 0
         story = []
-        for plan, kind, delay in draws:
+        for plan, kind, delay in self.draws(out, kills, kinds):
             end = self.start(out, plan, kind, delay)
             story.append(f"{kind} {end.told[1:3]} code {end.code}")
             self.check(end, kind, out, story)
