@@ -60,10 +60,12 @@ PATIENCE = 120  # seconds for a process to end, and for what it has started to e
 SET_CHILD_SUBREAPER = 36  # of prctl
 SET_PIPE_SIZE = 1031  # of fcntl
 
-# Times, speeds and memory in JSON; times of files in manifests, where they have 19 digits; the
-# commit, which may change meanwhile; size and hash of the files that hold such numbers.
+# Speeds, which a stage does not have if nothing was left to do; times and memory in JSON; times of
+# files in manifests, where they have 19 digits; the commit, which may change meanwhile; size and
+# hash of the files that hold such numbers.
 VARYING = [
-    (rb'"(time|seconds|tokens_per_second|memory_gb)": ?(\[.*?\]|[\d.e+-]+)', rb'"\1": 0'),
+    (rb'"tokens_per_second": ?(\[.*?\]|[\d.e+-]+),?\s*', b""),
+    (rb'"(time|seconds|memory_gb)": ?(\[.*?\]|[\d.e+-]+)', rb'"\1": 0'),
     (rb"\b\d{19}\b", b"0"),
     (rb'"commit": "\w*"', b""),
     (rb'(/metrics\.jsonl": \[\s+)\d+,\s+0,\s+"\w+"', rb"\1"),

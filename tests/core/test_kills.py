@@ -31,7 +31,7 @@ def two_runs(tmp_path):
 def test_times_and_the_runs_own_path_may_differ(two_runs):
     peace, run = two_runs
     assert differences(contents(peace), run) == []
-    assert len(VARYING) == 4
+    assert len(VARYING) == 5
 
 
 @pytest.mark.parametrize(
