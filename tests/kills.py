@@ -67,7 +67,7 @@ VARYING = [
     (rb'"tokens_per_second": ?(\[.*?\]|[\d.e+-]+),?\s*', b""),
     (rb'"(time|seconds|memory_gb)": ?(\[.*?\]|[\d.e+-]+)', rb'"\1": 0'),
     (rb"\b\d{19}\b", b"0"),
-    (rb'"commit": "\w*"', b""),
+    (rb"\b[0-9a-f]{40}\b", b"0"),
     (rb'(/metrics\.jsonl": \[\s+)\d+,\s+0,\s+"\w+"', rb"\1"),
 ]
 
