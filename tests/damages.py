@@ -72,6 +72,9 @@ def outcome(campaign, out: Path, name: str, way: str) -> str:
         return "refused" if one_line and named else f"WRONG refusal: {end.errors[-999:]}"
     if end.code:
         return f"WRONG exit code {end.code}: {end.errors[-999:]}"
+    if verify:
+        # the run's options name the flag until it is started without
+        campaign.start(out, campaign.plan(out))
     # a part of the cache that nothing has read stays damaged: whoever reads it checks its digest
     found = campaign.differences(out, ordered=False)
     found = [line for line in found if not line.startswith("reference:")]
@@ -81,31 +84,54 @@ def outcome(campaign, out: Path, name: str, way: str) -> str:
     return "made again" if noticed else "no effect"
 
 
+def choose(files: dict[str, list[Path]], counts: Counter, draw: random.Random) -> Path:
+    """A file of the kind that was damaged least often."""
+    tried = Counter()
+    for (kind, _), times in counts.items():
+        tried[kind] += times
+    kind = min(files, key=lambda kind: (tried[kind], draw.random()))
+    return draw.choice(files[kind])
+
+
+def damage_one(campaign, source: Path, way: str, counts: Counter) -> None:
+    """Damage a file of a copy of a run, start it again, and count what came of it."""
+    draw = campaign.random
+    out = shutil.copytree(source, campaign.new_run())
+    files = [f for f in sorted(out.rglob("*")) if f.is_file() and f.stat().st_size]
+    by_kind = {}
+    for file in files:
+        kind = kind_of(file.relative_to(out))
+        by_kind.setdefault(kind, []).append(file)
+    path = choose(by_kind, counts, draw)
+    name = path.relative_to(out).as_posix()
+    kind = kind_of(path.relative_to(out))
+    others = [f for f in files if f != path]
+    damage(path, way, others, draw)
+
+    # the same command again
+    result = outcome(campaign, out, name, way)
+    counts[kind, result.split()[0].rstrip(":")] += 1
+    if result.startswith("WRONG"):
+        campaign.wrong.append(f"{out.parent.name}: {way} {name}: {result}")
+        print(campaign.wrong[-1], flush=True)
+    shutil.rmtree(out.parent)
+
+
 def damages(campaign, number: int) -> dict:
     """So many damages; returns counts, and adds what is wrong to the campaign's list."""
-    draw = campaign.random
     halves = half_finished(campaign, max(2, min(12, number // 8)))
     counts = Counter()
     for i in range(number):
-        # a copy to be damaged: every second time of the finished run
-        source = campaign.peace if i % 2 else draw.choice(halves)
-        out = shutil.copytree(source, campaign.new_run())
-        files = [f for f in sorted(out.rglob("*")) if f.is_file() and f.stat().st_size]
-        by_kind = {kind_of(f.relative_to(out)): [] for f in files}
-        for file in files:
-            by_kind[kind_of(file.relative_to(out))].append(file)
-        kind = min(by_kind, key=lambda k: (sum(counts[k, w] for w in COUNTED), draw.random()))
-        path = draw.choice(by_kind[kind])
-        way = WAYS[i // 2 % (len(WAYS) if i % 2 else len(WAYS) - 1)]
-        name = path.relative_to(out).as_posix()
-        damage(path, way, [f for f in files if f != path], draw)
+        # the finished run and a half-finished one in turn; --verify is about the former
+        if i % 2:
+            source = campaign.peace
+            ways = WAYS
+        else:
+            source = campaign.random.choice(halves)
+            ways = WAYS[:-1]
+        damage_one(campaign, source, ways[i // 2 % len(ways)], counts)
 
-        result = outcome(campaign, out, name, way)
-        counts[kind, result.split()[0].rstrip(":")] += 1
-        if result.startswith("WRONG"):
-            campaign.wrong.append(f"{out.parent.name}: {way} {name}: {result}")
-            print(campaign.wrong[-1], flush=True)
-        shutil.rmtree(out.parent)
+    # what came of them
     print("\ndamages by kind of file")
     for (kind, result), times in sorted(counts.items()):
         print(f"  {kind:<28} {result:<10} {times:5}")
@@ -113,6 +139,3 @@ def damages(campaign, number: int) -> dict:
     for (_, result), times in counts.items():
         total[result] += times
     return dict(total)
-
-
-COUNTED = ("refused", "made", "no", "WRONG")  # outcomes by their first word
