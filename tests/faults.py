@@ -1397,6 +1397,53 @@ FAULTS = [
         new='rows["base"][min(by_seed)]["last"]',
         tests=("bench/test_ablations.py::test_statistics",),
     ),
+    # whatever bytes an input file may hold
+    Fault(
+        "json-any-depth",
+        "plumbing/files.py",
+        old="if depth_of(text) > MAX_DEPTH:",
+        new="if depth_of(text) > 10 * MAX_DEPTH:",
+        tests=(
+            "core/test_records.py::test_json_that_python_alone_would_take_or_fail_on_is_refused_by_line",
+        ),
+    ),
+    Fault(
+        "json-nan-read",
+        "plumbing/files.py",
+        old="parse_int=number, parse_constant=number)",
+        new="parse_int=number)",
+        tests=(
+            "core/test_records.py::test_json_that_python_alone_would_take_or_fail_on_is_refused_by_line",
+        ),
+    ),
+    Fault(
+        "json-nan-written",
+        "plumbing/files.py",
+        old="finite = json.loads(json.dumps(value), parse_constant=lambda name: None)",
+        new="finite = json.loads(json.dumps(value))",
+        tests=("core/test_records.py::test_a_number_that_json_cannot_say_is_written_as_null",),
+    ),
+    Fault(
+        "read-a-directory",
+        "plumbing/files.py",
+        old="except (OSError, ValueError) as error:  # a directory",
+        new="except PermissionError as error:  # a directory",
+        tests=("core/test_records.py::test_what_is_no_file_is_refused_in_one_line",),
+    ),
+    Fault(
+        "error-line-unescaped",
+        "plumbing/files.py",
+        old="super().__init__(CONTROL.sub(lambda found: ascii(found[0])[1:-1], text))",
+        new="super().__init__(text)",
+        tests=("core/test_records.py::test_control_characters_in_an_error_are_escaped",),
+    ),
+    Fault(
+        "toml-valueerror",
+        "plumbing/options.py",
+        old="except (ValueError, RecursionError) as error:  # also",
+        new="except tomllib.TOMLDecodeError as error:  # also",
+        tests=("core/test_options.py::test_toml_that_python_would_fail_on_is_one_line",),
+    ),
 ]
 
 
