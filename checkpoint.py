@@ -249,14 +249,7 @@ def save(
     if not writer:
         return
 
-    # all files are there: give them their names; an index of an earlier save must not survive
-    for file in split.filename_to_tensors:
-        os.replace(out / f"{file}.tmp", out / file)
-    (out / INDEX).unlink(missing_ok=True)
-    if split.is_sharded:
-        (out / SINGLE).unlink(missing_ok=True)  # of an earlier save too: it would hide the index
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(out / INDEX, index)
+    name_files(out, split)
 
     # the rest of the directory
     for name in TOKENIZER_FILES:
@@ -266,6 +259,17 @@ def save(
                 shutil.copy(source, out / name)
     write_text(out / "chat_template.jinja", chat_template)
     write_text(out / "config.json", json.dumps(saved_config(model.config.raw, dtype), indent=2))
+
+
+def name_files(out: Path, split) -> None:
+    """All files are there: give them their names; an index of an earlier save must not survive."""
+    for file in split.filename_to_tensors:
+        os.replace(out / f"{file}.tmp", out / file)
+    (out / INDEX).unlink(missing_ok=True)
+    if split.is_sharded:
+        (out / SINGLE).unlink(missing_ok=True)  # of an earlier save too: it would hide the index
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(out / INDEX, index)
 
 
 def saved_config(raw: dict, dtype: torch.dtype) -> dict:

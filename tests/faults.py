@@ -1403,18 +1403,14 @@ FAULTS = [
         "plumbing/files.py",
         old="if depth_of(text) > MAX_DEPTH:",
         new="if depth_of(text) > 10 * MAX_DEPTH:",
-        tests=(
-            "core/test_records.py::test_json_that_python_alone_would_take_or_fail_on_is_refused_by_line",
-        ),
+        tests=("core/test_records.py::test_json_that_python_fails_on_is_refused_by_line",),
     ),
     Fault(
         "json-nan-read",
         "plumbing/files.py",
         old="parse_int=number, parse_constant=number)",
         new="parse_int=number)",
-        tests=(
-            "core/test_records.py::test_json_that_python_alone_would_take_or_fail_on_is_refused_by_line",
-        ),
+        tests=("core/test_records.py::test_json_that_python_fails_on_is_refused_by_line",),
     ),
     Fault(
         "json-nan-written",
@@ -1443,6 +1439,13 @@ FAULTS = [
         old="except (ValueError, RecursionError) as error:  # also",
         new="except tomllib.TOMLDecodeError as error:  # also",
         tests=("core/test_options.py::test_toml_that_python_would_fail_on_is_one_line",),
+    ),
+    Fault(
+        "answers-without-a-response",
+        "formats/records.py",
+        old='        row.setdefault("response", None)\n',
+        new="",
+        tests=("core/test_records.py::test_answers_have_texts_which_may_be_empty",),
     ),
 ]
 

@@ -76,6 +76,35 @@ def test_bad_json_is_named_by_file_and_line(tmp_path):
     assert "no such file" in refusal(load_json, tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "a"}, "'response'"),
+        ({"prompt": "a", "response": None}, "'response'"),
+        ({"prompt": "a", "response": 7}, "'response'"),
+        ({"response": "b"}, "'prompt'"),
+        ({"prompt": "a", "response": "b", "draft": 7}, "'draft'"),
+        ({"prompt": "a", "response": "b", "sample": [1]}, "'sample'"),
+        ({"prompt": "a", "response": "b", "sample": "1"}, "'sample'"),
+    ],
+)
+def test_answers_have_texts_which_may_be_empty(tmp_path, row, named):
+    path = tmp_path / "answers.jsonl"
+    write_jsonl(path, [{"prompt": "a", "response": "", "sample": 0}])
+    assert read_jsonl(path, answers=True)[0]["response"] == ""
+    write_jsonl(path, [{"prompt": "c", "response": ""}, row])
+    message = refusal(read_jsonl, path, answers=True)
+    assert message.startswith(f"{path}: line 2: field ") and named in message
+
+
+def test_a_record_without_anything_asked_is_read_or_refused(tmp_path):
+    path = tmp_path / "in.jsonl"
+    write_jsonl(path, [{"messages": [], "response": "b"}])
+    assert read_jsonl(path)[0]["id"]
+    write_jsonl(path, [{"messages": {"a": 1}}])
+    assert "'messages' must be a list" in refusal(read_jsonl, path)
+
+
 DEEP = "[" * 100_000
 HUGE = "1" * 5000
 
@@ -94,7 +123,7 @@ HUGE = "1" * 5000
     ],
     ids=["open", "lists", "objects", "digits", "negative", "NaN", "infinity", "1e999"],
 )
-def test_json_that_python_alone_would_take_or_fail_on_is_refused_by_line(tmp_path, value, said):
+def test_json_that_python_fails_on_is_refused_by_line(tmp_path, value, said):
     path = tmp_path / "bad.json"
     path.write_text(f'{{"a": 1,\n"b": {value}}}')
     message = refusal(load_json, path)
