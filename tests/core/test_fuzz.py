@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 INPUTS = int(os.environ.get("SYNPO_FUZZ", "60"))
 # readers whose every input is known to give a result or one line
-HELD = ("records", "lines", "json", "recipe", "recipe-json", "safetensors")
+HELD = ("records", "lines", "json", "recipe", "recipe-json", "safetensors", "config")
 
 
 @pytest.mark.slow
