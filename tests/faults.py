@@ -1461,6 +1461,13 @@ FAULTS = [
         new="",
         tests=("core/test_checkpoint.py::test_a_field_of_another_kind_is_refused_by_name",),
     ),
+    Fault(
+        "special-tokens-of-any-kind",
+        "formats/chat.py",
+        old="if not isinstance(value, str):",
+        new="if False:",
+        tests=("core/test_chat.py::test_settings_of_another_shape_are_refused_by_name",),
+    ),
 ]
 
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 INPUTS = int(os.environ.get("SYNPO_FUZZ", "60"))
 # readers whose every input is known to give a result or one line
-HELD = ("records", "lines", "json", "recipe", "recipe-json", "safetensors", "config")
+HELD = (
+    "records",
+    "lines",
+    "json",
+    "recipe",
+    "recipe-json",
+    "safetensors",
+    "config",
+    "tokenizer-config",
+)
 
 
 @pytest.mark.slow
