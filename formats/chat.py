@@ -53,7 +53,7 @@ class Chat:
         for name in SPECIAL_TOKENS:
             if value := settings.get(name):
                 value = value.get("content") if isinstance(value, dict) else value
-                if not isinstance(value, str):
+                if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
                     problem = f"{name} must be text, or {{content: text}}"
                     raise InputError(f"{self.directory}: {problem}; correct tokenizer_config.json")
                 self.special[name] = value

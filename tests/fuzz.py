@@ -118,7 +118,7 @@ def read_records(path: Path) -> None:
         for row in rows:
             assert all(isinstance(row[f], str) for f in fields if f != "prompt")
             if "prompt" in fields:
-                assert conversation_text(row)
+                assert isinstance(conversation_text(row), str)
     try:
         read_paragraphs(path)
     except InputError:
