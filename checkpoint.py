@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, Shard
 
 from formats.config_json import read_settings
+from formats.headers import check_shape, check_sizes, read_index
 from model import Config, Model
 from ops.cpu import tell_of_slow_bf16
 from plumbing.files import InputError, load_json, write_json, write_text, writing
@@ -81,7 +82,9 @@ def load_config(directory: str | Path) -> Config:
         weights = Weights(directory)
         if "score.weight" in weights.file_of:
             raw["num_labels"] = weights.slice("score.weight").get_shape()[0]
-            return parse_config(raw, path)
+            config = parse_config(raw, path)
+    if any((path.parent / name).is_file() for name in (SINGLE, INDEX)):
+        check_sizes(config, Weights(directory), path.parent)
     return config
 
 
@@ -101,8 +104,7 @@ class Weights:
         index = directory / INDEX
         path = directory / SINGLE
         if index.is_file() and not path.is_file():
-            weight_map = load_json(index)["weight_map"]
-            self.file_of = {name: directory / file for name, file in weight_map.items()}
+            self.file_of = read_index(index)
         else:
             self.file_of = dict.fromkeys(self.open(path).keys(), path)
             if index.is_file():
@@ -136,12 +138,7 @@ def load_weights(model: Model, directory: str | Path) -> None:
     check_names(model, weights, directory)
     for name, parameter in model.named_parameters():
         source = weights.slice(name)
-        expected = list(parameter.shape)
-        if source.get_shape() != expected:
-            raise InputError(
-                f"{directory}: {name} has shape {source.get_shape()}, config.json makes it "
-                f"{expected}"
-            )
+        check_shape(weights, name, list(parameter.shape), directory)
         local, rows = local_rows(parameter)
         if rows.start < rows.stop:
             values = source[rows]
@@ -249,14 +246,7 @@ def save(
     if not writer:
         return
 
-    # all files are there: give them their names; an index of an earlier save must not survive
-    for file in split.filename_to_tensors:
-        os.replace(out / f"{file}.tmp", out / file)
-    (out / INDEX).unlink(missing_ok=True)
-    if split.is_sharded:
-        (out / SINGLE).unlink(missing_ok=True)  # of an earlier save too: it would hide the index
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(out / INDEX, index)
+    name_files(out, split)
 
     # the rest of the directory
     for name in TOKENIZER_FILES:
@@ -266,6 +256,17 @@ def save(
                 shutil.copy(source, out / name)
     write_text(out / "chat_template.jinja", chat_template)
     write_text(out / "config.json", json.dumps(saved_config(model.config.raw, dtype), indent=2))
+
+
+def name_files(out: Path, split) -> None:
+    """All files are there: give them their names; an index of an earlier save must not survive."""
+    for file in split.filename_to_tensors:
+        os.replace(out / f"{file}.tmp", out / file)
+    (out / INDEX).unlink(missing_ok=True)
+    if split.is_sharded:
+        (out / SINGLE).unlink(missing_ok=True)  # of an earlier save too: it would hide the index
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(out / INDEX, index)
 
 
 def saved_config(raw: dict, dtype: torch.dtype) -> dict:

@@ -100,7 +100,7 @@ def train_improver(
 
 def read_drafts(path: Path) -> list[dict]:
     """Responses to the seeds' prompts; none were sampled with --improver.drafts 0."""
-    return read_jsonl(path) if path.stat().st_size else []
+    return read_jsonl(path, answers=True) if path.stat().st_size else []
 
 
 def gold_and_draft(seeds: list[dict], answers: list[dict]) -> list[tuple[dict, dict]]:
@@ -176,7 +176,7 @@ def rewrite(
     )
     if stage.done:
         return out
-    every = read_jsonl(drafts)
+    every = read_jsonl(drafts, answers=True)
     requests = requests_for(every, revision, Chat(improver, o.run), drafts)
     asked = {request["id"] for request in requests}
     rows = [row for row in every if row["id"] in asked]
@@ -187,7 +187,7 @@ def rewrite(
     # pick the best of each draft's candidates
     scores = stage.scratch / "scores"
     scorer = load_scorer(o.scorer, base, o.run, scores, single=True, revision=revision)
-    best, not_scored = pick(rows, read_jsonl(candidates), scorer, o)
+    best, not_scored = pick(rows, read_jsonl(candidates, answers=True), scorer, o)
     on_rank0(write_jsonl, out, best)
     return stage.finish(
         drafts=len(every),

@@ -30,7 +30,7 @@ from checkpoint import Checkpoint, Weights
 from dpo import PolicyOptions, heldout_pairs, policy_loss, train_policy
 from eval import benchmark
 from eval.in_run import evaluate, evaluate_improver
-from eval.report import report
+from eval.report import changed, option_differences, report
 from formats.chat import Chat
 from formats.plugins import load_function
 from formats.records import last_message, read_jsonl
@@ -48,14 +48,7 @@ from improve import ImproverOptions, RewriteOptions, rewrite, train_improver
 from ops.meters import time_left
 from pairs import PairOptions, make_pairs
 from plumbing.files import InputError, load_json, write_json, write_jsonl
-from plumbing.options import (
-    RunOptions,
-    as_dict,
-    changed,
-    cli,
-    option_differences,
-    peek,
-)
+from plumbing.options import RunOptions, as_dict, cli, peek
 from plumbing.ranges import Count, Whole
 from plumbing.ranks import on_rank0, print0
 from plumbing.stage import Refusal, discard, refuse_foreign, refuse_overlap

@@ -79,7 +79,7 @@ def make_pairs(
 
     # join both sides and score them
     scorer = load_scorer(o.scorer, base, o.run, stage.scratch / "scores", revision=revision)
-    pairs = join(read_jsonl(chosen, "prompt"), read_jsonl(rejected, "prompt"))
+    pairs = join(read_jsonl(chosen, answers=True), read_jsonl(rejected, answers=True))
     if not pairs:
         raise InputError(f"{chosen}: none of its ids occurs in {rejected}; give matching files")
     scores = score_pairs(scorer, [good for good, _ in pairs], [bad for _, bad in pairs])

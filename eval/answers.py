@@ -1,13 +1,12 @@
 """What benchmarks share before they judge: options, paths, prompts, the model's answers."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from eval.stats import mean
 from formats.records import read_jsonl
 from pairs import own_words, repetition
-from plumbing.files import InputError, read_text
+from plumbing.files import InputError, parse_json, read_text
 from plumbing.ranges import Temperature
 from plumbing.stage import Stage
 from sample import SampleOptions, generate
@@ -46,11 +45,10 @@ def read_lines(path: Path, *fields: str) -> list[dict]:
     rows = []
     for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
         where = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-            missing = [name for name in fields if name not in row]
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{where} is not a JSON object ({error}); fix or delete it") from None
+        row = parse_json(line, path, number)
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is not a JSON object, {{...}}; fix or delete it")
+        missing = [name for name in fields if name not in row]
         if missing:
             raise InputError(f"{where}: field {missing[0]!r} is missing; give the official file")
         rows.append(row)

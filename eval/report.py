@@ -27,7 +27,8 @@ from eval.model_card import write_cards
 from eval.table import table
 from formats.plugins import load_function
 from formats.records import last_message, read_jsonl
-from plumbing.files import InputError, load_json, read_text, write_jsonl, write_text
+from plumbing.files import InputError, flatten, load_json, read_text, write_jsonl, write_text
+from plumbing.options import RunOptions, as_dict, as_flags, flags_of
 from plumbing.stage import counts_of
 
 # Columns of the first table: name -> a result of the iteration, and the count shown.
@@ -79,6 +80,27 @@ BLOCK = 128  # pairs that the page parses at a time
 POINTS = 150  # max points of a curve
 
 COLOURS = {"M_": "#1f6feb", "R_": "#d9730d"}  # of models in scores.svg; controls are grey
+
+# -------------------------------------------------------------------------------- options of a run
+
+
+def changed(o) -> list[list]:
+    """Rows of changed.json: [name, value, default, help] of each option that is not its default."""
+    values = flatten(as_dict(o))
+    rows = []
+    for flag in flags_of(RunOptions, []) + flags_of(type(o), as_flags(as_dict(o))):
+        default = str(flag.default) if isinstance(flag.default, Path) else flag.default
+        if values[flag.name] != default:
+            rows.append([flag.name, values[flag.name], default, flag.help])
+    return rows
+
+
+def option_differences(before: dict, now: dict, config: Path) -> str:
+    """How options differ from an earlier call's, to end a refusal with; empty if they do not."""
+    old, new = flatten(before), flatten(now)
+    changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
+    return f" (options that differ from {config}: {', '.join(changes)})" if changes else ""
+
 
 # -------------------------------------------------------------------------------- files of a run
 

@@ -8,7 +8,6 @@ chosen, rejected}.
     torchrun --nproc-per-node 8 -m eval.scorer_accuracy --scorer judge:DIR --data pairs.jsonl
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from checkpoint import Checkpoint
 from eval.stats import mean, rounded, wins
 from formats.records import messages_of, read_jsonl
 from improve import TEMPLATE
-from plumbing.files import InputError, digest, read_text
+from plumbing.files import InputError, digest, load_json
 from plumbing.options import RunOptions, cli
 from plumbing.ranks import print0
 from scorers.base import Revision, Scorer, need_scores, score_pairs
@@ -49,7 +48,7 @@ def read_llmbar(path: Path) -> list[dict]:
     """Records {prompt, chosen, rejected}."""
     rows = []
     try:
-        for row in json.loads(read_text(path)):
+        for row in load_json(path):
             chosen, rejected = (row[f"output_{i}"] for i in (row["label"], 3 - row["label"]))
             rows.append({"prompt": row["input"], "chosen": chosen, "rejected": rejected})
         if not rows:

@@ -52,7 +52,11 @@ class Chat:
         self.special = {}
         for name in SPECIAL_TOKENS:
             if value := settings.get(name):
-                self.special[name] = value["content"] if isinstance(value, dict) else value
+                value = value.get("content") if isinstance(value, dict) else value
+                if not isinstance(value, str) or value != value.encode(errors="ignore").decode():
+                    problem = f"{name} must be text, or {{content: text}}"
+                    raise InputError(f"{self.directory}: {problem}; correct tokenizer_config.json")
+                self.special[name] = value
         own = own_templates(self.directory, settings.get("chat_template"))
         self.template = choose_template(self.directory, own, run.chat_template, own_template)
         self.write = self.compile(run)
@@ -61,7 +65,10 @@ class Chat:
 
     def settings(self, name: str) -> dict:
         path = self.directory / name
-        return load_json(path) if path.is_file() else {}
+        values = load_json(path) if path.is_file() else {}
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: not an object, {{...}}; download it again")
+        return values
 
     def compile(self, run: RunOptions):
         """The template as a function from messages to text."""
@@ -89,7 +96,7 @@ class Chat:
 
         The end of a turn is what the template writes after a response, often not eos_token.
         """
-        stops = {self.tokenizer.token_to_id(eos_token)} if eos_token else set()
+        stops = {self.tokenizer.token_to_id(eos_token)} - {None} if eos_token else set()
         for name in ("config.json", "generation_config.json"):
             ids = self.settings(name).get("eos_token_id")
             if ids is not None:
@@ -131,7 +138,9 @@ class Chat:
     def render(self, messages: list[dict], open_response: bool, where: str = "") -> str:
         """A conversation as text. InputError, with `where`, if the template refuses it."""
         try:
-            return self.write(messages, open_response)
+            text = self.write(messages, open_response)
+            text.encode()  # half of a surrogate pair is no text
+            return text
         except Exception as error:  # templates are users' code
             problem = f"the chat template of {self.directory} refuses it: {error}"
             raise InputError(f"{where or 'a conversation'}: {problem}") from None
@@ -182,7 +191,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         tokenizer.no_truncation()  # trainers leave such settings in the file
         tokenizer.no_padding()
         return tokenizer
-    except Exception as error:  # tokenizers raises nothing narrower
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers is no Exception
         raise InputError(f"{path}: not readable ({error}); save it again") from None
 
 
@@ -191,10 +202,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def own_templates(directory: Path, inside) -> dict[str, str]:
     """A directory's templates by name: in files of their own, or in tokenizer_config.json."""
-    if isinstance(inside, list):
-        found = {entry["name"]: entry["template"] for entry in inside}
-    else:
-        found = {"default": inside} if inside else {}
+    try:
+        named = inside if isinstance(inside, list) else [{"name": "default", "template": inside}]
+        found = {entry["name"]: entry["template"] for entry in named if entry["template"]}
+        if not all(isinstance(text, str) for text in (*found, *found.values())):
+            raise TypeError
+    except (TypeError, KeyError):
+        problem = "chat_template must be text, or a list of {name, template}"
+        raise InputError(f"{directory}/tokenizer_config.json: {problem}; correct it") from None
     if (directory / "chat_template.jinja").is_file():
         found["default"] = read_text(directory / "chat_template.jinja")
     for path in sorted(directory.glob("additional_chat_templates/*.jinja")):

@@ -12,6 +12,10 @@ from formats.layouts import normalise
 from plumbing.files import InputError, digest, parse_json, read_text
 
 
+# Texts wherever they are; a response may be empty unless its reader asks for more.
+TEXTS = ("prompt", "response", "chosen", "rejected", "draft")
+
+
 class Record(dict):
     """A record of a user's file, with the place that errors name."""
 
@@ -23,8 +27,9 @@ def where_of(row: dict) -> str:
     return getattr(row, "where", "") or f"record {row.get('id')}"
 
 
-def read_jsonl(path: str | Path, *fields: str) -> list[Record]:
-    """Read records, each with an id. Every field named must be a non-empty string in every record.
+def read_jsonl(path: str | Path, *fields: str, answers: bool = False) -> list[Record]:
+    """Read records, each with an id. Every field named must be a non-empty string in every record;
+    `answers` have a prompt and a response, which may be empty.
 
     A list of `messages` may stand for `prompt`. A record without an id gets the hash of its prompt,
     so its random numbers do not depend on where it stands in the file. Raises InputError with file
@@ -33,12 +38,12 @@ def read_jsonl(path: str | Path, *fields: str) -> list[Record]:
     rows = []
     seen = set()
     for number, (line, value) in enumerate(values_of(read_text(path), path), 1):
-        row = check_record(value, fields, f"{path}: line {line}")
+        row = check_record(value, fields, f"{path}: line {line}", answers)
         # ids: the record's own, as text, else by content; equal ones are told apart by their place
         if row.get("id") is not None:
             row["id"] = str(row["id"])
         else:
-            asks = "prompt" in row or "messages" in row
+            asks = "prompt" in row or row.get("messages")
             row["id"] = digest(messages_of(row) if asks else row)
             if (row["id"], 0) in seen:
                 row["id"] = digest(row["id"], number)
@@ -78,7 +83,7 @@ def values_of(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
         yield line, value
 
 
-def check_record(value, fields: tuple[str, ...], where: str) -> Record:
+def check_record(value, fields: tuple[str, ...], where: str, answers: bool = False) -> Record:
     """A JSON value as a record of the project's own layout; InputError if it cannot be one."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: not an object, {{...}}; fix or delete the line")
@@ -91,9 +96,26 @@ def check_record(value, fields: tuple[str, ...], where: str) -> Record:
     except (ValueError, TypeError) as error:
         raise InputError(f"{where}: {error}; fix or delete the line") from None
     row.where = where
+    if answers:
+        fields += ("prompt",)
+        row.setdefault("response", None)
     for field in fields:
         check_field(row, field)
+    check_types(row)
     return row
+
+
+def check_types(row: Record) -> None:
+    """Raise InputError where a field that is there holds another kind of value than it should."""
+    wrong = [
+        f"{field!r} must be text" for field in TEXTS if not isinstance(row.get(field, ""), str)
+    ]
+    if row.get("messages") and not is_conversation(row["messages"]):
+        wrong.append("'messages' must be a list of {role, content} texts")
+    if type(row.get("sample", 0)) is not int:
+        wrong.append("'sample' must be a whole number")
+    if wrong:
+        raise InputError(f"{row.where}: field {wrong[0]}; fix or delete the line")
 
 
 def check_field(row: Record, field: str) -> None:

@@ -1,6 +1,5 @@
 """What only measures and records: speed, memory, metrics.jsonl, and counts for people to read."""
 
-import json
 import re
 import resource
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.files import writing
+from plumbing.files import to_json, writing
 from plumbing.ranks import DEVICE, RANK, WORLD
 from plumbing.stage import Stage
 
@@ -57,7 +56,7 @@ def log(folder: Path, line: dict) -> None:
     short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
     path = folder / "metrics.jsonl"
     with writing(path), open(path, "a") as file:
-        print(json.dumps(short), file=file)
+        print(to_json(short), file=file)
 
 
 def keep_metrics(stage: Stage) -> None:

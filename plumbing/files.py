@@ -6,11 +6,14 @@ ever sees half of one. formats/records.py reads records.
 
 import hashlib
 import json
+import math
 import os
 import random
+import re
 import sys
 import tempfile
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 # Every command imports this file before those that lock files and measure memory as Unix does.
@@ -20,8 +23,16 @@ if sys.platform == "win32":
 STOP_WORDS = frozenset((Path(__file__).parents[1] / "stop_words.txt").read_text("utf-8").split())
 
 
+# ends of lines, escapes of a terminal, marks that turn the direction of a text
+CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+MAX_DEPTH = 100  # of lists and objects in each other: recursive functions read them
+
+
 class InputError(Exception):
     """A user error, reported as one line: file, location, fix."""
+
+    def __init__(self, text: str):
+        super().__init__(CONTROL.sub(lambda found: ascii(found[0])[1:-1], text))
 
 
 # ----------------------------------------------------------------------------------- text and JSON
@@ -36,6 +47,9 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
+    except (OSError, ValueError) as error:  # a directory; a name that no file can have
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{path}: not a readable file ({reason}); check the path") from None
 
 
 def load_json(path: str | Path):
@@ -43,12 +57,38 @@ def load_json(path: str | Path):
 
 
 def parse_json(text: str, path: str | Path, first_line: int = 1):
-    """The value of a text that begins at a line of a file."""
+    """The value of a text that begins at a line of a file; every number in it is finite."""
+
+    def number(literal: str) -> int | float:
+        if not math.isfinite(float(literal)):
+            problem = f"{literal[:20]} is no finite number"
+            raise json.JSONDecodeError(problem, text, text.index(literal))
+        return json.loads(literal)
+
     try:
-        return json.loads(text)
+        if depth_of(text) > MAX_DEPTH:
+            raise json.JSONDecodeError("too many lists or objects in each other", text, 0)
+        return json.loads(text, parse_float=number, parse_int=number, parse_constant=number)
     except json.JSONDecodeError as error:
         where = f"{path}: line {first_line + error.lineno - 1}"
         raise InputError(f"{where} is not valid JSON ({error.msg}); fix or delete it") from None
+
+
+def depth_of(text: str) -> int:
+    """How many brackets of a JSON text are open at once; 0 where there are too few to matter."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return 0
+    brackets = re.sub(r'"(?:[^"\\]+|\\.)*+"?|[^][{}"]+', "", text)
+    return max(accumulate(1 if mark in "[{" else -1 for mark in brackets), default=0)
+
+
+def to_json(value, **layout) -> str:
+    """JSON of a value, with null for NaN and infinity, for which JSON has no word."""
+    try:
+        return json.dumps(value, allow_nan=False, **layout)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        return json.dumps(finite, **layout)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -74,7 +114,7 @@ def writing(path: Path, *errors: type[BaseException]):
 
 
 def write_json(path: str | Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1))
+    write_text(path, to_json(value, indent=1))
 
 
 def flatten(value, key: str = "") -> dict:
@@ -102,7 +142,7 @@ class JsonlPath(type(Path())):
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(to_json(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # -------------------------------------------------------------------------- ids and random numbers

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.files import InputError, flatten, load_json, read_text
+from plumbing.files import InputError, load_json, read_text, to_json
 from plumbing.ranges import EVERY, NotNegative, read_number
 from plumbing.ranks import RANK, WORLD, distributed, on_rank0, print0
 from plumbing.stage import ROOT, counts_of
@@ -100,6 +100,8 @@ def flag_name(name: str) -> str:
 
 def read_path(kind: type, text: str) -> Path | None:
     """A path, or what a subclass of Path makes of a text; None for an empty text."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("a path has no NUL character")
     return getattr(kind, "from_text", kind)(text) if text else None
 
 
@@ -178,7 +180,7 @@ def parse_values(command, argv: list[str], default_config: str = "") -> dict:
     # the config file comes first, so that flags win over it
     config = peek(argv, "config", default_config)
     if config:
-        given = as_flags(read_config(in_project(config)))
+        given = read_config(in_project(config))
         # without the parameters of its loss if the command line names another loss
         known = flags_of(command, given + argv)
         for flag in flags_of(command, given):
@@ -209,14 +211,15 @@ def in_project(path: str | Path) -> Path:
     return Path(path) if Path(path).exists() else ROOT / path
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: Path) -> list[str]:
+    """A config file's options as flags."""
     try:
         values = tomllib.loads(read_text(path)) if path.suffix == ".toml" else load_json(path)
-    except tomllib.TOMLDecodeError as error:
+        if not isinstance(values, dict):
+            raise InputError(f'{path}: must hold an object, {{"option": value}}; fix it')
+        return as_flags(values)
+    except (ValueError, RecursionError) as error:  # also 5,000 digits, 1,000 tables in each other
         raise InputError(f"{path}: not valid TOML ({error}); fix it") from None
-    if not isinstance(values, dict):
-        raise InputError(f'{path}: must hold an object, {{"option": value}}; fix it')
-    return values
 
 
 def as_flags(values: dict, prefix: str = "") -> list[str]:
@@ -271,24 +274,6 @@ def as_dict(o, top: bool = True) -> dict:
     return values
 
 
-def changed(o) -> list[list]:
-    """[name, value, default, help] of every option that differs from its default."""
-    values = flatten(as_dict(o))
-    rows = []
-    for flag in flags_of(RunOptions, []) + flags_of(type(o), as_flags(as_dict(o))):
-        default = str(flag.default) if isinstance(flag.default, Path) else flag.default
-        if values[flag.name] != default:
-            rows.append([flag.name, values[flag.name], default, flag.help])
-    return rows
-
-
-def option_differences(before: dict, now: dict, config: Path) -> str:
-    """How options differ from an earlier call's, to end a refusal with; empty if they do not."""
-    old, new = flatten(before), flatten(now)
-    changes = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
-    return f" (options that differ from {config}: {', '.join(changes)})" if changes else ""
-
-
 # ------------------------------------------------------------------------------------ the command
 
 
@@ -320,7 +305,7 @@ def cli(function, default_config: str = "") -> None:
             result = function(**build(function, values))
             if isinstance(result, Path):
                 result = on_rank0(counts_of, result)
-            print0(json.dumps({**result, "seconds": round(time.perf_counter() - start, 2)}))
+            print0(to_json({**result, "seconds": round(time.perf_counter() - start, 2)}))
         except (InputError, OSError) as error:
             rank = f"[rank {RANK}] " if RANK else ""
             fix = "; check the path, or give another one" if isinstance(error, OSError) else ""

@@ -1449,6 +1449,77 @@ FAULTS = [
         new='rows["base"][min(by_seed)]["last"]',
         tests=("bench/test_ablations.py::test_statistics",),
     ),
+    # whatever bytes an input file may hold
+    Fault(
+        "json-any-depth",
+        "plumbing/files.py",
+        old="if depth_of(text) > MAX_DEPTH:",
+        new="if depth_of(text) > 10 * MAX_DEPTH:",
+        tests=("core/test_records.py::test_json_that_python_fails_on_is_refused_by_line",),
+    ),
+    Fault(
+        "json-nan-read",
+        "plumbing/files.py",
+        old="parse_int=number, parse_constant=number)",
+        new="parse_int=number)",
+        tests=("core/test_records.py::test_json_that_python_fails_on_is_refused_by_line",),
+    ),
+    Fault(
+        "json-nan-written",
+        "plumbing/files.py",
+        old="finite = json.loads(json.dumps(value), parse_constant=lambda name: None)",
+        new="finite = json.loads(json.dumps(value))",
+        tests=("core/test_records.py::test_a_number_that_json_cannot_say_is_written_as_null",),
+    ),
+    Fault(
+        "read-a-directory",
+        "plumbing/files.py",
+        old="except (OSError, ValueError) as error:  # a directory",
+        new="except PermissionError as error:  # a directory",
+        tests=("core/test_records.py::test_what_is_no_file_is_refused_in_one_line",),
+    ),
+    Fault(
+        "error-line-unescaped",
+        "plumbing/files.py",
+        old="super().__init__(CONTROL.sub(lambda found: ascii(found[0])[1:-1], text))",
+        new="super().__init__(text)",
+        tests=("core/test_records.py::test_control_characters_in_an_error_are_escaped",),
+    ),
+    Fault(
+        "toml-valueerror",
+        "plumbing/options.py",
+        old="except (ValueError, RecursionError) as error:  # also",
+        new="except tomllib.TOMLDecodeError as error:  # also",
+        tests=("core/test_options.py::test_toml_that_python_would_fail_on_is_one_line",),
+    ),
+    Fault(
+        "answers-without-a-response",
+        "formats/records.py",
+        old='        row.setdefault("response", None)\n',
+        new="",
+        tests=("core/test_records.py::test_answers_have_texts_which_may_be_empty",),
+    ),
+    Fault(
+        "sizes-unchecked",
+        "checkpoint.py",
+        old="        check_sizes(config, Weights(directory), path.parent)",
+        new="        Weights(directory)",
+        tests=("core/test_checkpoint.py::test_sizes_are_compared_with_the_weights",),
+    ),
+    Fault(
+        "config-kinds-unchecked",
+        "formats/config_json.py",
+        old="    check_kinds(raw, FIELDS, path)\n",
+        new="",
+        tests=("core/test_checkpoint.py::test_a_field_of_another_kind_is_refused_by_name",),
+    ),
+    Fault(
+        "special-tokens-of-any-kind",
+        "formats/chat.py",
+        old="if not isinstance(value, str) or value",
+        new="if False and value",
+        tests=("core/test_chat.py::test_settings_of_another_shape_are_refused_by_name",),
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from formats.chat import Chat
+from plumbing.files import InputError
 from plumbing.options import RunOptions
 
 LLAMA3 = (
@@ -235,3 +236,22 @@ def test_missing_or_broken_tokenizer_is_refused(tmp_path):
     assert "tokenizer.json" in refusal(Chat, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "tokenizer.json" in refusal(Chat, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ([], "not an object"),
+        ({"eos_token": 7}, "eos_token must be text"),
+        ({"eos_token": {"text": "a"}}, "eos_token must be text"),
+        ({"chat_template": 7}, "chat_template must be text"),
+        ({"chat_template": [{"name": "a"}]}, "chat_template must be text"),
+        ({"chat_template": ["a"]}, "chat_template must be text"),
+    ],
+)
+def test_settings_of_another_shape_are_refused_by_name(tmp_path, settings, named):
+    directory = chat_directory(tmp_path, PLAIN)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=named):
+        Chat(directory)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from checkpoint import load, load_config, local_rows, parse_config, save
 from formats.chat import Chat
+from formats.headers import read_index
 from plumbing.files import InputError
 
 V5_DEFAULT = {
@@ -296,10 +297,47 @@ def test_unsupported_config_is_refused_by_name(tmp_path, changes, named):
     assert named in refusal(tmp_path, **changes)
 
 
-@pytest.mark.parametrize("value", [0, 0.0, -1e-6, True, False, "1e-6", [1e-6], 1e400])
+@pytest.mark.parametrize("value", [0, 0.0, -1e-6, True, False, "1e-6", [1e-6]])
 def test_an_epsilon_that_is_no_positive_number_is_refused(tmp_path, value):
     """Once, 0 and true reached C as integers, where a float was expected."""
     assert "rms_norm_eps must be a positive number" in refusal(tmp_path, rms_norm_eps=value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": "64"}, "hidden_size must be a whole number from 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number from 1"),
+        ({"num_attention_heads": True}, "num_attention_heads must be"),
+        ({"num_key_value_heads": 3}, "shared evenly"),
+        ({"head_dim": 15}, "be even"),
+        ({"rope_scaling": 7}, "rope_scaling must be an object"),
+        ({"rope_theta": "1e4"}, "rope_theta must be a number above 0"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of texts"),
+        ({"eos_token_id": "a"}, "eos_token_id must be a token id"),
+        ({"vocab_size": 10**20}, "vocab_size must be a whole number from 1"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused_by_name(tmp_path, changes, named):
+    assert named in refusal(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "head_dim"]
+)
+def test_sizes_are_compared_with_the_weights(tmp_path, name):
+    directory = tiny_checkpoint(tmp_path)
+    edit_config(directory, **{name: 10**9})
+    with pytest.raises(InputError, match=r"config\.json makes it"):
+        load_config(directory)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_of_another_shape_is_refused(tmp_path, content):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(InputError, match="its weight_map must be an object"):
+        read_index(index)
 
 
 def test_an_epsilon_may_be_a_whole_number_or_missing():

@@ -217,6 +217,24 @@ def test_config_errors_name_the_file(tmp_path):
     assert "line 2" in message
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "top_k = " + "[" * 100_000,
+        "top_k = " + "1" * 5000,
+        "top_k = 0x" + "f" * 5000,
+        ".".join("a" * 5000) + " = 1",
+        "[" + ".".join("a" * 5000) + "]\nb = 1",
+        "top_k = nan",
+        "model = '\x00'",
+    ],
+    ids=["brackets", "digits", "hex digits", "dotted", "tables", "nan", "NUL"],
+)
+def test_toml_that_python_would_fail_on_is_one_line(tmp_path, text):
+    (tmp_path / "bad.toml").write_text(text)
+    assert len(refusal(parse, "--config", f"{tmp_path}/bad.toml", "--model", "m")) < 500
+
+
 def test_a_run_is_reproduced_by_the_options_it_wrote(tmp_path):
     argv = ["--model", "m", "--policy.epochs", "9", "--dtype", "float32", "--policy.save-every=4"]
     o = parse(*argv)

@@ -1,11 +1,13 @@
 """Records: what a user's file may hold, ids, files written whole, tables, the cache folder."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 from conftest import refusal
 
+from eval.answers import read_lines
 from eval.table import table
 from formats.records import conversation_text, last_message, messages_of, read_jsonl
 from plumbing.files import cache_folder, digest, load_json, rng, write_json, write_jsonl, write_text
@@ -72,6 +74,98 @@ def test_bad_json_is_named_by_file_and_line(tmp_path):
     message = refusal(load_json, path)
     assert message.startswith(f"{path}: line 2 is not valid JSON")
     assert "no such file" in refusal(load_json, tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "a"}, "'response'"),
+        ({"prompt": "a", "response": None}, "'response'"),
+        ({"prompt": "a", "response": 7}, "'response'"),
+        ({"response": "b"}, "'prompt'"),
+        ({"prompt": "a", "response": "b", "draft": 7}, "'draft'"),
+        ({"prompt": "a", "response": "b", "sample": [1]}, "'sample'"),
+        ({"prompt": "a", "response": "b", "sample": "1"}, "'sample'"),
+    ],
+)
+def test_answers_have_texts_which_may_be_empty(tmp_path, row, named):
+    path = tmp_path / "answers.jsonl"
+    write_jsonl(path, [{"prompt": "a", "response": "", "sample": 0}])
+    assert read_jsonl(path, answers=True)[0]["response"] == ""
+    write_jsonl(path, [{"prompt": "c", "response": ""}, row])
+    message = refusal(read_jsonl, path, answers=True)
+    assert message.startswith(f"{path}: line 2: field ") and named in message
+
+
+def test_a_record_without_anything_asked_is_read_or_refused(tmp_path):
+    path = tmp_path / "in.jsonl"
+    write_jsonl(path, [{"messages": [], "response": "b"}])
+    assert read_jsonl(path)[0]["id"]
+    write_jsonl(path, [{"messages": {"a": 1}}])
+    assert "'messages' must be a list" in refusal(read_jsonl, path)
+
+
+DEEP = "[" * 100_000
+HUGE = "1" * 5000
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (DEEP, "too many lists or objects in each other"),
+        ("[" * 101 + "]" * 101, "too many lists or objects in each other"),
+        ('{"a":' * 500 + "1" + "}" * 500, "too many lists or objects in each other"),
+        (HUGE, "is no finite number"),
+        (f"-{HUGE}", "is no finite number"),
+        ("NaN", "NaN is no finite number"),
+        ("-Infinity", "-Infinity is no finite number"),
+        ("1e999", "1e999 is no finite number"),
+    ],
+    ids=["open", "lists", "objects", "digits", "negative", "NaN", "infinity", "1e999"],
+)
+def test_json_that_python_fails_on_is_refused_by_line(tmp_path, value, said):
+    path = tmp_path / "bad.json"
+    path.write_text(f'{{"a": 1,\n"b": {value}}}')
+    message = refusal(load_json, path)
+    assert message.startswith(f"{path}: line ") and "is not valid JSON" in message
+    assert said in message
+    assert len(message) < len(str(path)) + 200
+    path.write_text(f'{GOOD}\n{{"prompt": "a", "extra": {value}}}\n')
+    assert refusal(read_jsonl, path).startswith(f"{path}: line 2 is not valid JSON")
+    assert refusal(read_lines, path).startswith(f"{path}: line 2 is not valid JSON")
+
+
+def test_deep_enough_json_and_long_texts_of_brackets_are_read(tmp_path):
+    deep = '{"a": ' + "[" * 99 + "]" * 99 + "}"
+    text = json.dumps({"b": "[{" * 5000 + '\\"[\\' * 3})
+    for part in (deep, text, "-12", "[1, -0, 1.5e3, 12345678901234567890]"):
+        (tmp_path / "good.json").write_text(part)
+        assert load_json(tmp_path / "good.json") == json.loads(part)
+
+
+def test_a_number_that_json_cannot_say_is_written_as_null(tmp_path):
+    value = {"a": float("nan"), "b": [float("inf"), 1.5, 7]}
+    write_json(tmp_path / "a.json", value)
+    write_jsonl(tmp_path / "a.jsonl", [value])
+    for name in ("a.json", "a.jsonl"):
+        assert load_json(tmp_path / name) == {"a": None, "b": [None, 1.5, 7]}
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "folder", "file/inside"])
+def test_what_is_no_file_is_refused_in_one_line(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for read in (read_jsonl, load_json):
+        message = refusal(read, f"{tmp_path}/{name}")
+        assert "not a readable file" in message
+        assert "check the path" in message
+
+
+@pytest.mark.parametrize("char", "\n\r\t\x1b\x07\x7f\x85\u2028\u202e\ud83d")
+def test_control_characters_in_an_error_are_escaped(tmp_path, char):
+    message = refusal(read_jsonl, f"{tmp_path}/a{char}b é 日本.jsonl")
+    assert message.isprintable()
+    assert f"a{ascii(char)[1:-1]}b é 日本.jsonl" in message
 
 
 # ------------------------------------------------------------------------------- ids
@@ -152,8 +246,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("killed here")
 
     monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(OSError, match="killed here"):
-        write_text(path, "new text")
+    assert "killed here" in refusal(write_text, path, "new text")
     assert path.read_text() == "old"
 
 

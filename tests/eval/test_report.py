@@ -24,7 +24,7 @@ from conftest import ROOT, write_rows
 import loop
 from checkpoint import Checkpoint
 from eval import heldout, report
-from plumbing.options import as_dict, changed, parse_options
+from plumbing.options import as_dict, parse_options
 from plumbing.stage import manifest_path
 
 EVIL = (
@@ -145,7 +145,7 @@ def make_run(out: Path, pairs: list[list[dict]], scored: bool = True, **changes)
     changes = {**given, **changes}
     o = replace(parse_options(loop.Options, []), out=out, **changes)
     (out / "config.json").write_text(json.dumps(as_dict(o)))
-    (out / "changed.json").write_text(json.dumps(changed(o)))
+    (out / "changed.json").write_text(json.dumps(report.changed(o)))
     train(out / "generator", 3, loss=lambda i: 3 / i)
     seal(out / "generator", {"seeds": 3, "steps": 3, "tokens": 100}, 4.0)
     for t, some in enumerate(pairs, 1):
@@ -282,7 +282,7 @@ def test_examples_are_spread_evenly(tmp_path, capsys, count, shown):
 def test_options_that_differ_are_listed_with_their_help(tmp_path):
     def rows(*flags: str) -> dict:
         o = parse_options(loop.Options, [*flags, "--out", "runs/synpo"])
-        return {row[0]: row[1:] for row in changed(o)}
+        return {row[0]: row[1:] for row in report.changed(o)}
 
     found = rows("--iters", "7", "--policy.beta", "0.25")
     assert found["iters"] == [7, 4, "T"]
