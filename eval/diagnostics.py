@@ -20,7 +20,7 @@ from pathlib import Path
 
 from eval.answers import read_lines
 from eval.stats import mean, standard_error
-from plumbing.files import load_json
+from plumbing.files import InputError, load_json
 
 
 def diagnose(run: Path, T: int) -> list[dict]:
@@ -80,10 +80,14 @@ def uptake(gap, gap_error, gain):
 
 def log_prob_changes(metrics: Path) -> tuple:
     """Changes of the mean log-prob per token of chosen and rejected responses: from the first step,
-    which sees the untrained model, to the mean over the last tenth of steps.
+    which sees the untrained model, to the mean over the last tenth of steps; "-" where the file
+    does not say.
     """
-    steps = read_lines(metrics) if metrics.is_file() else []
-    if not steps or "logps/chosen" not in steps[0]:
+    try:
+        steps = read_lines(metrics, "logps/chosen") if metrics.is_file() else []
+    except InputError:  # of another loss; where it is damaged, the report's curves say so
+        steps = []
+    if not steps:
         return "-", "-"
     last = steps[-max(1, len(steps) // 10) :]
 

@@ -335,8 +335,12 @@ def curves(folder: Path, t: int = 0) -> dict | None:
     """
     if not counts_of(folder).get("steps"):
         return None
-    rows = read_lines(folder / "metrics.jsonl")
-    values = np.array([[row.get(name) for name in rows[0]] for row in rows], float)  # null: NaN
+    try:
+        rows = read_lines(folder / "metrics.jsonl")
+        values = np.array([[row.get(name) for name in rows[0]] for row in rows], float)  # null: NaN
+    except (InputError, TypeError, ValueError) as error:
+        print(f"no curve of {folder}: {error}")
+        return None
     width = math.ceil(len(rows) / POINTS)
     points = [values[i : i + width].mean(0) for i in range(0, len(rows), width)]
     columns = dict(zip(rows[0], np.transpose(points).tolist(), strict=True))

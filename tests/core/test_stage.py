@@ -345,7 +345,7 @@ def test_a_manifest_of_before_there_were_digests_counts(out):
 
 
 def test_what_safetensors_left_after_a_kill_is_removed(tmp_path):
-    """It writes under a name of its own, .tmpXXXX, before it renames."""
+    """It writes under a name of its own before it renames."""
     write_text(tmp_path / "model.partial" / "identity.part", "")
     write_text(tmp_path / "model" / ".tmpAbC123", "x")
     make(tmp_path / "model")

@@ -24,6 +24,7 @@ from conftest import ROOT, write_rows
 import loop
 from checkpoint import Checkpoint
 from eval import heldout, report
+from plumbing.files import to_json
 from plumbing.options import as_dict, parse_options
 from plumbing.stage import manifest_path
 
@@ -60,7 +61,7 @@ def train(folder: Path, steps: int, **columns) -> None:
     lines = []
     for step in range(1, steps + 1):
         values = {name.replace("__", "/"): f(step) for name, f in columns.items()}
-        lines.append(json.dumps({"step": step, **values}) + "\n")
+        lines.append(to_json({"step": step, **values}) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
@@ -393,6 +394,19 @@ def test_long_curves_are_means_over_equally_many_steps(tmp_path):
     assert report.plain(columns["odd"][:3]) == [None, None, 1], "JSON has no NaN"
     manifest_path(tmp_path / "policy").unlink()
     assert report.curves(tmp_path / "policy", 4) is None, "unfinished"
+
+
+@pytest.mark.parametrize("damaged", ["", '{"st', "[]\n", '{"loss": "high"}\n', "\0\n"])
+def test_damaged_metrics_do_not_end_the_report(tmp_path, capsys, damaged):
+    run = make_run(tmp_path / "run", [[pair(1, 1)]])
+    metrics = run / "iter1" / "policy" / "metrics.jsonl"
+    metrics.write_text(damaged)
+    report.report(run)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "no curve of" in line]
+    assert str(metrics.parent) in line
+    metrics.unlink()
+    report.report(run)
+    assert f"no curve of {metrics.parent}" in capsys.readouterr().out
 
 
 def test_times_are_summed_by_iteration_and_kind():
