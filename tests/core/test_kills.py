@@ -87,8 +87,7 @@ def campaign(out, *more: str) -> tuple[int, dict, str]:
 
 @pytest.mark.slow
 def test_a_few_kills_change_nothing(tmp_path):
-    code, result, text = campaign(tmp_path, "--kills", "10", "--per-run", "10")
+    code, result, text = campaign(tmp_path, "--kills", "5", "--per-run", "5")
     assert (code, result["wrong"]) == (0, 0), text
-    assert result["one_process"]["kills"] == 10
-    assert len(result["one_process"]["kinds"]) == 5
-    assert len(result["one_process"]["stages"]) >= 7
+    assert result["one_process"]["kills"] == 5
+    assert len(result["one_process"]["stages"]) >= 4
