@@ -282,6 +282,7 @@ def sample_prompts(
     for i, words in enumerate(lists):
         rows.append({"id": digest(i, words), "prompt": fill(reads["template"], words)})
     raw = out.with_suffix(".raw.jsonl")  # G's outputs as they came; no later stage reads them
+    stage.beside.append(raw)
     purpose = f"prompts {t}"
     counts = generate(generator, rows, raw, o, stage.scratch, purpose)
 

@@ -181,6 +181,7 @@ def rewrite(
     asked = {request["id"] for request in requests}
     rows = [row for row in every if row["id"] in asked]
     candidates = candidates_of(out)
+    stage.beside.append(candidates)
     requests = repeat(requests, o.best_of)
     counts = generate(improver, requests, candidates, o, stage.scratch, f"rewrites {t}")
 

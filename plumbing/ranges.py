@@ -35,9 +35,10 @@ def read_number(kind: type, allowed: Range, text: str) -> int | float:
     """The number that a text on a command line says."""
     try:
         value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and allowed.has(value)):
+        fits = math.isfinite(value) and allowed.has(value)
+    except (ValueError, OverflowError):  # of a whole number of 400 digits
+        fits = False
+    if not fits:
         number = "a whole number, " if kind is int else ""
         raise argparse.ArgumentTypeError(f"must be {number}{allowed.words}, got {text}")
     return value

@@ -73,6 +73,7 @@ class Stage:
         self.options = [run] if o is None else [o, o.run]
         self.follows_from = follows_from
         self.scratch = self.out.with_name(self.out.name + ".partial")
+        self.beside: list[Path] = []  # further files of the result, which the manifest lists too
         self.identity, counts = on_rank0(self.open)
         self.done = counts is not None
         self.start = time.time()
@@ -171,7 +172,7 @@ class Stage:
 
     def seal(self, counts: dict) -> None:
         files = {}  # name -> size, time of the last change, hash
-        for file in files_of(self.out):
+        for file in files_of(self.out) + self.beside:
             status = file.stat()
             name = str(file.relative_to(self.out.parent))
             files[name] = [status.st_size, status.st_mtime_ns, hash_file(file)]

@@ -1109,6 +1109,20 @@ FAULTS = [
         tests=("core/test_stage.py::test_a_damaged_result_is_made_again",),
     ),
     Fault(
+        "files-beside-a-result-unwatched",
+        "plumbing/stage.py",
+        old="in files_of(self.out) + self.beside:",
+        new="in files_of(self.out):",
+        tests=("core/test_stage.py::test_files_beside_a_result_are_watched",),
+    ),
+    Fault(
+        "huge-number-with-traceback",
+        "plumbing/ranges.py",
+        old="except (ValueError, OverflowError):",
+        new="except ValueError:",
+        tests=("core/test_options.py::test_a_whole_number_of_400_digits_is_refused",),
+    ),
+    Fault(
         "verify-reads-nothing",
         "plumbing/stage.py",
         old="(touched or verify) and",

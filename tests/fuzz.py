@@ -9,6 +9,7 @@ reader; where there is a fault, the first such input is saved and the exit code 
 """
 
 import argparse
+import io
 import json
 import random
 import resource
@@ -17,6 +18,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,14 +27,34 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, "tests")
 from conftest import TEMPLATE, llama_config, tiny_checkpoint, tokenizer_json
 
+import dpo
+import gen_prompts
+import improve
+import loop
+import pairs
+import sample
+import train
 from checkpoint import Weights, load_config
 from eval.answers import read_lines
 from formats.chat import Chat
 from formats.records import conversation_text, read_jsonl, read_paragraphs
 from plumbing.files import InputError, load_json
-from plumbing.options import parse_options
+from plumbing.options import REQUIRED, flag_name, flags_of, parse_options
 from sample import SampleOptions
 
+# commands whose options are tried
+COMMANDS = {
+    "loop.py": loop.main,
+    "sample.py": sample.sample,
+    "sample.py --prompt": sample.ask,
+    "train.py": train.finetune,
+    "gen_prompts.py": gen_prompts.main,
+    "improve.py": improve.main,
+    "pairs.py": pairs.make_pairs,
+    "dpo.py": dpo.train_policy,
+}
+TEXTS = ["", "0", "-1", "1", "3", "0.5", "1e9", "nan", "inf", "-inf", "9" * 400, "a", "true", "\0"]
+TEXTS += ["é", "[", "{}", "1,2", ".", "/", "a" * 5000, "a.py:f", "\n", "none", "likelihood", "dpo"]
 SECONDS = 10
 MEMORY = 2 << 30
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -149,10 +172,43 @@ def in_checkpoint(name: str, read: Callable) -> Callable:
     return reader
 
 
+@cache
+def tiny_weights() -> tuple[dict, bytes]:
+    """Header and data of a small model's file."""
+    with TemporaryDirectory() as folder:
+        content = (tiny_checkpoint(Path(folder)) / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
 def weights(rng: random.Random) -> bytes:
-    header = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
-    text = as_bytes(odd(header, rng))
-    return len(text).to_bytes(8, "little") + text + bytes(8)
+    header, data = tiny_weights()
+    text = as_bytes(odd(header, rng) if rng.random() < 0.7 else header)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def command_line(rng: random.Random) -> list[str]:
+    """A command, and up to four of its flags with odd values."""
+    name = rng.choice(list(COMMANDS))
+    flags = flags_of(COMMANDS[name], [])
+    chosen = [flag_name(flag.name) for flag in rng.choices(flags, k=rng.randint(1, 4))]
+    needed = [flag_name(flag.name) for flag in flags if flag.default is REQUIRED]
+    return [name, *(f"{flag}=x" for flag in needed), *(f"{f}={rng.choice(TEXTS)}" for f in chosen)]
+
+
+def read_options(path: Path) -> None:
+    """A command line is taken, or refused in one line."""
+    try:
+        name, *argv = json.loads(path.read_bytes())
+        command = COMMANDS[name]
+        argv = list(map(str, argv))
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise InputError("no command line") from None
+    try:
+        with redirect_stdout(io.StringIO()):
+            parse_options(command, argv)
+    except OSError as error:  # also one line, of plumbing.options.cli
+        raise InputError(str(error)) from None
 
 
 # reader -> (file's name, inputs, what reads it)
@@ -174,6 +230,7 @@ READERS = {
         lambda rng: {"eos_token": "<|end|>", "bos_token": {"content": "a"}, "chat_template": "x"},
         in_checkpoint("tokenizer_config.json", Chat),
     ),
+    "options": ("in.json", command_line, read_options),
     "template": ("in", lambda rng: TEMPLATE.encode(), in_checkpoint("chat_template.jinja", Chat)),
 }
 

@@ -19,6 +19,7 @@ HELD = (
     "safetensors",
     "config",
     "tokenizer-config",
+    "options",
 )
 
 

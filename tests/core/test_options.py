@@ -498,6 +498,12 @@ def test_any_other_number_must_be_finite(text):
     assert parser.parse_args(["--x=-3.5"]).x == -3.5
 
 
+def test_a_whole_number_of_400_digits_is_refused():
+    parser = parser_of(options.Flag("x", int, 0, ""))
+    with pytest.raises(InputError, match="--x: must be a whole number, a finite number, got 999"):
+        parser.parse_args(["--x=" + "9" * 400])
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_has_flags(loss):
     names = {flag.name for flag in flags_of(dpo.PolicyOptions, ["--loss", loss])}

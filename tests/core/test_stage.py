@@ -373,6 +373,19 @@ def test_every_file_of_a_directory_is_watched(tmp_path, capsys):
     assert "metrics.jsonl has changed" in capsys.readouterr().out
 
 
+def test_files_beside_a_result_are_watched(out, capsys):
+    other = out.with_suffix(".candidates.jsonl")
+    one = Stage(out, Options())
+    one.beside.append(other)
+    for file in (out, other):
+        write_text(file, "x")
+    one.finish()
+    assert Stage(out, Options()).done
+    write_text(other, "xy")
+    assert not Stage(out, Options()).done
+    assert "out.candidates.jsonl has changed; making it again" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------- discarding weights
 
 
