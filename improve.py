@@ -158,8 +158,7 @@ def rewrite(
     revision: Revision,
     t: int = 1,
 ) -> Path:
-    """y^ ~ R_t(. | x, y): the best of several rewrites of every draft; all candidates stay in
-    OUT.candidates.jsonl.
+    """y^ ~ R_t(. | x, y): the best of several rewrites of a draft; OUT.candidates.jsonl has all.
 
     drafts: records {id, prompt | messages, response, finish_reason}; base: M_0, under which
     `likelihood` and `settled` score.

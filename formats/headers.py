@@ -9,15 +9,13 @@ LAYER = r"model\.layers\.(\d+)\."
 
 
 def read_index(index: Path) -> dict[str, Path]:
-    """Tensor -> file beside the index."""
+    """Tensor -> file, by its path from the index."""
     content = load_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     try:
-        if any(Path(file).name != file for file in weight_map.values()):
-            raise TypeError
         return {name: index.parent / file for name, file in weight_map.items()}
     except (AttributeError, TypeError):
-        problem = "its weight_map must be an object {tensor: name of a file beside it}"
+        problem = "its weight_map must be an object {tensor: file}"
         raise InputError(f"{index}: {problem}; download it again") from None
 
 
