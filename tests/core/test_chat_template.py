@@ -2,6 +2,10 @@
 
 import datetime
 import json
+import resource
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from test_chat import LLAMA3, PLAIN, TALK, chat_directory
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.utils import chat_template_utils
 
+from formats import limits
 from formats.chat import Chat, say
 from formats.chat_template import FIXED_DAY, today_of
 from formats.records import read_jsonl
@@ -217,6 +222,67 @@ def test_a_record_that_a_template_refuses_is_named_with_the_templates_words(tmp_
 
 
 # ------------------------------------------------------------------------------- token ids
+
+
+# what a stranger's template may do -> what is said of it
+HOSTILE = {
+    "endless loops": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+        "it takes more than 0.3 s",
+    ),
+    "a long text": ("{% set n = 10**10 %}{{ 'x' * n }}", "it takes more than 1024 MB"),
+    "a long text without a variable": ("{{ 'x' * 10**10 }}", "it takes more than 1024 MB"),
+    "a wide format": ("{{ '%99999999999d' % 1 }}", "it takes more than 1024 MB"),
+    "a wide filter": ("{{ 'a' | center(10**10) }}", "it takes more than 1024 MB"),
+    "doubled texts": (
+        "{% set n = namespace(s='x' * 10**8) %}"
+        "{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "it takes more than",
+    ),
+    "a long list": ("{% set n = 10**10 %}{{ [0] * n }}", "it takes more than 1024 MB"),
+    "a large power": ("{% set n = 10**9 %}{{ n ** n }}", "a number of 30000000030 bits"),
+    "large products": (
+        "{% set n = namespace(n=3) %}"
+        "{% for i in range(99) %}{% set n.n = n.n * n.n %}{% endfor %}{{ n.n }}",
+        "a number of 1624 bits",
+    ),
+    "a macro that calls itself": (
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "maximum recursion depth exceeded",
+    ),
+    "many brackets": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "maximum recursion depth"),
+    "a division by 0": ("{{ 1 / 0 }}", "division by zero"),
+    "much random text": ("{{ lipsum(n=10**6) }}", "'lipsum' is undefined"),
+    "a way out": ("{{ ().__class__.__base__ }}", "'__class__' of 'tuple' object is unsafe"),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_template_is_refused_in_one_line(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    template, said = HOSTILE[what]
+    directory = chat_directory(tmp_path / "model", template)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    assert said in refusal(Chat, directory)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_a_template_may_be_rendered_in_another_thread(tmp_path):
+    chat = Chat(chat_directory(tmp_path / "model", PLAIN))
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(chat.render, TALK, False).result()
+    assert text == chat.render(TALK, False)
+
+
+def test_small_powers_and_products_are_those_of_python(tmp_path):
+    template = "{{ 2 ** 10 }} {{ 3 * 7 }} {{ 2 ** -1 }} {{ 'ab' * 2 }} {{ 1.5 * 2 }}</s>"
+    assert (
+        Chat(chat_directory(tmp_path / "model", template))
+        .render(TALK, False)
+        .startswith("1024 21 0.5 abab 3.0")
+    )
 
 
 def test_tokens_without_an_embedding_are_refused_by_name(tmp_path):

@@ -30,7 +30,7 @@ PLUMBING_TOKENS = 7_000  # never above 7,000
 # users' files: records, templates, config.json, plug-ins; more than half of it stood in plumbing/
 # and checkpoint.py before; since then the checks of files from strangers: a table of the fields of
 # config.json, limits of templates, shapes of tokenizer files
-FORMATS_TOKENS = 6_550
+FORMATS_TOKENS = 6_950
 # All Python outside tests/ at commit 7187c6c, before the code was reflowed:
 #     git archive 7187c6c | tar -x -C DIR && python tests/core/test_repository.py DIR
 # counted 79,921; the same features in plain statements 79,896. Since then: the sorting world, its
@@ -40,7 +40,7 @@ FORMATS_TOKENS = 6_550
 # texts that a scorer cannot read, model cards, --out that is somebody else's, held-out
 # pairs, interrupts, digests of unfinished work, files that cannot be written, and the checks of
 # whatever bytes an input file may hold.
-ALL_TOKENS = 119_700
+ALL_TOKENS = 120_000
 TOKENS_A_LINE = 11
 COLUMNS = 100
 FUNCTION_LINES = 50
