@@ -96,6 +96,9 @@ def check_record(value, fields: tuple[str, ...], where: str, answers: bool = Fal
     except (ValueError, TypeError) as error:
         raise InputError(f"{where}: {error}; fix or delete the line") from None
     row.where = where
+    for field in (*TEXTS, "sample"):
+        if row.get(field) is None:  # tables with empty cells are written so
+            row.pop(field, None)
     if answers:
         fields += ("prompt",)
         row.setdefault("response", None)

@@ -97,6 +97,14 @@ def test_answers_have_texts_which_may_be_empty(tmp_path, row, named):
     assert message.startswith(f"{path}: line 2: field ") and named in message
 
 
+def test_a_null_is_a_field_that_is_not_there(tmp_path):
+    path = tmp_path / "in.jsonl"
+    write_jsonl(path, [{"prompt": "a", "response": None, "chosen": None, "sample": None}])
+    row = read_jsonl(path, "prompt")[0]
+    assert row.keys() == {"prompt", "id"}
+    assert "'response' is missing" in refusal(read_jsonl, path, "prompt", "response")
+
+
 def test_a_record_without_anything_asked_is_read_or_refused(tmp_path):
     path = tmp_path / "in.jsonl"
     write_jsonl(path, [{"messages": [], "response": "b"}])
