@@ -208,7 +208,8 @@ def test_gold_pairs_leave_out_empty_drafts_and_number_samples(tmp_path):
     seeds, drafts, out = (tmp_path / f"{name}.jsonl" for name in ("seeds", "drafts", "pairs"))
     write_rows(seeds, [{"id": "a", "prompt": "p", "response": "gold", "topic": 7}])
     texts = ["first", "", "third"]
-    write_rows(drafts, [{"id": "a", "sample": i, "response": text} for i, text in enumerate(texts)])
+    answer = {"id": "a", "prompt": "p"}
+    write_rows(drafts, [{**answer, "sample": i, "response": y} for i, y in enumerate(texts)])
     controls.gold_pairs(seeds, drafts, out, RunOptions())
     rows = read_rows(out)
     assert [(row["id"], row["rejected"]) for row in rows] == [("a-0", "first"), ("a-2", "third")]

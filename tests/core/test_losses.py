@@ -30,6 +30,7 @@ from losses import (
 )
 from plumbing.files import InputError
 from plumbing.options import ROOT, RunOptions, parse_options
+from plumbing.parts import read_part
 from train import Example
 
 LN2 = math.log(2)
@@ -612,7 +613,7 @@ def test_every_loss_trains(tiny, tmp_path, name, monkeypatch):
     # the cache holds a folder a reference, and lists of tokens only for the loss that reads them
     folders = list((tmp_path / "cache").glob("*"))
     assert len(folders) == (0 if name in NO_REFERENCE else 2 if name == "mrpo" else 1)
-    cached = [row["logp"] for folder in folders for f in folder.glob("*") for row in read_rows(f)]
+    cached = [x for folder in folders for f in folder.glob("*") for x in read_part(f).values()]
     assert {type(logp) for logp in cached} <= {list if name == "dpo-bmc" else float}
 
 

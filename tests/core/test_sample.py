@@ -826,7 +826,7 @@ def test_chunks_of_other_options_are_not_used(tiny, tmp_path, dies, change):
     dies(lambda path: path == out)
     with pytest.raises(Killed):
         answers(tiny, prompts(12), out, chunk=5)
-    assert len(list((tmp_path / "out.jsonl.partial").glob("*.part"))) == 3
+    assert len(list((tmp_path / "out.jsonl.partial").glob("chunk*.part"))) == 3
     dies()
     options = {"chunk": 5, **change}
     rows = options.pop("rows", prompts(12))
@@ -864,7 +864,7 @@ def test_two_processes_finish_what_one_began_with_the_same_bytes(tiny, tmp_path,
         sample(**parse_options(sample, list(map(str, [*common, *more]))))
 
     # stopped after three chunks, one of which is lost, so that the gap is not at the end
-    dies(lambda path: len(list(scratch.glob("*.part"))) == 3)
+    dies(lambda path: len(list(scratch.glob("chunk*.part"))) == 3)
     with pytest.raises(Killed):
         call("--out", out)
     dies()

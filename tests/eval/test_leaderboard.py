@@ -247,7 +247,7 @@ def test_subjects_of_other_data_are_not_asked(tasks, tmp_path):
         write_rows(path, kept)
     assert names() == ["mmlu_anatomy"]
     path.write_text(path.read_text() + "\n\n")
-    with pytest.raises(InputError, match=f"{path.name}: line .* is not a JSON object"):
+    with pytest.raises(InputError, match=f"{path.name}: line .* is not valid JSON"):
         names()
 
 

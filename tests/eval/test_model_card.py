@@ -15,6 +15,7 @@ from test_report import make_run, pair, seal
 import checkpoint
 from checkpoint import Checkpoint
 from eval import model_card, report
+from plumbing.files import InputError
 from plumbing.stage import commit, content_hash, files_of, fingerprint, machine, read_manifest
 
 pytest_plugins = ["cycle"]
@@ -248,6 +249,6 @@ def test_a_card_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     data |= {"evaluations": [], "benchmarks": {}, "note": ""}
     with monkeypatch.context() as broken:
         broken.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(InputError, match="no space left"):
             model_card.write_cards(run, data, [dict.fromkeys(model_card.PAIRS, 1)])
     assert card.read_text() == "before"
